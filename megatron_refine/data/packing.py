@@ -1,0 +1,113 @@
+"""A document's rows, and their packed form: Megatron's .bin/.idx with a record of what they hold beside them."""
+
+import json
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from megatron_refine.config import Data
+from megatron_refine.data.files import digest
+
+SIDES = ("train", "valid")
+_SHORTEST_ROW = 2  # one token to read and one to predict
+
+
+@dataclass(frozen=True)
+class RowRule:
+    """How a document becomes rows. Lengths are in tokens and count BOS."""
+
+    seq_length: int
+    min_length: int
+    split: bool
+    bos: int | None
+
+    @classmethod
+    def of(cls, data: Data, bos: int | None) -> "RowRule":
+        """The rule of a configuration; `bos` is the token that begins every row, or None."""
+        return cls(data.seq_length, max(data.min_length or data.seq_length, _SHORTEST_ROW), data.split_documents, bos)
+
+    def document_length(self, ids: np.ndarray) -> int:
+        """Tokens of the document as one uncut row."""
+        return len(ids) + (self.bos is not None)
+
+    def rows(self, ids: np.ndarray) -> list[np.ndarray]:
+        """The rows of a document of token ids [length], each [min_length .. seq_length]; none where it is too short.
+
+        Without `split` the document's head, with it consecutive pieces that do not overlap.
+        """
+        head = np.array([] if self.bos is None else [self.bos], ids.dtype)
+        step = self.seq_length - len(head)
+        starts = range(0, len(ids), step) if self.split else [0]
+        rows = [np.concatenate([head, ids[start : start + step]]) for start in starts]
+        return [row for row in rows if len(row) >= self.min_length]
+
+
+@dataclass
+class Record:
+    """What a pair of .bin/.idx files holds: the .json beside them."""
+
+    fingerprint: str  # of the configuration, the corpus and the tokenizer
+    seq_length: int
+    documents: int = 0  # read
+    dropped: int = 0  # too short for a row
+    longest: int = 0  # tokens of the longest document
+    rows: int = 0
+    tokens: int = 0  # in the rows
+    max_token_id: int = -1
+    bin_bytes: int = 0
+    bin_sha256: str = ""
+    idx_bytes: int = 0
+    idx_sha256: str = ""
+
+
+class RowWriter:
+    """Writes `<prefix>.bin`, `.idx` and `.json`. A context manager: the files are complete when it closes."""
+
+    def __init__(self, prefix: Path, rule: RowRule, vocab_size: int, fingerprint: str) -> None:
+        from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder  # late: takes seconds
+
+        self.record = Record(fingerprint, rule.seq_length)
+        self._prefix, self._rule = prefix, rule
+        self._builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16 if vocab_size <= 1 << 16 else np.int32)
+
+    def add(self, ids: np.ndarray) -> None:
+        """Add the rows of a document of token ids [length] int64."""
+        record, rows = self.record, self._rule.rows(ids)
+        record.documents += 1
+        record.dropped += not rows
+        record.longest = max(record.longest, self._rule.document_length(ids))
+        for row in rows:
+            record.rows += 1
+            record.tokens += len(row)
+            record.max_token_id = max(record.max_token_id, int(row.max()))
+            self._builder.add_document(row, [len(row)])
+
+    def __enter__(self) -> "RowWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if error is not None:
+            self._builder.data_file.close()
+            return
+        self._builder.finalize(f"{self._prefix}.idx")
+        record, bin_path, idx_path = self.record, Path(f"{self._prefix}.bin"), Path(f"{self._prefix}.idx")
+        record.bin_bytes, record.bin_sha256 = bin_path.stat().st_size, digest(bin_path)
+        record.idx_bytes, record.idx_sha256 = idx_path.stat().st_size, digest(idx_path)
+        Path(f"{self._prefix}.json").write_text(json.dumps(asdict(record), indent=2) + "\n")
+
+
+def pack(
+    documents: Iterable[tuple[str, np.ndarray]], folder: Path, rule: RowRule, vocab_size: int, fingerprint: str
+) -> dict[str, Record]:
+    """Write documents, pairs of a side and token ids [length], to `folder/train.*` and `folder/valid.*`."""
+    with ExitStack() as stack:
+        writers = {
+            side: stack.enter_context(RowWriter(folder / side, rule, vocab_size, fingerprint)) for side in SIDES
+        }
+        for side, ids in documents:
+            writers[side].add(ids)
+    return {side: writer.record for side, writer in writers.items()}

@@ -1,0 +1,165 @@
+"""From the configuration to packed rows: done once, found again by fingerprint."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from megatron_refine.config import Config, ConfigError
+from megatron_refine.data.corpus import Corpus, find_corpus
+from megatron_refine.data.files import digest, temporary
+from megatron_refine.data.packed import Rows
+from megatron_refine.data.packing import SIDES, Record, RowRule, pack
+from megatron_refine.data.split import adjusted_threshold, share, threshold_of
+from megatron_refine.data.tokenizer import bos_id, encode_all, load_tokenizer, train_tokenizer
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+_FORMAT = 1  # raise it when the same configuration gives other tokens or files
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Data ready for training."""
+
+    train: Rows
+    valid: Rows
+    tokenizer: Path
+
+    @property
+    def counts(self) -> dict[str, dict[str, int]]:
+        """Per side: documents read, documents dropped as too short, rows, tokens in the rows."""
+        keys = ("documents", "dropped", "rows", "tokens")
+        return {side: {key: getattr(getattr(self, side).record, key) for key in keys} for side in SIDES}
+
+
+@dataclass(frozen=True)
+class _Sources:
+    """The documents of a configuration and how they divide into the two sides."""
+
+    train: Corpus
+    valid: Corpus | None  # None: documents of `train` whose share is below the threshold are held out
+    threshold: int
+
+    def sided(self, tokenizer: "Tokenizer", threshold: int) -> Iterator[tuple[str, np.ndarray]]:
+        """Every document as (side, token ids [length])."""
+        for text, ids in encode_all(tokenizer, _progress(self.train)):
+            yield "valid" if share(text) < threshold else "train", ids
+        for _, ids in encode_all(tokenizer, _progress(self.valid) if self.valid else ()):
+            yield "valid", ids
+
+    def identity(self, cache_dir: Path) -> list[str | int | None]:
+        """What of the corpus decides the rows."""
+        valid = self.valid.fingerprint(cache_dir) if self.valid else None
+        return [self.train.fingerprint(cache_dir), valid, self.threshold]
+
+
+def prepare(config: Config) -> Prepared:
+    """The packed rows of `config.data`, written to data.cache_dir unless they are there already.
+
+    Several processes may prepare the same data at once. Raises ConfigError for any input that cannot be used.
+    """
+    data, cache_dir = config.data, Path(config.data.cache_dir)
+    sources = _find_sources(config)
+    try:
+        identity = sources.identity(cache_dir)
+        path, tokenizer = _get_tokenizer(config, sources, _hash(identity[:1] + identity[2:]))
+        rule = RowRule.of(data, bos_id(tokenizer, path) if data.add_bos else None)
+        fingerprint = _hash([_FORMAT, identity, digest(path), vars(rule), data.text_column])
+        folder = cache_dir / f"rows-{fingerprint[:16]}"
+        if not folder.exists():
+            _write_folder(folder, sources, tokenizer, rule, config.model.vocab_size, fingerprint)
+    except OSError as error:  # the corpus' own failures are ConfigErrors already
+        raise ConfigError(f"data.cache_dir={cache_dir}: {error.strerror}; free space or name another folder") from None
+    train, valid = (Rows(folder / side, config.model.vocab_size) for side in SIDES)
+    return Prepared(train, valid, path)
+
+
+def _find_sources(config: Config) -> _Sources:
+    data = config.data
+    train = find_corpus(data.paths, data.text_column, "data.paths")
+    if not data.valid_paths:
+        return _Sources(train, None, threshold_of(data.valid_fraction))
+    return _Sources(train, find_corpus(data.valid_paths, data.text_column, "data.valid_paths"), 0)
+
+
+def _get_tokenizer(config: Config, sources: _Sources, identity: str) -> tuple[Path, "Tokenizer"]:
+    """The configured tokenizer, or the one trained on this corpus, with its path."""
+    data, vocab_size = config.data, config.model.vocab_size
+    path = Path(data.tokenizer or Path(data.cache_dir, f"tokenizer-{vocab_size}-{identity[:16]}.json"))
+    if not data.tokenizer and not path.exists():
+        train_tokenizer(_training_texts(sources), vocab_size, path)
+    return path, load_tokenizer(path, vocab_size, "data.tokenizer")
+
+
+def _training_texts(sources: _Sources) -> Iterable[str]:
+    """Documents that are not held out; all of them where that would leave none."""
+    empty = True
+    for text in sources.train.documents():
+        if share(text) >= sources.threshold:
+            return (text for text in sources.train.documents() if share(text) >= sources.threshold)
+        empty = False
+    if empty:
+        raise _no_documents(sources.train)
+    return sources.train.documents()
+
+
+def _write_folder(
+    folder: Path, sources: _Sources, tokenizer: "Tokenizer", rule: RowRule, vocab_size: int, fingerprint: str
+) -> None:
+    """Pack into a folder of our own, then rename it: `folder` is absent or complete."""
+    unfinished = temporary(folder)
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        records = pack(sources.sided(tokenizer, sources.threshold), unfinished, rule, vocab_size, fingerprint)
+        _check_lengths(sources, records, rule)
+        if not all(records[side].rows for side in SIDES):
+            # A small corpus may have all its long documents on one side. (Its trained tokenizer has then seen the one
+            # document that changes sides.)
+            threshold = adjusted_threshold(encode_all(tokenizer, sources.train.documents()), rule, sources.threshold)
+            pack(sources.sided(tokenizer, threshold), unfinished, rule, vocab_size, fingerprint)
+        unfinished.rename(folder)
+    except OSError:
+        if not folder.exists():
+            raise
+        # else another process was first: its rows are the same
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _check_lengths(sources: _Sources, records: dict[str, Record], rule: RowRule) -> None:
+    """Raise ConfigError where a corpus has no documents, or none long enough."""
+    corpora: list[tuple[Corpus, list[Record]]] = [(sources.train, [*records.values()])]
+    if sources.valid:
+        corpora = [(sources.train, [records["train"]]), (sources.valid, [records["valid"]])]
+    for corpus, parts in corpora:
+        if not any(part.documents for part in parts):
+            raise _no_documents(corpus)
+        if not any(part.rows for part in parts):
+            longest = max(part.longest for part in parts)
+            raise ConfigError(
+                f"{corpus.key}: no document is long enough: the longest has {longest} tokens, a row needs "
+                f"{rule.min_length}; lower data.min_length (0: data.seq_length={rule.seq_length}) or name longer text"
+            )
+
+
+def _no_documents(corpus: Corpus) -> ConfigError:
+    return ConfigError(f"{corpus.key}: no documents in {len(corpus.files)} files; name files that hold text")
+
+
+def _hash(value: object) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def _progress(corpus: Corpus) -> Iterable[str]:
+    """The documents of a corpus under a progress bar, where there is a terminal and it takes more than a moment."""
+    from tqdm import tqdm
+
+    return tqdm(corpus.documents(), "tokenising", corpus.num_documents, unit=" documents", delay=2, disable=None)

@@ -1,0 +1,66 @@
+"""The matmul FLOPs of one step, stage by stage: why a REFINE step costs little more than next-token prediction alone.
+
+These are the FLOPs that the algorithm asks for, as in the model FLOPs utilisation (MFU, arXiv 2204.02311 appendix B): a
+backward pass is two forward passes, recomputed activations are not counted.
+"""
+
+from dataclasses import dataclass
+
+from megatron_refine.config import Config
+from megatron_refine.models import family
+
+
+@dataclass(frozen=True)
+class StepFlops:
+    """FLOPs of one batch over all ranks."""
+
+    ntp: int  # a whole step of next-token prediction
+    score: int
+    rollout: int
+    rescore: int
+    update: int
+
+    @property
+    def refine(self) -> int:
+        """A whole REFINE step."""
+        return self.score + self.rollout + self.rescore + self.update
+
+    @property
+    def ratio(self) -> float:
+        """A REFINE step / a step of next-token prediction."""
+        return self.refine / self.ntp
+
+
+def step_flops(config: Config) -> StepFlops:
+    """FLOPs of a step of `train.global_batch_size` full sequences.
+
+    The fused update is the backward pass of scoring and rescoring; the two-pass update runs their rows once more, packed.
+    """
+    main, forks, branch, decode = _forward(config)
+    packed = main + forks + branch
+    size = config.train.global_batch_size
+    return StepFlops(
+        ntp=size * 3 * main,
+        score=size * (main + forks),
+        rollout=size * decode,
+        rescore=size * branch,
+        update=size * (2 if config.fused else 3) * packed,
+    )
+
+
+def _forward(config: Config) -> tuple[int, int, int, int]:
+    """Forward FLOPs a sequence: the main stream, its forks, the branch rows, the rollouts token by token."""
+    r, model, cost = config.refine, config.model, family.flops(config.model.family)
+    head, length, rollouts = cost.head_flops(model), config.data.seq_length, r.num_chunks * r.num_rollouts
+
+    def layers(rows: int, stream: int) -> int:
+        return rows * model.num_layers * sum(cost.layer_flops(model, stream).values())
+
+    main = layers(length, length) + length * head
+    if not r.enabled:
+        return main, 0, 0, 0
+    later_heads = rollouts * (r.rollout_len - 1) * head  # the first token is predicted by a main row
+    forks = r.num_chunks * model.num_layers * cost.fork_flops(model)
+    branch = layers(rollouts * r.rollout_len, r.rollout_len) + later_heads
+    decode = layers(rollouts * r.rollout_len, 1) + later_heads + r.num_chunks * head
+    return main, forks, branch, decode

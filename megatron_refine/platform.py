@@ -1,0 +1,224 @@
+"""CUDA with NCCL, or CPU with gloo: the only file that knows that Megatron-Core expects a GPU.
+
+`install()` must run before anything of megatron.core is imported. With a GPU it only repairs a defect of the distributed
+optimizer. Without one it also points Megatron-Core's device literals, RNG tracker and type names at the CPU; nothing in
+Megatron itself is copied or edited.
+"""
+
+import contextlib
+import functools
+import os
+import resource
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+CPU = torch.device("cpu")
+GPU_PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L40": 181e12}  # dense bf16, data sheets
+_installed = False
+
+
+def has_gpu() -> bool:
+    return torch.cuda.is_available()
+
+
+def device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if has_gpu() else CPU
+
+
+def install() -> None:
+    """Make Megatron-Core importable and usable on this machine. Idempotent."""
+    global _installed
+    if _installed:
+        return
+    _installed = True
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex|apex|transformer_engine).*")
+    if has_gpu():
+        torch.cuda.set_device(local_rank())
+    else:
+        _patch_torch()
+        _patch_megatron_jit()
+        _patch_megatron_rng()
+    _repair_distributed_optimizer()
+
+
+def global_rank() -> int:
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", 1)))
+
+
+def init_process_group(timeout_minutes: float) -> None:
+    """Join the default group: ranks from torchrun's variables, else from SLURM's, else a group of one."""
+    rank, world = global_rank(), world_size()
+    os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", os.getpid())) % 20000))
+    os.environ.setdefault("MASTER_ADDR", _first_host(os.environ.get("SLURM_JOB_NODELIST", "")) or "127.0.0.1")
+    timeout = timedelta(minutes=timeout_minutes)
+    if has_gpu():
+        dist.init_process_group("nccl", rank=rank, world_size=world, timeout=timeout, device_id=device())
+    else:
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+        dist.init_process_group("gloo", rank=rank, world_size=world, timeout=timeout)
+
+
+def _first_host(nodelist: str) -> str:
+    """First host of SLURM's compressed list: `gpu[03-07,9],login1` -> gpu03."""
+    head, bracket, rest = nodelist.partition("[")
+    if not bracket or "," in head:
+        return head.split(",")[0]
+    return head + rest.replace("]", ",").replace("-", ",").split(",")[0]
+
+
+def synchronize() -> None:
+    """Wait for the device, so that a wall-clock reading covers the work that was queued."""
+    if has_gpu():
+        torch.cuda.synchronize()
+
+
+def peak_memory_bytes() -> int:
+    """Highest allocated device memory; on CPU the process's highest resident set."""
+    if has_gpu():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def peak_flops() -> float:
+    """FLOP/s of one device in matrix multiplication: the data sheet's for a known GPU, else measured (0.1 s)."""
+    if has_gpu():
+        name = torch.cuda.get_device_name()
+        known = [flops for key, flops in GPU_PEAK_FLOPS.items() if key in name]
+        if known:
+            return known[0]
+    a = torch.randn(512, 512, device=device())
+    best, deadline = float("inf"), time.perf_counter() + 0.1
+    while time.perf_counter() < deadline:
+        start = time.perf_counter()
+        a @ a
+        synchronize()
+        best = min(best, time.perf_counter() - start)
+    return 2 * 512**3 / best
+
+
+def rng_state() -> dict[str, Any]:
+    """State of every generator that Megatron draws from."""
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+    state = {"cpu": torch.get_rng_state(), "tracker": get_cuda_rng_tracker().get_states()}
+    return state | ({"cuda": torch.cuda.get_rng_state()} if has_gpu() else {})
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+    torch.set_rng_state(state["cpu"])
+    get_cuda_rng_tracker().set_states(state["tracker"])
+    if has_gpu() and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def _patch_torch() -> None:
+    """Answer Megatron's device literals with the CPU."""
+    torch.cuda.current_device = lambda: CPU  # type: ignore[assignment,return-value]
+    torch.cuda.synchronize = lambda *args, **kwargs: None  # type: ignore[assignment]
+    torch.cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(seed)  # type: ignore[assignment,return-value]
+    torch.cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()  # type: ignore[assignment]
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign,assignment]
+    for name in ("tensor", "zeros", "ones", "empty", "full", "arange", "empty_like", "zeros_like"):
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+    real_type = torch.Tensor.type
+
+    def type_name(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+        # Megatron's optimizers sort parameters by the string 'torch.cuda.FloatTensor'
+        if dtype is not None:
+            return real_type(self, dtype, *args, **kwargs)
+        return real_type(self).replace("torch.", "torch.cuda.", 1)
+
+    torch.Tensor.type = type_name  # type: ignore[method-assign]
+
+
+def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(factory)
+    def create(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if str(kwargs.get("device", "")).startswith("cuda"):
+            kwargs["device"] = CPU
+        kwargs.pop("pin_memory", None)  # there is no pinned allocator without CUDA
+        return factory(*args, **kwargs)
+
+    return create
+
+
+def _patch_megatron_jit() -> None:
+    """Megatron compiles its fusions at import; on CPU that needs a C++ compiler and gains nothing."""
+    import megatron.core.jit
+
+    megatron.core.jit.disable_jit_fuser()
+
+
+def _patch_megatron_rng() -> None:
+    """The same named random streams, over the CPU generator."""
+    import megatron.core.tensor_parallel.random as random
+
+    class CpuRNGStatesTracker(random.CudaRNGStatesTracker):
+        @contextlib.contextmanager
+        def fork(self, name: str = random._MODEL_PARALLEL_RNG_TRACKER_NAME) -> Iterator[None]:
+            if name not in self.states_:
+                raise ValueError(f"rng state {name} is not added")
+            outer, outer_name = torch.get_rng_state(), self._current_state_name
+            if outer_name in self.states_:
+                self.states_[outer_name] = outer
+            torch.set_rng_state(self.states_[name])
+            self._current_state_name = name
+            try:
+                yield
+            finally:
+                self.states_[name] = torch.get_rng_state()
+                torch.set_rng_state(self.states_.get(outer_name, outer))
+                self._current_state_name = outer_name
+
+    random.CudaRNGStatesTracker = CpuRNGStatesTracker
+    random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+
+
+def _repair_distributed_optimizer() -> None:
+    """Give each parameter its own Adam step when a checkpoint is loaded without TE or apex, on any device.
+
+    Megatron-Core 0.16.1 fails to load `step` of a torch AdamW, and its load_state_dict hands all parameters one shared step
+    tensor, which then counts every parameter's update: a silently wrong bias correction after a resume.
+    """
+    from megatron.core.optimizer import distrib_optimizer
+
+    if distrib_optimizer.HAVE_APEX_OR_TE:
+        return
+    optimizer = distrib_optimizer.DistributedOptimizer
+    original_set, original_load = optimizer._set_main_param_and_optimizer_states, optimizer.load_state_dict
+
+    def set_states(self: Any, model_param: torch.nn.Parameter, tensors: dict[str, Any]) -> None:
+        group, order = self.model_param_group_index_map[model_param]
+        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
+        step = state.pop("step", None)
+        with torch.no_grad():  # the main parameters of an fp32 model are leaves
+            original_set(self, model_param, tensors)
+        if step is not None:
+            state["step"] = step
+
+    def load_state_dict(self: Any, state_dict: dict[str, Any]) -> None:
+        original_load(self, state_dict)
+        for state in self.optimizer.state.values():
+            if "step" in state:
+                state["step"] = state["step"].detach().clone()
+
+    optimizer._set_main_param_and_optimizer_states = set_states
+    optimizer.load_state_dict = load_state_dict

@@ -1,0 +1,84 @@
+"""What flows between the stages of a step, with shapes. A leaf: it imports nothing of the project.
+
+B sequences of T tokens; c positions a sequence, n rollouts a position, k tokens a rollout; P = B * c.
+A position p is the number of main tokens before the branch.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences as they come from the data."""
+
+    tokens: Tensor  # [B, T] int64, right-padded
+    lengths: Tensor  # [B] int64, real tokens
+    sample_ids: Tensor  # [B] int64, place in the run's stream of samples, the same at any layout
+
+    def rows(self, index: slice) -> "Batch":
+        return Batch(self.tokens[index], self.lengths[index], self.sample_ids[index])
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """What an engine wrote at the selected positions."""
+
+    tokens: Tensor  # [B, c, n, k] int64
+    logprobs: Tensor  # [B, c, n, k] fp32, the engine's own: for the gap metric only
+    weight_version: int
+
+
+@dataclass(frozen=True)
+class Experience:
+    """All that the policy loss needs of scored rollouts; holds no graph."""
+
+    positions: Tensor  # [B, c] int64
+    tokens: Tensor  # [B, c, n, k] int64
+    old_logprobs: Tensor  # [B, c, n, k] fp32, from the training kernels
+    advantages: Tensor  # [B, c, n] fp32
+    usable: Tensor  # [B] bool: false for rows too short for c positions
+
+    def rows(self, index: slice) -> "Experience":
+        return Experience(*(field[index] for field in vars(self).values()))
+
+
+@dataclass(frozen=True)
+class Fork:
+    """The model's state at the selected positions, for an engine that decodes with the trainer's own model."""
+
+    states: dict[int, Any]  # layer number -> State of P positions
+    hidden: Tensor  # [P, hidden] final-norm main rows p-1: they predict the first token
+
+
+@dataclass(frozen=True)
+class RolloutRequest:
+    tokens: Tensor  # [B, T]
+    positions: Tensor  # [B, c]
+    sample_ids: Tensor  # [B]
+    num_rollouts: int
+    rollout_len: int
+    temperature: float  # 0: greedy
+    seed: int
+    step: int
+    fork: Fork | None  # None: the engine prefills the prefixes itself
+
+
+class RolloutEngine(Protocol):
+    """Writes k tokens at each position. The stages know engines by this alone."""
+
+    def rollout(self, request: RolloutRequest) -> Rollouts: ...
+
+    def sync(self, weight_version: int) -> None:
+        """Take over the trainer's weights; returns when rollouts come from `weight_version`."""
+        ...
+
+
+Reward = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""reward(tokens [B,c,n,k], truth [B,c,k], h_pred [B,c,n,k,h], h_true [B,c,k,h]) -> [B,c,n]"""
+
+Select = Callable[[Tensor, Tensor, int], Tensor]
+"""select(entropy [B,T] nats, lengths [B], rollout_len) -> log-weights [B,T] of the index before each start"""

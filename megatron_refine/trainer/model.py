@@ -1,0 +1,197 @@
+"""The model as Megatron-Core's GPTModel: our mixers through its layer specs, our output through its one hook."""
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor, nn
+
+from megatron_refine import platform
+from megatron_refine.config import Config
+from megatron_refine.models import family
+from megatron_refine.models.common.norm import RMSNorm
+from megatron_refine.models.layout import Branches
+from megatron_refine.trainer.parallel import Ranks
+from megatron_refine.trainer.shards import full_shape, shard
+
+VOCAB_MULTIPLE = 128  # whatever tp is: a padding that depends on tp breaks resharding
+
+
+def padded_vocab(vocab_size: int) -> int:
+    return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+class RecomputedLayer(TransformerLayer):
+    """A layer that recomputes its activations in the backward pass.
+
+    Megatron's own checkpoint is reentrant: it runs the layer without grad first, so states taken from it would be silently
+    detached. torch's non-reentrant one keeps the graph through the layout (states in, handles out).
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return super().forward(*args, **kwargs)
+        return torch.utils.checkpoint.checkpoint(super().forward, *args, use_reentrant=False, **kwargs)
+
+
+class RefineModel(GPTModel):
+    """GPTModel that returns its final-norm rows; trainer/head.py turns rows into log-probabilities."""
+
+    real_vocab: int  # ids at or above it only pad the vocabulary to VOCAB_MULTIPLE
+
+    def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """On the last stage {"rows": [S, B, hidden]}, all rows in natural order on every tp rank; before it, hidden states.
+
+        Under sequence parallelism the gather's backward sums and scatters: gradients into the rows must be partial over tp,
+        as those of the vocabulary-parallel head are.
+        """
+        if not self.post_process:
+            return hidden_states
+        if self.config.sequence_parallel:
+            hidden_states = gather_from_sequence_parallel_region(
+                hidden_states, tensor_parallel_output_grad=True, group=self.pg_collection.tp
+            )
+        return {"rows": hidden_states}
+
+    def logits(self, rows: Tensor) -> Tensor:
+        """[R, hidden] complete rows -> this rank's logits [R, V/tp], at least fp32; padding ids at the lowest finite value."""
+        layer = self.output_layer
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        saved = layer.sequence_parallel, layer.disable_grad_reduce
+        if layer.sequence_parallel:  # `_postprocess` gathered the rows and owns both collectives
+            layer.sequence_parallel, layer.disable_grad_reduce = False, True
+        try:
+            logits = layer(rows[:, None], weight=weight)[0][:, 0]
+        finally:
+            layer.sequence_parallel, layer.disable_grad_reduce = saved
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        real = self.real_vocab - self.pg_collection.tp.rank() * logits.shape[1]
+        if real < logits.shape[1]:
+            padding = torch.arange(logits.shape[1], device=logits.device) >= real
+            logits = logits.masked_fill(padding, torch.finfo(logits.dtype).min / 2)
+        return logits
+
+
+def transformer_config(config: Config, dtype: torch.dtype) -> TransformerConfig:
+    """Megatron's configuration of our model."""
+    model, parallel = config.model, config.parallel
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.intermediate_size,
+        num_attention_heads=model.tp_limit(),
+        kv_channels=model.hidden_size // model.tp_limit() or 1,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.norm_eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        gradient_accumulation_fusion=False,  # drops gradients of a weight that is used twice in a step
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=parallel.tp,
+        pipeline_model_parallel_size=parallel.pp,
+        context_parallel_size=parallel.cp,
+        sequence_parallel=parallel.sp,
+        perform_initialization=False,  # `initialize` draws layout-independent weights
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+    )
+
+
+def block_spec(config: Config, megatron: TransformerConfig) -> TransformerBlockSubmodules:
+    """Norm, mixer, norm, gated MLP; the mixer is the family's."""
+    backend = LocalSpecProvider()
+    layer = ModuleSpec(
+        module=RecomputedLayer if config.train.recompute == "full" else TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=ModuleSpec(module=family.mixer(config.model.family), params={"model": config.model}),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=get_mlp_module_spec_for_backend(backend=backend),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(megatron), layer_norm=RMSNorm)
+
+
+def build_model(config: Config, ranks: Ranks, dtype: torch.dtype | None = None) -> DistributedDataParallel:
+    """This rank's part of the model, initialised from config.run.seed and wrapped for data parallelism.
+
+    The same seed gives the same weights at any layout. `dtype` overrides train.precision (tests in fp64).
+    """
+    dtype = dtype or {"fp32": torch.float32, "bf16": torch.bfloat16}[config.train.precision]
+    megatron = transformer_config(config, dtype)
+    module: nn.Module = RefineModel(
+        megatron,
+        block_spec(config, megatron),
+        vocab_size=padded_vocab(config.model.vocab_size),
+        max_sequence_length=config.data.seq_length,
+        pre_process=ranks.pp_rank == 0,
+        post_process=ranks.is_last_stage,
+        position_embedding_type="none",
+        share_embeddings_and_output_weights=config.model.tie_embeddings,
+    )
+    module.real_vocab = config.model.vocab_size  # type: ignore[assignment]
+    initialize(module, config, ranks)
+    module.to(platform.device())
+    if megatron.bf16:
+        module = Float16Module(megatron, module)
+    # one bucket: the resharding format of the optimizer's state is wrong with several padded ones in Megatron-Core 0.16.1
+    ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=megatron.bf16)
+    model = DistributedDataParallel(megatron, ddp, module)
+    model.broadcast_params()
+    return model
+
+
+def unwrap(model: nn.Module) -> RefineModel:
+    """The RefineModel inside Megatron's wrappers."""
+    while not isinstance(model, RefineModel):
+        model = model.module  # type: ignore[assignment]
+    return model
+
+
+def global_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """(name, parameter) with layers counted over the whole pipeline, and a tied output layer under the embedding's name."""
+    model = unwrap(module)
+    layers = {f"decoder.layers.{i}.": f"decoder.layers.{x.layer_number - 1}." for i, x in enumerate(model.decoder.layers)}
+    for name, parameter in model.named_parameters():
+        prefix = next((local for local in layers if name.startswith(local)), "")
+        if name == "output_layer.weight" and model.share_embeddings_and_output_weights:
+            name = "embedding.word_embeddings.weight"
+        yield layers.get(prefix, "") + name[len(prefix) :], parameter
+
+
+@torch.no_grad()
+def initialize(module: nn.Module, config: Config, ranks: Ranks) -> None:
+    """Draw every full weight from a generator of (seed, name), and keep this rank's part of it.
+
+    Vectors are ones, matrices normal(0, init_std); a parameter with an `initialize(full, generator)` attribute fills itself.
+    """
+    for name, parameter in global_parameters(module):
+        digest = hashlib.sha256(f"{config.run.seed}/{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        full = torch.ones(full_shape(parameter, ranks.tp))
+        if hasattr(parameter, "initialize"):
+            parameter.initialize(full, generator)
+        elif full.dim() > 1:
+            full.normal_(0.0, config.model.init_std, generator=generator)
+        parameter.copy_(shard(full, parameter, ranks.tp_rank, ranks.tp))

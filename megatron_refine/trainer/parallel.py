@@ -1,0 +1,95 @@
+"""Process groups, and where this rank stands in them."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_refine import platform
+from megatron_refine.config import Config, check_world_size
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This rank's place in the layout."""
+
+    rank: int
+    world: int
+    tp_rank: int
+    tp: int
+    pp_rank: int
+    pp: int
+    dp_rank: int
+    dp: int
+    tp_group: Any
+    dp_group: Any
+
+    @property
+    def is_main(self) -> bool:
+        """The rank that writes files and the screen."""
+        return self.rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.pp - 1
+
+
+def init_parallel(config: Config) -> Ranks:
+    """Join the default group if there is none, build Megatron's groups and random streams. Raises ConfigError where the
+    ranks do not fit the layout."""
+    platform.install()
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    check_world_size(config, dist.get_world_size() if dist.is_initialized() else platform.world_size())
+    if not dist.is_initialized():
+        platform.init_process_group(config.run.timeout_minutes)
+    parallel = config.parallel
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tp,
+        pipeline_model_parallel_size=parallel.pp,
+        context_parallel_size=parallel.cp,
+        distributed_timeout_minutes=max(1, round(config.run.timeout_minutes)),
+        create_gloo_process_groups=False,
+    )
+    torch.manual_seed(config.run.seed)
+    model_parallel_cuda_manual_seed(config.run.seed, force_reset_rng=True)
+    return current_ranks()
+
+
+def current_ranks() -> Ranks:
+    """Read Megatron's parallel state."""
+    from megatron.core import parallel_state as ps
+
+    return Ranks(
+        rank=dist.get_rank(),
+        world=dist.get_world_size(),
+        tp_rank=ps.get_tensor_model_parallel_rank(),
+        tp=ps.get_tensor_model_parallel_world_size(),
+        pp_rank=ps.get_pipeline_model_parallel_rank(),
+        pp=ps.get_pipeline_model_parallel_world_size(),
+        dp_rank=ps.get_data_parallel_rank(),
+        dp=ps.get_data_parallel_world_size(),
+        tp_group=ps.get_tensor_model_parallel_group(),
+        dp_group=ps.get_data_parallel_group(),
+    )
+
+
+def broadcast_from_last_stage(value: Tensor, ranks: Ranks) -> Tensor:
+    """Give every pipeline stage the last stage's tensor (all of one shape)."""
+    if ranks.pp > 1:
+        from megatron.core import parallel_state
+
+        group = parallel_state.get_pipeline_model_parallel_group()
+        dist.broadcast(value, parallel_state.get_pipeline_model_parallel_last_rank(), group)
+    return value
+
+
+def sum_over(values: Tensor, group: Any) -> Tensor:
+    """Sum over a group's ranks; a new tensor."""
+    total = values.clone()
+    dist.all_reduce(total, group=group)
+    return total

@@ -1,0 +1,1 @@
+"""What the model families share: norms and the short convolution."""

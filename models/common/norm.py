@@ -1,0 +1,34 @@
+"""RMS norm that works under sequence parallelism without Transformer Engine or apex (Megatron's torch norm refuses it)."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension, statistics in at least fp32. Built by Megatron's layer specs."""
+
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        # a norm of sequence shards has partial gradients: Megatron's finalize_model_grads sums them over tp by this mark
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class HeadNorm(RMSNorm):
+    """The norm of each head's output: one weight shared by all heads, hence replicated, but fed this rank's heads only.
+
+    Its gradient is partial over tp whether sequence parallelism is on or off; Megatron sums only what it knows by name, so the
+    optimizer sums every parameter marked `tp_partial` (trainer/optimizer.py).
+    """
+
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5):
+        super().__init__(config, hidden_size, eps)
+        self.weight.sequence_parallel = False  # type: ignore[attr-defined]
+        self.weight.tp_partial = True  # type: ignore[attr-defined]

@@ -1,0 +1,64 @@
+"""The registry of model families. Adding one: a folder beside this file and a line in each table.
+
+Importing this pulls in neither torch nor Megatron; `mixer` does, when called.
+"""
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, Protocol, cast
+
+from megatron_refine.config import ModelConfig
+from megatron_refine.models.delta_net.config import DeltaNetConfig
+
+FAMILIES: dict[str, type[ModelConfig]] = {"delta_net": DeltaNetConfig}
+_MIXERS = {"delta_net": "DeltaNetMixer"}
+
+
+@dataclass(frozen=True)
+class Saved:
+    """Bytes of what autograd keeps for the backward pass of one layer, a token."""
+
+    rows: int  # whole rows: divided by tp under sequence parallelism only
+    heads: int  # rows of this rank's heads or MLP columns: always divided by tp
+
+
+class FamilyCost(Protocol):
+    """What `models/<family>/flops.py` offers: parameters, matmul FLOPs (a multiply-add counts 2) and bytes."""
+
+    def parameters(self, model: Any) -> int:
+        """Trained parameters of the whole model."""
+
+    def rank_parameters(self, model: Any, tp: int, pp: int, stage: int) -> int:
+        """Trained parameters held by each tensor parallel rank of pipeline stage `stage`."""
+
+    def layer_flops(self, model: Any, length: int) -> dict[str, int]:
+        """Forward FLOPs of a layer, a token of a stream of `length` tokens, by matmul."""
+
+    def fork_flops(self, model: Any) -> int:
+        """Forward FLOPs of a layer to read the state at one position."""
+
+    def head_flops(self, model: Any) -> int:
+        """Forward FLOPs of the output layer, a row."""
+
+    def state_bytes(self, model: Any, itemsize: int) -> int:
+        """Bytes of a layer's state at one position; `itemsize` is that of an activation."""
+
+    def saved_bytes(self, model: Any, itemsize: int) -> Saved:
+        """Bytes kept for the backward pass of a layer, a token."""
+
+
+def padded_vocab(model: ModelConfig) -> int:
+    """Rows of the embedding and of the output layer: a multiple of 128 at any layout, so that checkpoints reshard."""
+    return -(-model.vocab_size // 128) * 128
+
+
+def mixer(family: str) -> type[Any]:
+    """The Megatron module of the family's token mixer. Raises KeyError for an unknown family."""
+    name = _MIXERS[family]
+    return cast(type[Any], getattr(import_module(f"megatron_refine.models.{family}.mixer"), name))
+
+
+def flops(family: str) -> FamilyCost:
+    """The family's cost model. Raises KeyError for an unknown family."""
+    assert family in FAMILIES, family
+    return cast(FamilyCost, import_module(f"megatron_refine.models.{family}.flops"))

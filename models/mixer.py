@@ -1,0 +1,92 @@
+"""What every sequence mixer offers: a main stream, the state at any of its positions, and branches from there.
+
+    main(x)            -> (y, handle)   handle keeps what the pass has anyway
+    handle.at(p)       -> State         the state after p main tokens, lazy, in the graph if x was
+    branch(x_b, State) -> (y_b, State)  k rows a branch, from that state
+
+Everything else in the model is row-wise and does not know of branches. See docs/branch-packing.md.
+"""
+
+from typing import Any, Protocol
+
+import torch
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from megatron_refine.models.layout import Branches
+
+
+class State(Protocol):
+    """All that a mixer knows of the tokens so far, of P sequences."""
+
+    def detach(self) -> "State": ...
+
+    def fork(self, n: int) -> "State":
+        """n consecutive copies of each of the P states."""
+        ...
+
+
+class Handle(Protocol):
+    """A finished main pass, from which states are taken."""
+
+    def at(self, sequences: Tensor, positions: Tensor) -> State:
+        """State after positions[i] tokens of sequences[i]: [P], [P]."""
+        ...
+
+
+class Mixer(MegatronModule):
+    """Splits the rows of a pass by its layout; a family fills in the maths.
+
+    Rows are in natural order and complete here, with this rank's heads: `project` gathers them under sequence parallelism and
+    `output` scatters them again. So main, at and branch need no collective.
+    """
+
+    layer_number: int
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """[S (/tp), B, hidden] -> projected rows [S, B, *local]."""
+        raise NotImplementedError
+
+    def main(self, rows: Tensor) -> tuple[Tensor, Handle]:
+        """[B, T, *local] -> outputs [B, T, local], handle."""
+        raise NotImplementedError
+
+    def branch(self, rows: Tensor, state: Any) -> tuple[Tensor, State]:
+        """[P * n, k, *local] from P states -> outputs [P * n, k, local], P * n states after the last row."""
+        raise NotImplementedError
+
+    def output(self, mixed: Tensor, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Mixed rows [S, B, local] and the projected rows -> [S (/tp), B, hidden], bias."""
+        raise NotImplementedError
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Any = None, packed_seq_params: Branches | None = None, **_: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        layout = packed_seq_params
+        assert isinstance(layout, Branches), "pass the layout of the rows as packed_seq_params="
+        rows = self.project(hidden_states)
+        parts, handle = [], None
+        if layout.main_len:
+            mixed, handle = self.main(layout.main(rows))
+            parts.append(mixed.transpose(0, 1))
+            if layout.handles is not None:
+                layout.handles[self.layer_number] = handle
+        if layout.branch_rows:
+            parts.append(self._branches(rows, layout, handle))
+        padding = rows.shape[0] - layout.num_rows
+        if padding:
+            parts.append(parts[0].new_zeros(padding, *parts[0].shape[1:]))
+        return self.output(torch.cat(parts) if len(parts) > 1 else parts[0], rows)
+
+    def _branches(self, rows: Tensor, layout: Branches, handle: Handle | None) -> Tensor:
+        """Branch outputs as rows [c * n * k, B, local], from the main stream of this pass or from forked states."""
+        if handle is not None:
+            assert layout.sequences is not None and layout.positions is not None
+            state: Any = handle.at(layout.sequences, layout.positions)
+        else:
+            assert layout.states is not None, "branches without a main stream need states"
+            state = layout.states[self.layer_number]
+        mixed, final = self.branch(layout.branches(rows), state)
+        if layout.final_states is not None:
+            layout.final_states[self.layer_number] = final
+        return layout.to_rows(mixed, rows.shape[1])
