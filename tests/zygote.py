@@ -119,10 +119,17 @@ def _run_job(pipe: Connection, name: str, world_size: int, timeout: float, folde
     for process in ranks:
         process.start()
     ends = _watch(pipe, ranks, timeout)
-    with contextlib.suppress(ChildProcessError):  # adopted grandchildren, killed with their rank
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
+    _reap_adopted()
     return ends
+
+
+def _reap_adopted() -> None:
+    """Wait for what the ranks had started, killed with them; a process that left its rank's group is not waited for."""
+    deadline = time.monotonic() + GRACE
+    with contextlib.suppress(ChildProcessError):  # none left
+        while time.monotonic() < deadline:
+            if not os.waitpid(-1, os.WNOHANG)[0]:
+                time.sleep(0.005)
 
 
 def _watch(pipe: Connection, ranks: Sequence[BaseProcess], timeout: float) -> list[End]:

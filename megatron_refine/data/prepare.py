@@ -162,4 +162,7 @@ def _progress(corpus: Corpus) -> Iterable[str]:
     """The documents of a corpus under a progress bar, where there is a terminal and it takes more than a moment."""
     from tqdm import tqdm
 
-    return tqdm(corpus.documents(), "tokenising", corpus.num_documents, unit=" documents", delay=2, disable=None)
+    # miniters: documents come in bursts, from which tqdm would conclude that it may look away for long
+    return tqdm(
+        corpus.documents(), "tokenising", corpus.num_documents, unit=" documents", delay=1, miniters=1, disable=None
+    )

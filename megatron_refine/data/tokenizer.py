@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 BOS, EOS = "<bos>", "<eos>"
 _BOS_NAMES = (BOS, "<s>", "<|begin_of_text|>", "<|bos|>", "[BOS]")  # what published tokenizers call it
 _SMALLEST_BPE = 256 + 2  # every byte, BOS and EOS
-_BATCH_CHARS = 1 << 22  # text encoded at once: bounds memory, keeps the threads busy
+_BATCH_CHARS = 1 << 20  # text encoded at once: bounds memory, keeps the threads busy
 
 
 def load_tokenizer(path: Path, vocab_size: int, key: str) -> "Tokenizer":

@@ -34,7 +34,7 @@ class StepFlops:
 def step_flops(config: Config) -> StepFlops:
     """FLOPs of a step of `train.global_batch_size` full sequences.
 
-    The fused update is the backward pass of scoring and rescoring; the two-pass update runs their rows once more, packed.
+    The fused update is the backward pass of scoring and rescoring; the two-pass update first runs their rows again.
     """
     main, forks, branch, decode = _forward(config)
     packed = main + forks + branch

@@ -47,6 +47,15 @@ def main_pass(model: nn.Module, tokens: Tensor) -> MainPass:
     return MainPass(rows, score_main(model, rows, tokens), handles)
 
 
+def ntp_pass(model: nn.Module, tokens: Tensor) -> Any:
+    """tokens [B, T] -> {"logprobs": [B, T-1]}; before the last pipeline stage, the hidden rows to send on."""
+    output = _forward(model, tokens, Branches(main_len=tokens.shape[1]))
+    if not isinstance(output, dict):
+        return output
+    rows = output["rows"][: tokens.shape[1]]
+    return {"logprobs": score_main(model, rows, tokens).logprobs[:, :-1]}
+
+
 def score_main(model: nn.Module, rows: Tensor, tokens: Tensor) -> head.Scores:
     """rows [T, B, hidden], tokens [B, T] -> scores [B, T] of each next token."""
     targets = F.pad(tokens[:, 1:], (0, 1)).T.flatten()

@@ -53,7 +53,6 @@ def init_parallel(config: Config) -> Ranks:
         pipeline_model_parallel_size=parallel.pp,
         context_parallel_size=parallel.cp,
         distributed_timeout_minutes=max(1, round(config.run.timeout_minutes)),
-        create_gloo_process_groups=False,
     )
     torch.manual_seed(config.run.seed)
     model_parallel_cuda_manual_seed(config.run.seed, force_reset_rng=True)

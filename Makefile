@@ -1,0 +1,66 @@
+# `make train` and `make test` do all set-up. Needs Python 3.11 or newer, with venv and pip; nothing else.
+#   make train ARGS="train.steps=20"      overrides of configs/quickstart.yaml
+#   make test TORCH_INDEX=<url>           take PyTorch from this wheel index
+#   make test PYTHON=/path/to/python3.11
+
+TORCH := 2.13.0
+RECENT := import sys; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for p in python3.11 python3; do $$p -c '$(RECENT)' 2>/dev/null && echo $$p && break; done)
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+export OMP_NUM_THREADS := 1
+
+.PHONY: help train test test-fast test-gpu lint clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+train: .venv/ready ## train a tiny DeltaNet with REFINE on two CPU ranks
+	@$(BIN)/torchrun --standalone --nproc-per-node 2 -m megatron_refine.train --config configs/quickstart.yaml $(ARGS)
+
+test: .venv/ready ## all tests; those that need a GPU skip where there is none
+	@$(BIN)/python -m pytest tests -q -rs --durations=15 $(ARGS)
+
+test-fast: .venv/ready ## without the slow tests
+	@$(BIN)/python -m pytest tests -q -rs -m "not slow" $(ARGS)
+
+test-gpu: .venv/ready ## the tests that need a GPU
+	@$(BIN)/python -m pytest tests -q -rs -m gpu $(ARGS)
+
+lint: .venv/ready ## ruff and mypy
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+clean: ## remove the environment and all caches; runs/ stays
+	rm -rf .venv .cache .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# setuptools first: the project itself is then built with it, not with one that pip fetches for the purpose.
+.venv/ready: setup.py constraints.txt
+	@$(or $(PYTHON),false) -c '$(RECENT)' || { echo "needs Python 3.11 or newer: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(INSTALL) setuptools
+	@$(install_torch)
+	@echo "installing the other requirements into .venv (a minute or two)"
+	@$(INSTALL) --no-build-isolation --editable ".[dev]"
+	@$(BIN)/python -c 'import sys; from importlib.metadata import version as v; t = v("torch").split("+")[0]; \
+		sys.exit(t != "$(TORCH)" and f"torch is {t}, not $(TORCH): make clean, then again")'
+	@touch $@
+
+# A wheel index of PyTorch has other packages in other versions: only torch itself comes from there.
+define install_torch
+if [ -n "$(TORCH_INDEX)" ]; then \
+	echo "installing torch $(TORCH) from TORCH_INDEX into .venv"; \
+	$(INSTALL) --no-deps --index-url "$(TORCH_INDEX)" "torch==$(TORCH)"; \
+elif nvidia-smi -L 2>/dev/null | grep -q GPU; then \
+	echo "installing torch $(TORCH) for this GPU into .venv (several minutes)"; \
+	$(INSTALL) "torch==$(TORCH)"; \
+else \
+	echo "installing torch $(TORCH) for CPU into .venv (a minute or two)"; \
+	$(INSTALL) "torch==$(TORCH)+cpu" 2>/dev/null || { \
+		echo "no CPU build on the index: taking torch $(TORCH), which may be the larger CUDA build" \
+			"(make TORCH_INDEX=<url of a PyTorch wheel index> picks another)"; \
+		$(INSTALL) "torch==$(TORCH)"; }; \
+fi
+endef

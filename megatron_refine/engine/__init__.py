@@ -1,0 +1,1 @@
+"""Rollout engines: the same interface (records.RolloutEngine), the same records."""

@@ -1,0 +1,148 @@
+"""The report's figures, from rows of metrics. Each function returns an <svg> element."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from megatron_refine.report.metrics import STAGES, Row
+from megatron_refine.report.summary import is_evaluation, is_refine
+from megatron_refine.report.svg import BLUE, GRAY, GREEN, INK, ORANGE, PURPLE, RED, draw
+
+Values = np.ndarray  # [n] float64, nan where there is no number
+
+_MAX_POINTS, _MAX_BARS = 1500, 90
+
+
+def losses(rows: Sequence[Row]) -> str:
+    """NTP loss in training and on held-out sequences; beside it the NSP loss of REFINE steps."""
+
+    def paint(axes: Sequence[Axes]) -> None:
+        ntp, nsp = axes
+        ntp.set(title="NTP loss, nats a token", xlabel="step")
+        _curve(ntp, [row for row in rows if "train/ntp_loss" in row], "train/ntp_loss", BLUE, "training")
+        held_out = [row for row in rows if is_evaluation(row)]
+        x, y = _column(held_out, "step"), _column(held_out, "eval/ntp_loss")
+        ntp.plot(x, y, "o-", color=ORANGE, ms=4, label="held-out")
+        nsp.set(title="NSP (policy) loss", xlabel="step")
+        _curve(nsp, [row for row in rows if is_refine(row)], "train/nsp_loss", PURPLE)
+        _mark_start(ntp, rows)
+        ntp.legend()
+
+    return draw("losses", paint, widths=(2, 1))
+
+
+def rewards(rows: Sequence[Row], sample: Sequence[float]) -> str:
+    """Mean reward and its spread over the REFINE steps; beside it the rewards of the last one."""
+
+    def paint(axes: Sequence[Axes]) -> None:
+        over_steps, histogram = axes
+        steps = [row for row in rows if is_refine(row)]
+        x, mean, spread = (_column(steps, key) for key in ("step", "rollout/reward_mean", "rollout/reward_std"))
+        over_steps.set(title="reward, mean and standard deviation", xlabel="step")
+        over_steps.fill_between(x, mean - spread, mean + spread, color=GREEN, alpha=0.18, lw=0)
+        _curve(over_steps, steps, "rollout/reward_mean", GREEN)
+        histogram.set(title="rewards, latest step", xlabel="reward", ylabel="rollouts")
+        if sample:
+            histogram.hist(sample, bins=min(20, max(5, len(sample) // 4)), color=GREEN, alpha=0.75)
+
+    return draw("rewards", paint, widths=(2, 1))
+
+
+def entropy(values: Sequence[float], positions: Sequence[int]) -> str:
+    """Entropy of predicting each token of a sequence; the tokens at which rollouts start are marked."""
+
+    def paint(axes: Sequence[Axes]) -> None:
+        nats = np.array(values, dtype=float)
+        width = -(-len(nats) // _MAX_POINTS)  # long sequences: one point a window of tokens
+        token = np.arange(len(nats)) + 1  # entropy[t] is that of predicting token t + 1
+        axes[0].set(title="entropy, nats", xlabel="token", xlim=(0, len(nats)), ylim=(0, np.nanmax(nats) * 1.08))
+        axes[0].plot(_windows(token, width), _windows(nats, width), color=BLUE, lw=0.8)
+        marked = [p for p in positions if 0 < p <= len(nats)]
+        axes[0].vlines(marked, 0, nats[[p - 1 for p in marked]], color=ORANGE, lw=1, alpha=0.8)
+        axes[0].plot(marked, nats[[p - 1 for p in marked]], "o", color=ORANGE, ms=5, label="a rollout starts here")
+        if marked:
+            axes[0].legend(loc="upper right")
+
+    return draw("entropy", paint)
+
+
+def stages(rows: Sequence[Row]) -> str:
+    """Seconds of each step by stage, stacked; windows of steps in a long run. Stages of under 1% are summed up."""
+
+    def paint(axes: Sequence[Axes]) -> None:
+        width = -(-len(rows) // _MAX_BARS)
+        whole = np.nan_to_num(_column(rows, "time/step"))
+        seconds = {stage: np.nan_to_num(_column(rows, f"time/{stage}")) for stage in STAGES}
+        shown = {stage: values for stage, values in seconds.items() if values.sum() > 0.01 * whole.sum()}
+        shown["other"] = np.maximum(whole - sum(shown.values()), 0)
+        x = _windows(_column(rows, "step"), width)
+        bottom = np.zeros(len(x))
+        for (stage, values), color in zip(shown.items(), _stage_colors(len(shown)), strict=True):
+            height = _windows(values, width)
+            axes[0].bar(x, height, 0.85 * width, bottom, color=color, label=stage)
+            bottom += height
+        axes[0].set(title="seconds a step", xlabel="step", xlim=(x[0] - width, x[-1] + width))
+        _mark_start(axes[0], rows)
+        axes[0].legend(loc="upper left", bbox_to_anchor=(1, 1))
+
+    return draw("stages", paint)
+
+
+def gaps(rows: Sequence[Row]) -> str:
+    """Difference between the engine's and the training kernels' log-probabilities of the rollouts, on a log scale."""
+
+    def paint(axes: Sequence[Axes]) -> None:
+        axes[0].set(title="log-prob gap, nats", xlabel="step", yscale="log")
+        for key, color, label in (("max", RED, "largest"), ("mean", GRAY, "mean")):
+            gap = np.maximum(_column(rows, f"rollout/logprob_gap_{key}"), 1e-9)  # a log scale has no place for 0
+            axes[0].plot(_column(rows, "step"), gap, marker=_marker(len(rows)), ms=4, color=color, label=label)
+        axes[0].legend()
+
+    return draw("gaps", paint)
+
+
+def _column(rows: Sequence[Row], key: str) -> Values:
+    return np.array([np.nan if row.get(key) is None else row[key] for row in rows], dtype=float)
+
+
+def _curve(axes: Axes, rows: Sequence[Row], key: str, color: str, label: str = "") -> None:
+    """A line; in a run of many steps a faint one, under its running mean over a thirtieth of them."""
+    x, y = _column(rows, "step"), _column(rows, key)
+    window = len(rows) // 30
+    if window < 3:
+        axes.plot(x, y, color=color, marker=_marker(len(rows)), ms=4, label=label)
+        return
+    axes.plot(x, y, color=color, lw=0.6, alpha=0.35)
+    finite = np.isfinite(y)
+    ones = np.ones(window)
+    total, count = (np.convolve(part, ones, "valid") for part in (np.where(finite, y, 0), finite))
+    axes.plot(x[window - 1 :], total / np.where(count > 0, count, np.nan), color=color, label=label)
+
+
+def _windows(values: Values, width: int) -> Values:
+    """Means of `width` consecutive values; the last window may be shorter."""
+    return np.array([values[a:b].mean() for a, b in pairwise([*range(0, len(values), width), len(values)])])
+
+
+def _mark_start(axes: Axes, rows: Sequence[Row]) -> None:
+    """A line where the first REFINE step follows steps of next-token prediction alone."""
+    start = next((index for index, row in enumerate(rows) if is_refine(row)), 0)
+    if start and rows[start - 1]["step"] > 0:
+        axes.axvline(rows[start]["step"] - 0.5, color=GRAY, lw=1, ls=(0, (4, 3)))
+        axes.annotate(
+            "REFINE", (rows[start]["step"], 1), (3, -4), xycoords=("data", "axes fraction"), textcoords="offset points",
+            va="top", color=GRAY,
+        )  # fmt: skip
+
+
+def _marker(count: int) -> str:
+    """Few points are marked, so that a single one is seen."""
+    return "o" if count <= 30 else ""
+
+
+def _stage_colors(count: int) -> list[str]:
+    """Distinct colours for the stages; gray for the last, "other"."""
+    palette = [BLUE, ORANGE, GREEN, PURPLE, RED, INK]
+    return [palette[index % len(palette)] for index in range(count - 1)] + [GRAY]

@@ -1,0 +1,75 @@
+"""metrics.jsonl: one JSON object a step."""
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+_NAMES = {
+    "train": "loss ntp_loss nsp_loss grad_norm lr clip_fraction ratio_mean optimizer_steps",
+    "rollout": "reward_mean reward_std entropy_mean zero_variance_groups "
+    "logprob_gap_mean logprob_gap_max weight_version",
+    "eval": "ntp_loss ntp_accuracy entropy reward_mean greedy_match",
+    "perf": "tokens_per_sec mfu peak_memory_bytes",
+    "time": "score select rollout rescore reward update sync checkpoint step",
+}
+KEYS = frozenset(f"{group}/{name}" for group, names in _NAMES.items() for name in names.split()) | {
+    "step",
+    "consumed_samples",
+    "attempt",
+}
+STAGES = tuple(name for name in _NAMES["time"].split() if name != "step")
+
+
+class MetricsLog:
+    """Appends rows to a file. Each leaves the process at once: when killed, it leaves at most a torn last line."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self.path.open("a", buffering=1)
+
+    def append(self, row: Mapping[str, float | int | None]) -> None:
+        """Write one step. Its keys are of KEYS, `step` among them; a number that is not finite is written as null."""
+        assert "step" in row and row.keys() <= KEYS, sorted(row.keys() - KEYS) or "no step"
+        finite = {key: value if value is not None and math.isfinite(value) else None for key, value in row.items()}
+        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
+
+    def truncate_after(self, step: int) -> None:
+        """Drop the rows after `step` and a torn last line: what a resumed run will write again. Atomic."""
+        self._file.close()
+        temporary = self.path.with_suffix(".tmp")
+        with temporary.open("w") as file:
+            file.writelines(json.dumps(row) + "\n" for row in _rows(self.path) if row["step"] <= step)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(self.path)
+        self._file = self.path.open("a", buffering=1)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read(path: str | Path) -> list[Row]:
+    """The rows of a metrics.jsonl, [] without one. A torn last line is left out.
+
+    Raises ValueError where another line is not a JSON object with a step.
+    """
+    return list(_rows(Path(path)))
+
+
+def _rows(path: Path) -> Iterator[Row]:
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            if line.endswith("\n"):  # a line without its end may be cut in the middle of a number
+                row["step"] + 0
+                yield row
+        except (ValueError, KeyError, TypeError):
+            if number < len(lines):
+                raise ValueError(f"{path}:{number}: not a row of metrics; remove this line") from None

@@ -1,0 +1,97 @@
+"""The lines a run writes on the screen, from rows of metrics. Pure functions."""
+
+import math
+from collections.abc import Sequence
+from statistics import median
+
+from megatron_refine.report.metrics import Row
+from megatron_refine.report.summary import StepTimes, is_refine
+
+COLUMNS = {  # heading -> key, format
+    "ntp loss": ("eval/ntp_loss", ".3f"),
+    "accuracy": ("eval/ntp_accuracy", ".1%"),
+    "entropy": ("eval/entropy", ".2f"),
+    "reward": ("eval/reward_mean", ".3f"),
+    "greedy match": ("eval/greedy_match", ".2f"),
+}
+_SHARES = ("score", "rollout", "update")
+
+
+def step_line(metrics: Row, total_steps: int) -> str:
+    """One training step; shares are of the step's seconds, the gap is the mean between engine and trainer in nats."""
+    losses = f"step {metrics['step']}/{total_steps} loss {number(metrics, 'train/loss', '.2f')}"
+    if not is_refine(metrics):
+        return f"{losses} | {_speed(metrics)} | {number(metrics, 'time/step', '.2f')}s"
+    reward = f"{number(metrics, 'rollout/reward_mean', '.2f')}±{number(metrics, 'rollout/reward_std', '.2f')}"
+    losses += f" ntp {number(metrics, 'train/ntp_loss', '.2f')} nsp {number(metrics, 'train/nsp_loss', '.3f')}"
+    gap = _short_power(metrics.get("rollout/logprob_gap_mean"))
+    return f"{losses} reward {reward} | {_speed(metrics)} | {_stages(metrics)} | gap {gap}"
+
+
+def eval_line(metrics: Row) -> str:
+    """One evaluation on held-out sequences; rewards and greedy matches only where rollouts were made."""
+    parts = [
+        f"eval step {metrics['step']}: ntp {number(metrics, 'eval/ntp_loss', '.2f')}",
+        f"accuracy {number(metrics, 'eval/ntp_accuracy', '.1%')}",
+        f"entropy {number(metrics, 'eval/entropy', '.2f')}",
+    ]
+    if "eval/reward_mean" in metrics:
+        parts.append(f"reward {number(metrics, 'eval/reward_mean', '.3f')}")
+    if "eval/greedy_match" in metrics:
+        parts.append(f"greedy_match {number(metrics, 'eval/greedy_match', '.2f')}")
+    return " ".join(parts)
+
+
+def comparison(evals: Sequence[tuple[str, Row]], times: StepTimes) -> str:
+    """The end of a run: a labelled row an evaluation, then the median seconds of either kind of step and their ratio."""
+    width = max((len(label) for label, _ in evals), default=0)
+    lines = [" " * width + "  step" + "".join(f"  {heading:>8}" for heading in COLUMNS)] if evals else []
+    for label, row in evals:
+        cells = (f"  {number(row, key, form):>{max(8, len(name))}}" for name, (key, form) in COLUMNS.items())
+        lines.append(f"{label:<{width}}{row['step']:>6}" + "".join(cells))
+    return "\n".join(lines + [median_line(times)])
+
+
+def median_line(times: StepTimes) -> str:
+    """The median seconds of either kind of step, and their ratio."""
+    parts = [
+        f"{kind} {median(seconds):.3g} s" for kind, seconds in (("NTP", times.ntp), ("REFINE", times.refine)) if seconds
+    ]
+    ratio = [] if times.ratio is None else [f"REFINE / NTP {times.ratio:.2f}"]
+    return "median step: " + (", ".join(parts + ratio) or "none was timed")
+
+
+def number(row: Row, key: str, form: str) -> str:
+    """A number of the row: - where it has none, nan for null, which stands for a number that was not finite."""
+    if key not in row:
+        return "-"
+    text = "nan" if row[key] is None else f"{row[key]:{form}}"
+    return text.removeprefix("-") if not text.strip("-0.%") else text  # a loss that rounds to zero has no sign
+
+
+def _speed(metrics: Row) -> str:
+    speed = f"{_amount(metrics.get('perf/tokens_per_sec'))} tok/s"
+    return speed if metrics.get("perf/mfu") is None else f"{speed} mfu {metrics['perf/mfu']:.0%}"
+
+
+def _stages(metrics: Row) -> str:
+    whole = metrics.get("time/step") or math.nan
+    shares = " ".join(f"{stage} {(metrics.get(f'time/{stage}') or 0.0) / whole:.0%}" for stage in _SHARES)
+    return f"{shares} sync {metrics.get('time/sync') or 0.0:.1f}s"
+
+
+def _amount(value: float | None) -> str:
+    if value is None:
+        return "nan"
+    for size, unit in ((1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.1f}{unit}"
+    return f"{value:.0f}"
+
+
+def _short_power(value: float | None) -> str:
+    """One digit and its power of ten: 1e-6."""
+    if value is None:
+        return "nan"
+    digit, power = f"{value:.0e}".split("e")
+    return f"{digit}e{int(power)}" if value else "0"

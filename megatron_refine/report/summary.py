@@ -1,0 +1,54 @@
+"""What the rows of a run come to. Pure functions."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from megatron_refine.report.metrics import Row
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """Seconds of each step, by kind."""
+
+    ntp: Sequence[float]
+    refine: Sequence[float]
+
+    @property
+    def ratio(self) -> float | None:
+        """Median REFINE step / median NTP step; None without steps of both kinds."""
+        return median(self.refine) / median(self.ntp) if self.ntp and self.refine else None
+
+
+def is_refine(row: Row) -> bool:
+    """Whether the row is of a REFINE step: these alone have rollouts."""
+    return any(key.startswith("rollout/") for key in row)
+
+
+def is_step(row: Row) -> bool:
+    """Whether the row is of a training step, not of an evaluation before the first one."""
+    return "train/loss" in row
+
+
+def is_evaluation(row: Row) -> bool:
+    """Whether the model was evaluated after the row's step."""
+    return "eval/ntp_loss" in row
+
+
+def step_times(rows: Sequence[Row]) -> StepTimes:
+    """The seconds of the training steps."""
+    timed = [row for row in rows if is_step(row) and row.get("time/step") is not None]
+    return StepTimes(
+        [row["time/step"] for row in timed if not is_refine(row)], [row["time/step"] for row in timed if is_refine(row)]
+    )
+
+
+def milestones(rows: Sequence[Row]) -> list[tuple[str, Row]]:
+    """The evaluations that frame the parts of a run, labelled: before, after NTP, after REFINE; as many as there are."""
+    evaluations = [row for row in rows if is_evaluation(row)]
+    start = next((row["step"] for row in rows if is_refine(row)), float("inf"))
+    before = [row for row in evaluations if row["step"] == 0]
+    after_ntp = [row for row in evaluations if 0 < row["step"] < start]
+    after_refine = [row for row in evaluations if row["step"] >= start]
+    parts = (("before", before), ("after NTP", after_ntp), ("after REFINE", after_refine))
+    return [(label, part[-1]) for label, part in parts if part]

@@ -1,0 +1,67 @@
+"""Matplotlib figures as inline SVG, in the page's colours and font.
+
+Colours are CSS variables of the page, so that one figure serves its light and its dark theme.
+"""
+
+import io
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+# Colours that occur nowhere else, each replaced by its CSS variable once the figure is text.
+INK, GRID, BLUE, ORANGE, GREEN, PURPLE, RED, GRAY = (f"#0000e{digit}" for digit in range(8))
+_VARIABLES = dict(
+    zip(
+        (INK, GRID, BLUE, ORANGE, GREEN, PURPLE, RED, GRAY),
+        ("ink", "grid", "blue", "orange", "green", "purple", "red", "gray"),
+        strict=True,
+    )
+)
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",  # text stays text: it takes the page's font and can be searched
+    "axes.edgecolor": GRID,
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "font.size": 9,
+    "legend.frameon": False,
+    "legend.labelcolor": INK,
+    "lines.linewidth": 1.5,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+}
+
+
+def draw(name: str, paint: Callable[[Sequence[Axes]], None], widths: Sequence[float] = (1,)) -> str:
+    """Axes side by side, painted, as an <svg> element. `name` makes its ids unique on the page."""
+    buffer = io.StringIO()
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
+        figure = Figure(figsize=(9.2, 2.9), layout="constrained")
+        axes = figure.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
+        paint(axes)
+        for each in axes:
+            each.grid(axis="x", visible=False)
+            each.spines["left"].set_visible(False)
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'(id="|url\(#|href="#)', rf"\1{name}-", svg)
+    svg = re.sub(r"'DejaVu Sans'[^;\"]*", "system-ui, sans-serif", svg)
+    for color, variable in _VARIABLES.items():
+        svg = svg.replace(color, f"var(--{variable})")
+    return svg

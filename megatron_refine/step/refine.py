@@ -1,0 +1,215 @@
+"""A training step: score, select, rollout, rescore, reward, update.
+
+Two-pass and fused differ in one thing: who keeps the graph. `explore` runs the first five stages. With `keep_graph` its own passes
+are what the update differentiates (fused); without it, the update makes a packed pass of its own (two-pass).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megatron_refine.config import Config
+from megatron_refine.records import Batch, Experience, Fork, RolloutEngine, RolloutRequest
+from megatron_refine.step import objective
+from megatron_refine.step.advantage import advantages, zero_variance_groups
+from megatron_refine.step.hooks import resolve
+from megatron_refine.step.metrics import rollout_metrics, rollout_sums
+from megatron_refine.step.reward import REWARDS
+from megatron_refine.step.select import select_positions, usable
+from megatron_refine.trainer import forward
+from megatron_refine.trainer.clock import Clock
+from megatron_refine.trainer.optimizer import Updater, UpdateResult
+from megatron_refine.trainer.parallel import Ranks, sum_over
+from megatron_refine.trainer.random import SELECTION, uniform
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What the loss is computed from. In the graph of the pass that made it."""
+
+    main_logprobs: Tensor  # [B, T-1]
+    branch_logprobs: Tensor | None = None  # [B, c, n, k]; None: next-token prediction only
+    experience: Experience | None = None
+
+
+@dataclass(frozen=True)
+class Explored:
+    """A micro-batch after its rollouts are scored; holds no graph."""
+
+    experience: Experience
+    rewards: Tensor  # [B, c, n]
+    entropy: Tensor  # [B, T]
+    correct: Tensor  # [B, T] bool: the true next token has the highest logit
+    truth: Tensor  # [B, c, k]
+    gap: Tensor  # [B, c, n, k], |engine's log-probability - ours|
+
+
+@dataclass(frozen=True)
+class Item:
+    """A micro-batch of an update."""
+
+    batch: Batch
+    experience: Experience | None
+    ntp_count: float  # real targets of the whole mini-batch, over all ranks
+    nsp_count: float  # rollout tokens of the whole mini-batch, over all ranks
+
+
+class RefineStep:
+    """Runs training steps on batches."""
+
+    def __init__(self, config: Config, model: nn.Module, engine: RolloutEngine, updater: Updater, ranks: Ranks):
+        self.config, self.model, self.engine, self.updater, self.ranks = config, model, engine, updater, ranks
+        self.reward = resolve("refine.reward", config.refine.reward, REWARDS)
+        self.clock = Clock()
+        self.weight_version = 0
+        self.last: tuple[Batch, Explored] | None = None  # for the report
+
+    def __call__(self, batch: Batch, step: int, refine: bool) -> dict[str, float]:
+        """One step on this rank's part of the batch (its part of each mini-batch in turn).
+
+        NTP-only steps make one optimizer step. Returns the train/, rollout/ and time/ metrics, means over all ranks.
+        """
+        size = self.config.train.micro_batch_size
+        micros = [batch.rows(slice(i, i + size)) for i in range(0, len(batch.tokens), size)]
+        explored: list[Explored] = []
+        if not refine:
+            results = [self._update(micros, [], self._main)]
+        elif self.config.fused:
+            results = [self._update(micros, [], lambda model, item: self._fused(item, step, explored), refine=True)]
+        else:
+            with torch.no_grad():
+                explored = [self.explore(micro, step, keep_graph=False)[0] for micro in micros]
+            count = self.config.mini_batch_size // (self.ranks.dp * size)
+            results = [
+                self._update(micros[i : i + count], explored[i : i + count], self._packed, refine=True)
+                for i in range(0, len(micros), count)
+            ]
+        self.updater.advance_schedule()
+        metrics = self._loss_metrics(results, refine)
+        if refine:
+            self.last = micros[0], explored[0]
+            metrics |= self.rollout_metrics(micros, explored)
+            self.weight_version += 1
+            with self.clock("sync"):
+                self.engine.sync(self.weight_version)
+        return metrics | self.clock.take()
+
+    def explore(self, batch: Batch, step: int, keep_graph: bool) -> tuple[Explored, Outputs]:
+        """Score, select, rollout, rescore and reward of a micro-batch."""
+        c = self.config.refine
+        with self.clock("score"), torch.set_grad_enabled(keep_graph):
+            main = forward.main_pass(self.model, batch.tokens)
+        with self.clock("select"), torch.set_grad_enabled(keep_graph):
+            positions = self._select(batch, main.scores.entropy, step)
+            sequences, starts = _flat(positions)
+            fork = Fork(main.states(sequences, starts), main.rows[starts - 1, sequences])
+        with self.clock("rollout"), torch.no_grad():
+            rollouts = self.engine.rollout(self._request(batch, positions, fork, step))
+        with self.clock("rescore"), torch.set_grad_enabled(keep_graph):
+            branch = forward.branch_pass(self.model, rollouts.tokens, fork.hidden, fork.states)
+        with self.clock("reward"), torch.no_grad():
+            truth, h_true = _continuations(batch.tokens, main.rows, positions, c.rollout_len)
+            rewards = self.reward(rollouts.tokens, truth, branch.rows.view(*rollouts.tokens.shape, -1), h_true)
+            old = branch.logprobs.detach()
+            enough = usable(batch.lengths, c.num_chunks, c.margin, c.rollout_len)
+            experience = Experience(positions, rollouts.tokens, old, advantages(rewards, c.advantage_eps), enough)
+        gap = (rollouts.logprobs - old).abs()
+        explored = Explored(experience, rewards, main.scores.entropy, main.scores.correct, truth, gap)
+        return explored, Outputs(main.scores.logprobs[:, :-1], branch.logprobs, experience)
+
+    def _select(self, batch: Batch, entropy: Tensor, step: int) -> Tensor:
+        c = self.config.refine
+        chunks = torch.arange(c.num_chunks, device=entropy.device)
+        u = uniform(self.config.run.seed, SELECTION, step, batch.sample_ids[:, None], chunks)
+        return select_positions(
+            entropy, batch.lengths, u,
+            selection=c.selection, rollout_len=c.rollout_len, margin=c.margin, temperature=c.temperature,
+        )  # fmt: skip
+
+    def _request(self, batch: Batch, positions: Tensor, fork: Fork, step: int) -> RolloutRequest:
+        c = self.config.refine
+        return RolloutRequest(
+            batch.tokens, positions, batch.sample_ids, c.num_rollouts, c.rollout_len, c.rollout_temperature,
+            self.config.run.seed, step, fork,
+        )  # fmt: skip
+
+    def _main(self, model: nn.Module, item: Item) -> Any:
+        output = forward.ntp_pass(model, item.batch.tokens)
+        return Outputs(output["logprobs"]) if isinstance(output, dict) else output
+
+    def _fused(self, item: Item, step: int, explored: list[Explored]) -> Outputs:
+        record, outputs = self.explore(item.batch, step, keep_graph=True)
+        explored.append(record)
+        return outputs
+
+    def _packed(self, model: nn.Module, item: Item) -> Any:
+        e = item.experience
+        assert e is not None
+        output = forward.packed_pass(model, item.batch.tokens, e.tokens, *_flat(e.positions))
+        return Outputs(*output, e) if isinstance(output, tuple) else output
+
+    def _update(
+        self, micros: list[Batch], explored: list[Explored], run: Callable[[Any, Item], Any], refine: bool = False
+    ) -> UpdateResult:
+        """One optimizer step on a mini-batch. Both losses are means over all of it, whatever each rank holds."""
+        c = self.config.refine
+        lengths = torch.cat([m.lengths for m in micros])
+        rollouts = usable(lengths, c.num_chunks, c.margin, c.rollout_len).sum() * self.config.branch_rows * refine
+        counts = sum_over(torch.stack([(lengths - 1).sum(), rollouts]).double(), self.ranks.dp_group)
+        ntp, nsp = counts.clamp(min=1).tolist()
+        records = [e.experience for e in explored] or [None] * len(micros)
+        items = [Item(micro, record, ntp, nsp) for micro, record in zip(micros, records, strict=True)]
+        rows = micros[0].tokens.shape[1] + (self.config.branch_rows if explored else 0)
+        with self.clock("update"):
+            return self.updater.update(items, run, self._loss, rows, 4)
+
+    def _loss(self, outputs: Outputs, item: Item) -> tuple[Tensor, Tensor]:
+        """This micro-batch's part of the global loss; of the global means of NTP loss, NSP loss, active clips and ratios."""
+        c = self.config.refine
+        ntp = objective.next_token_sums(outputs.main_logprobs, item.batch.lengths)[0] / item.ntp_count
+        e = outputs.experience
+        if e is None or outputs.branch_logprobs is None:
+            return ntp, torch.stack([ntp, ntp * 0, ntp * 0, ntp * 0])
+        terms = objective.policy_terms(
+            outputs.branch_logprobs, e.old_logprobs, e.advantages, c.clip_low, c.clip_high, c.dual_clip
+        )  # fmt: skip
+        weight = e.usable[:, None, None, None] / item.nsp_count
+        nsp, clipped, ratio = ((term * weight).sum() for term in (terms.loss, terms.clipped, terms.ratio))
+        return c.ntp_coef * ntp + c.nsp_coef * nsp, torch.stack([ntp, nsp, clipped, ratio])
+
+    def _loss_metrics(self, results: list[UpdateResult], refine: bool) -> dict[str, float]:
+        ntp, nsp, clipped, ratio = torch.stack([r.sums for r in results]).mean(0).tolist()
+        c = self.config.refine
+        metrics = {
+            "train/loss": c.ntp_coef * ntp + c.nsp_coef * nsp if refine else ntp,
+            "train/ntp_loss": ntp,
+            "train/grad_norm": sum(r.grad_norm for r in results) / len(results),
+            "train/lr": self.updater.lr,
+            "train/optimizer_steps": sum(not r.skipped for r in results),
+        }
+        return metrics | ({"train/nsp_loss": nsp, "train/clip_fraction": clipped, "train/ratio_mean": ratio} if refine else {})
+
+    def rollout_metrics(self, micros: list[Batch], explored: list[Explored]) -> dict[str, float]:
+        """The rollout/ metrics of explored micro-batches, over all data-parallel ranks."""
+        sums = [
+            rollout_sums(x.experience, x.rewards, x.entropy, m.lengths, zero_variance_groups(x.rewards), x.gap)
+            for m, x in zip(micros, explored, strict=True)
+        ]
+        largest = torch.stack([x.gap.max() for x in explored]).max()
+        return rollout_metrics(sums, largest, self.weight_version, self.ranks.dp_group)
+
+
+def _flat(positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions [B, c] -> the sequence [P] and the position [P] of each, sequence-major."""
+    sequences = torch.arange(len(positions), device=positions.device).repeat_interleave(positions.shape[1])
+    return sequences, positions.flatten()
+
+
+def _continuations(tokens: Tensor, rows: Tensor, positions: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """The true tokens p..p+k-1 and the hidden states after them: tokens [B, T], rows [T, B, h] -> [B, c, k], [B, c, k, h]."""
+    after = positions[..., None] + torch.arange(length, device=positions.device)
+    sequence = torch.arange(len(positions), device=positions.device)[:, None, None]
+    return tokens[sequence, after], rows[after, sequence]

@@ -1,0 +1,1 @@
+"""All that drives Megatron-Core: process groups, model, passes, optimizer, checkpoints."""

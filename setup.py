@@ -1,0 +1,39 @@
+"""Packaging. `models/` and `kernels/` belong to the package through two links in megatron_refine/."""
+
+from setuptools import find_packages, setup
+
+EXTRAS = {
+    # Transformer Engine brings the fused Adam. Apex is optional and built from source: the package of that name on the
+    # index is something else.
+    "gpu": ["transformer-engine[pytorch]", "flash-linear-attention"],
+    # Servers run in a Python environment of their own: SGLang pins its own PyTorch.
+    "sglang": ["sglang==0.5.23"],
+    "eval": ["lm-eval", "rouge-score", "rapidfuzz"],
+    "dev": ["pytest", "pytest-timeout", "ruff", "mypy", "types-PyYAML"],
+}
+
+setup(
+    name="megatron-refine",
+    version="0.1.0",
+    description="REFINE training of fast-weight language models on Megatron-Core",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["megatron_refine", "megatron_refine.*"]),
+    install_requires=[
+        "torch>=2.13,<2.14",
+        "megatron-core==0.16.1",
+        "datasets",
+        "einops",
+        "matplotlib",
+        "numpy",
+        "packaging",
+        "psutil",  # without it a Megatron checkpoint save hangs
+        "pydantic>=2",
+        "pyyaml",
+        "safetensors",
+        "tokenizers",
+        "tqdm",
+        "wandb",
+    ],
+    extras_require=EXTRAS,
+)
