@@ -1,10 +1,10 @@
 """Data: readers, tokenizer, rows, held-out documents, cache, order; and every bad input with the line it gives."""
 
-import importlib.util
 import io
 import json
 import os
 import random
+import runpy
 import shutil
 import subprocess
 import sys
@@ -58,15 +58,10 @@ def settings(tmp_path, tokenizer_path):
     folder = write(tmp_path / "corpus", DOCUMENTS)
 
     def make(vocab_size: int = VOCAB, paths: object = folder, tokenizer: object = tokenizer_path, **data) -> Config:
-        sizes = {"hidden_size": 8, "num_layers": 1, "intermediate_size": 8}
-        if "valid_paths" in data:
-            data["valid_paths"] = [str(data["valid_paths"])]
-        data = {"seq_length": 64, "cache_dir": str(tmp_path / "cache"), "valid_fraction": 0.2, **data}
-        tree = {
-            "model": {"family": "stub", "vocab_size": vocab_size, **sizes},
-            "data": {"paths": [str(paths)], "tokenizer": str(tokenizer), **data},
-            "refine": {"enabled": False},
-        }
+        model = {"family": "stub", "vocab_size": vocab_size, "hidden_size": 8, "num_layers": 1, "intermediate_size": 8}
+        base = {"seq_length": 64, "cache_dir": str(tmp_path / "cache"), "valid_fraction": 0.2}
+        data = {**base, "paths": [str(paths)], "tokenizer": str(tokenizer), **data}
+        tree = {"model": model, "data": data, "refine": {"enabled": False}}
         (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
         return load(tmp_path / "config.yaml", [], {"stub": Stub})
 
@@ -93,11 +88,9 @@ def parquet(**columns: object) -> bytes:
 
 
 # Rows
-
-
-def test_row_rules():
-    ids = np.arange(10, 31)  # 21 tokens
-    text = ids.tolist()
+def test_row_rules(settings):
+    text = list(range(10, 31))  # 21 tokens
+    ids = np.array(text)
 
     def rows(*rule):
         return [row.tolist() for row in RowRule(*rule).rows(ids)]
@@ -112,11 +105,8 @@ def test_row_rules():
     assert rows(32, 22, False, 1) == [[1, *text]]  # BOS counts
     assert rows(32, 23, False, 1) == []
     assert RowRule(8, 2, True, 1).rows(ids[:0]) == RowRule(8, 2, False, 1).rows(ids[:0]) == []
-
-
-def test_min_length_zero_is_seq_length(settings):
     lengths = [RowRule.of(settings(min_length=n).data, None).min_length for n in (0, 20, 1)]
-    assert lengths == [64, 20, 2]  # a row has a token to predict
+    assert lengths == [64, 20, 2]  # 0 is seq_length; a row has a token to predict
 
 
 @pytest.mark.parametrize("split", [False, True])
@@ -139,7 +129,7 @@ def test_prepared_rows_are_the_documents(settings, tokenizer_path, split, bos):
 def test_dropped_documents_are_counted(tmp_path, settings):
     long, short = DOCUMENTS[:6], ["a few words"] * 3
     train, valid = write(tmp_path / "a", long + short), write(tmp_path / "b", long[:2] + short[:1])
-    prepared = prepare(settings(paths=train, valid_paths=valid))
+    prepared = prepare(settings(paths=train, valid_paths=[str(valid)]))
     assert prepared.counts == {
         "train": {"documents": 9, "dropped": 3, "rows": 6, "tokens": 6 * 64},
         "valid": {"documents": 3, "dropped": 1, "rows": 2, "tokens": 2 * 64},
@@ -167,8 +157,6 @@ def test_batch_is_padded_right(settings):
 
 
 # Held-out documents
-
-
 def test_no_document_stands_on_both_sides(tmp_path, settings):
     twice = write(tmp_path / "twice", DOCUMENTS + DOCUMENTS)
     prepared = prepare(settings(paths=twice, split_documents=True, min_length=8))
@@ -177,27 +165,22 @@ def test_no_document_stands_on_both_sides(tmp_path, settings):
 
 
 @pytest.mark.parametrize("fraction", [1e-9, 1 - 1e-9])
-def test_each_side_has_a_document(settings, fraction):
+def test_each_side_has_a_document(tmp_path, settings, fraction):
     prepared = prepare(settings(tokenizer="", valid_fraction=fraction))
     assert (len(prepared.train), len(prepared.valid)) == ((39, 1) if fraction < 0.5 else (1, 39))
-
-
-def test_one_usable_document_is_not_enough(tmp_path, settings):
-    message = failure(settings(paths=write(tmp_path / "few", [DOCUMENTS[0], DOCUMENTS[0], "short"])))
-    assert "only one document has the 64 tokens" in message and "data.valid_paths" in message
+    alone = write(tmp_path / "alone", [DOCUMENTS[0], DOCUMENTS[0], "short"])
+    assert "only one document has the 64 tokens" in failure(settings(paths=alone))
 
 
 # Readers
-
-
 def test_formats_give_the_same_rows(tmp_path, settings):
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"id": 1, "body": text}) for text in DOCUMENTS))
     (tmp_path / "a.parquet").write_bytes(parquet(body=DOCUMENTS, id=range(40)))
-    names = ("corpus", "a.jsonl", "a.parquet")
-    prepared = [prepare(settings(paths=tmp_path / name, text_column="body")) for name in names]
+    paths = [tmp_path / name for name in ("corpus", "a.jsonl", "a.parquet")]
+    prepared = [prepare(settings(paths=path, text_column="body")) for path in paths]
     assert len(prepared[0].train) + len(prepared[0].valid) == 40
-    assert contents(prepared[0].train) == contents(prepared[1].train) == contents(prepared[2].train)
-    assert contents(prepared[0].valid) == contents(prepared[1].valid) == contents(prepared[2].valid)
+    texts, lines, table = ([contents(p.train), contents(p.valid)] for p in prepared)
+    assert texts == lines == table
     assert len({p.train.fingerprint for p in prepared}) == 3
 
 
@@ -221,16 +204,10 @@ def test_default_corpus_is_the_standard_library():
 
 
 # Tokenizer
-
-
 def test_trained_tokenizer_is_exact_and_deterministic(tmp_path, tokenizer_path):
-    program = (
-        "import sys; from pathlib import Path; from megatron_refine.data.tokenizer import train_tokenizer as t;"
-        f"t(Path(sys.argv[1]).read_text().split(chr(0)), {VOCAB}, Path(sys.argv[2]))"
-    )
-    (tmp_path / "texts").write_text("\0".join(DOCUMENTS))
     again = tmp_path / "again.json"
-    subprocess.run([sys.executable, "-c", program, str(tmp_path / "texts"), str(again)], check=True, timeout=60)
+    program = f"from tests.test_data import *; train_tokenizer(DOCUMENTS, VOCAB, Path({str(again)!r}))"
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60, cwd=Path(__file__).parents[1])
     assert again.read_bytes() == tokenizer_path.read_bytes()
     tokenizer = Tokenizer.from_file(str(again))
     assert set(tokenizer.get_vocab().values()) == set(range(VOCAB))
@@ -250,21 +227,13 @@ def test_decode_inverts_encode(tmp_path, tokenizer_path):
             assert 0 not in ids and 1 not in ids  # text never becomes a special token
 
 
-def test_tokenizer_is_trained_on_the_training_side(monkeypatch, settings):
-    seen: list[str] = []
-    monkeypatch.setattr(
-        prepare_module, "train_tokenizer", lambda texts, *args: (seen.extend(texts), train_tokenizer(seen, *args))
-    )
-    prepare(settings(tokenizer=""))
-    assert seen == [text for text in DOCUMENTS if share(text) >= threshold_of(0.2)] and len(seen) < 40
-
-
 # Cache
-
-
 def test_second_run_does_no_work(tmp_path, monkeypatch, settings):
     config = settings(tokenizer="")
     first = prepare(config)
+    seen = [text for text in DOCUMENTS if share(text) >= threshold_of(0.2)]
+    train_tokenizer(seen, VOCAB, tmp_path / "t.json")
+    assert first.tokenizer.read_bytes() == (tmp_path / "t.json").read_bytes() and len(seen) < 40
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")}
     for name in ("train_tokenizer", "pack", "encode_all"):
         monkeypatch.delattr(prepare_module, name)
@@ -300,11 +269,12 @@ def test_digests_of_large_files_are_remembered(tmp_path, monkeypatch):
 @pytest.mark.parametrize("damage", ["truncate", "flip", "remove"])
 def test_damaged_cache_is_named(settings, suffix, damage):
     path = next(path for path in prepare(settings()).train.files if path.suffix == suffix)
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 0x80
-    path.write_bytes(content[:-2] if damage == "truncate" else content)
-    if damage == "remove":
-        path.unlink()
+    content = path.read_bytes()
+    half = len(content) // 2
+    flipped = content[:half] + bytes([content[half] ^ 0x80]) + content[half + 1 :]
+    path.unlink()
+    if damage != "remove":
+        path.write_bytes(content[:-2] if damage == "truncate" else flipped)
     message = failure(settings())
     assert message.startswith(f"{path}: ") and f"delete the folder {path.parent}" in message
     assert ("bytes, its record says" in message) == (damage == "truncate" and suffix != ".json")
@@ -329,7 +299,6 @@ def test_two_processes_prepare_at_once(tmp_path, monkeypatch, settings):
 
 
 # Bad input
-
 BAD_FILES = [
     ("a.jsonl", b'{"text": "x"}\n\n{"text": oops}\n', ["broken jsonl", "line 3"]),
     ("a.jsonl", b'{"text": "x"}\n{"te', ["broken jsonl", "line 2"]),
@@ -362,8 +331,7 @@ def test_forbidden_file_is_named(tmp_path, monkeypatch, name):
     corpus = find_corpus([name], "text", "data.paths")
     user = os.geteuid()
     try:
-        if user == 0:
-            os.seteuid(65534)  # root may read anything
+        os.seteuid(user or 65534)  # root may read anything
         for read in (lambda: corpus.fingerprint(tmp_path), lambda: list(corpus.documents())):
             with pytest.raises(ConfigError, match=f"data.paths: {name}: cannot be read: .*[Pp]ermission"):
                 read()
@@ -378,17 +346,18 @@ def test_paths_without_documents_are_named(tmp_path, settings, key):
     (tmp_path / "short.txt").write_text("ab")
 
     def message(name: str) -> str:
-        return failure(settings(**{key: tmp_path / name}, add_bos=True))
+        path = tmp_path / name
+        return failure(settings(**{key: path if key == "paths" else [str(path)]}, add_bos=True))
 
-    assert f"data.{key}: {tmp_path}/missing: no such file or folder" in message("missing")
-    assert f"data.{key}: {tmp_path}/empty: the folder holds no files" in message("empty")
+    assert f"data.{key}: {tmp_path}/missing: no such" in message("missing")
+    assert f"data.{key}: {tmp_path}/empty: the folder holds no" in message("empty")
     assert f"data.{key}: no documents in 1 files" in message("blank.jsonl")
     assert f"data.{key}: no document is long enough: the longest has 3 tokens, a row needs 64" in message("short.txt")
     assert "lower data.min_length" in message("short.txt")
     assert "no documents in 1 files" in failure(settings(paths=tmp_path / "blank.jsonl", tokenizer=""))
 
 
-def test_bad_tokenizers_are_named(tmp_path, settings, tokenizer_path):
+def test_bad_tokenizers_and_cache_folders_are_named(tmp_path, settings, tokenizer_path):
     path = tmp_path / "t.json"
     assert f"data.tokenizer: {path}: no such file" in failure(settings(tokenizer=path))
     path.write_bytes(tokenizer_path.read_bytes()[:-20])
@@ -396,8 +365,9 @@ def test_bad_tokenizers_are_named(tmp_path, settings, tokenizer_path):
     message = failure(settings(vocab_size=VOCAB - 1))
     assert f"{tokenizer_path}: has token ids up to 299" in message and "set model.vocab_size=300 or more" in message
     Tokenizer(models.WordLevel({"[UNK]": 0}, unk_token="[UNK]")).save(str(path))
-    message = failure(settings(tokenizer=path, add_bos=True))
-    assert f"data.add_bos=true: {path} has none of the tokens <bos>, <s>" in message
+    assert f"data.add_bos=true: {path} has none of the tokens <bos>" in failure(settings(tokenizer=path, add_bos=True))
+    (tmp_path / "in_the_way").touch()
+    assert f"data.cache_dir={tmp_path}/in_the_way: " in failure(settings(cache_dir=f"{tmp_path}/in_the_way"))
 
 
 def test_vocabularies_that_cannot_be_trained_are_named(settings):
@@ -408,15 +378,7 @@ def test_vocabularies_that_cannot_be_trained_are_named(settings):
     assert len(prepare(settings(size, tokenizer="")).train)  # the remedy helps
 
 
-def test_cache_folder_that_cannot_be_written_is_named(tmp_path, settings):
-    (tmp_path / "cache").write_text("a file stands in the way")
-    with pytest.raises(ConfigError, match=f"data.cache_dir={tmp_path}/cache: "):
-        prepare(settings())
-
-
 # Order
-
-
 def test_each_epoch_is_a_permutation():
     stream = sample_rows(1, 0, 3 * 50, 50).reshape(3, 50)
     assert np.array_equal(np.sort(stream), np.tile(np.arange(50), (3, 1))) and stream.dtype == np.int64
@@ -432,26 +394,18 @@ def test_samples_do_not_depend_on_where_one_starts():
         assert np.array_equal(np.concatenate(pieces), whole)
     assert np.array_equal(sample_rows(7, 8, 4, 10), whole[8:12])  # across the edge of an epoch
     assert sample_rows(7, 8, 0, 10).shape == (0,)
-
-
-def test_set_smaller_than_a_batch():
-    rows = sample_rows(3, 0, 8, 3)
+    rows = sample_rows(3, 0, 8, 3)  # a set smaller than a batch
     assert sorted(rows[:3]) == sorted(rows[3:6]) == [0, 1, 2] and set(rows[6:]) < {0, 1, 2}
     assert sample_rows(3, 5, 4, 1).tolist() == [0, 0, 0, 0]
 
 
 # Command line
-
-
 def test_command_line_prints_the_counts(tmp_path, monkeypatch, capsys, settings, tokenizer_path):
-    path = Path(__file__).parents[1] / "tools" / "prepare_data.py"
-    spec = importlib.util.spec_from_file_location("prepare_data", path)
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
+    main = runpy.run_path(str(Path(__file__).parents[1] / "tools" / "prepare_data.py"))["main"]
     monkeypatch.setitem(sys.modules, "megatron_refine.models.family", type("family", (), {"FAMILIES": {"stub": Stub}}))
     settings()
-    assert tool.main(["--config", str(tmp_path / "config.yaml"), "data.min_length=40"]) == 0
+    assert main(["--config", str(tmp_path / "config.yaml"), "data.min_length=40"]) == 0
     shown = capsys.readouterr().out
     assert str(tokenizer_path) in shown and "train  documents" in shown and shown.count(".bin") == 2
-    assert tool.main(["--config", str(tmp_path / "config.yaml"), "data.paths=[/missing]"]) == 2
+    assert main(["--config", str(tmp_path / "config.yaml"), "data.paths=[/missing]"]) == 2
     assert "data.paths: /missing: no such file or folder" in capsys.readouterr().err

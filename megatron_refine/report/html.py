@@ -65,14 +65,14 @@ def _headline(rows: Sequence[Row]) -> str:
 def _comparison(rows: Sequence[Row]) -> str:
     framed = milestones(rows)
     if not framed:
-        return page.section("Comparison", page.text(f"No evaluation has been made; {median_line(step_times(rows))}."))
+        return page.section("Comparison", page.text(f"No evaluation has been made. {median_line(step_times(rows))}."))
     cells = [
         [escape(label), str(row["step"]), *(number(row, key, form) for key, form in COLUMNS.values())]
         for label, row in framed
     ]
     body = page.table(["held-out", "step", *COLUMNS], cells, numbers=range(1, 2 + len(COLUMNS)))
-    note = "Accuracy is of the most probable token; reward and greedy match compare rollouts with the true continuation."
-    return page.section("Comparison", body, f"{note} {median_line(step_times(rows)).capitalize()}.")
+    note = "Accuracy is of the most probable token; reward and greedy match compare rollouts with the true text."
+    return page.section("Comparison", body, f"{note} {median_line(step_times(rows))}.")
 
 
 def _losses(rows: Sequence[Row]) -> str:

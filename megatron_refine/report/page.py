@@ -36,9 +36,9 @@ _SPACES = {" ": "·", "\n": "↵\n", "\t": "→\t", "\r": "␍"}
 
 def document(title: str, body: Iterable[str]) -> str:
     """A whole page; `title` is plain text, `body` HTML."""
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
-    lines = ["<!doctype html>", f'<html lang="en"><head>{head}<style>{_CSS}</style></head>', "<body>", *body, "</body></html>"]
-    return "\n".join(lines) + "\n"
+    meta = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+    head = f'<html lang="en"><head>{meta}<title>{escape(title)}</title><style>{_CSS}</style></head>'
+    return "\n".join(["<!doctype html>", head, "<body>", *body, "</body></html>", ""])
 
 
 def section(title: str, body: str, note: str = "") -> str:

@@ -43,7 +43,7 @@ def eval_line(metrics: Row) -> str:
 
 
 def comparison(evals: Sequence[tuple[str, Row]], times: StepTimes) -> str:
-    """The end of a run: a labelled row an evaluation, then the median seconds of either kind of step and their ratio."""
+    """The end of a run: a labelled row an evaluation, then the median seconds of NTP and REFINE steps."""
     width = max((len(label) for label, _ in evals), default=0)
     lines = [" " * width + "  step" + "".join(f"  {heading:>8}" for heading in COLUMNS)] if evals else []
     for label, row in evals:
@@ -53,12 +53,11 @@ def comparison(evals: Sequence[tuple[str, Row]], times: StepTimes) -> str:
 
 
 def median_line(times: StepTimes) -> str:
-    """The median seconds of either kind of step, and their ratio."""
-    parts = [
-        f"{kind} {median(seconds):.3g} s" for kind, seconds in (("NTP", times.ntp), ("REFINE", times.refine)) if seconds
-    ]
-    ratio = [] if times.ratio is None else [f"REFINE / NTP {times.ratio:.2f}"]
-    return "median step: " + (", ".join(parts + ratio) or "none was timed")
+    """The median seconds of NTP and REFINE steps and their ratio: `NTP step 0.51 s, REFINE step 0.61 s, ratio 1.20`."""
+    kinds = (("NTP", times.ntp), ("REFINE", times.refine))
+    parts = [f"{kind} step {median(seconds):.3g} s" for kind, seconds in kinds if seconds]
+    ratio = [] if times.ratio is None else [f"ratio {times.ratio:.2f}"]
+    return ", ".join(parts + ratio) or "No step was timed"
 
 
 def number(row: Row, key: str, form: str) -> str:

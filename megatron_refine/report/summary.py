@@ -44,7 +44,7 @@ def step_times(rows: Sequence[Row]) -> StepTimes:
 
 
 def milestones(rows: Sequence[Row]) -> list[tuple[str, Row]]:
-    """The evaluations that frame the parts of a run, labelled: before, after NTP, after REFINE; as many as there are."""
+    """The evaluations that frame the parts of a run, labelled: before, after NTP, after REFINE; those there are."""
     evaluations = [row for row in rows if is_evaluation(row)]
     start = next((row["step"] for row in rows if is_refine(row)), float("inf"))
     before = [row for row in evaluations if row["step"] == 0]

@@ -1,0 +1,166 @@
+"""Checkpoints through Megatron's dist_checkpointing: weights, Adam, schedule, random streams and progress; reshardable.
+
+A failure on any rank is raised on all of them, so that none waits for another.
+"""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+from megatron_refine import platform
+from megatron_refine.config import Config
+from megatron_refine.trainer.manifest import (
+    TEMPORARY,
+    CheckpointError,
+    check_files,
+    complete_folders,
+    fingerprint,
+    payload,
+    read_manifest,
+    seal,
+    step_folder,
+)
+from megatron_refine.trainer.model import unwrap
+from megatron_refine.trainer.optimizer import Updater
+from megatron_refine.trainer.parallel import Ranks
+
+# the one format of the distributed optimizer that loads at any tp, pp and dp
+_OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands."""
+
+    step: int = 0  # batches done
+    consumed_samples: int = 0
+    weight_version: int = 0
+
+
+class Checkpoints:
+    """The checkpoints of a run, in `root`."""
+
+    def __init__(self, root: Path, config: Config, ranks: Ranks):
+        self.root, self.config, self.ranks = root, config, ranks
+
+    def latest(self) -> Path | None:
+        """The newest complete checkpoint."""
+        found = complete_folders(self.root)
+        return found[-1] if found else None
+
+    def save(self, progress: Progress, updater: Updater) -> Path:
+        """Write a checkpoint of all ranks; the previous ones stay until it is complete. Raises CheckpointError on all ranks."""
+        final = step_folder(self.root, progress.step)
+        folder = self.root / f"{TEMPORARY}{final.name}"
+        self._together("prepare", folder, lambda: self._clear(folder), only_main=True)
+        state = self._state(updater, loading=False) | {"progress": dict(vars(progress))}
+        self._together("save", folder, lambda: dist_checkpointing.save(state, str(folder)))
+        hashes = self._together("hash", folder, lambda: self._hashes(folder))
+        contents = {
+            "step": progress.step,
+            "model": self.config.model.model_dump(),
+            "layout": self._layout(),
+            "files": {name: value for part in self._gather(hashes) for name, value in part.items()},
+        }
+        self._together("complete", final, lambda: self._seal(folder, final, contents), only_main=True)
+        return final
+
+    def load(self, folder: Path, updater: Updater) -> Progress:
+        """Restore weights, optimizer, schedule and random streams, at any layout. Raises CheckpointError on all ranks."""
+        manifest = self._verify(folder)
+        same_layout = manifest["layout"] == self._layout()
+        state = self._state(updater, loading=True, rng=same_layout) | {"progress": None}
+        state = self._together("load", folder, lambda: dist_checkpointing.load(state, str(folder)))
+        unwrap(updater.model).load_state_dict(state["model"])
+        updater.optimizer.load_state_dict(state["optimizer"])
+        updater.scheduler.load_state_dict(state["scheduler"])
+        if same_layout:
+            platform.set_rng_state(state["rng"])
+        return Progress(**state["progress"])
+
+    def load_weights(self, folder: Path, updater: Updater) -> None:
+        """Start a new run from a checkpoint's weights, with a fresh optimizer."""
+        self._verify(folder)
+        model = unwrap(updater.model)
+        state = {"model": model.sharded_state_dict()}
+        state = self._together("load", folder, lambda: dist_checkpointing.load(state, str(folder)))
+        model.load_state_dict(state["model"])
+        updater.optimizer.reload_model_params()
+
+    def _state(self, updater: Updater, loading: bool, rng: bool = True) -> dict[str, Any]:
+        model = unwrap(updater.model).sharded_state_dict()
+        if loading:  # a torch Adam has no state to load into before its first step
+            for part in getattr(updater.optimizer, "chained_optimizers", [updater.optimizer]):
+                part._init_optimizer_states_with_dummy_values()
+        optimizer = updater.optimizer.sharded_state_dict(model, is_loading=loading, metadata=_OPTIMIZER_FORMAT)
+        state = {"model": model, "optimizer": optimizer, "scheduler": updater.scheduler.state_dict()}
+        if rng:
+            place = (self.ranks.world,), (self.ranks.rank,)
+            state["rng"] = ShardedObject("rng", platform.rng_state(), *place)
+        return state
+
+    def _hashes(self, folder: Path) -> dict[str, Any]:
+        """Of this rank's share of the files."""
+        return {name: fingerprint(folder / name) for name in payload(folder)[self.ranks.rank :: self.ranks.world]}
+
+    def _layout(self) -> list[int]:
+        return [self.ranks.tp, self.ranks.pp, self.ranks.dp]
+
+    def _clear(self, folder: Path) -> None:
+        self.root.mkdir(parents=True, exist_ok=True)
+        for stale in self.root.glob(f"{TEMPORARY}*"):
+            shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+        folder.mkdir()
+
+    def _seal(self, folder: Path, final: Path, contents: dict[str, Any]) -> None:
+        seal(folder, final, contents)
+        for old in complete_folders(self.root)[: -self.config.checkpoint.keep]:
+            shutil.rmtree(old)
+
+    def _verify(self, folder: Path) -> dict[str, Any]:
+        def check() -> dict[str, Any]:
+            manifest = read_manifest(folder)
+            check_files(folder, manifest["files"], self.ranks.rank, self.ranks.world)
+            mine, theirs = self.config.model.model_dump(), manifest["model"]
+            for key in sorted(mine.keys() | theirs.keys()):
+                if key != "init_std" and mine.get(key) != theirs.get(key):
+                    raise CheckpointError(
+                        f"{folder}: checkpoint of another model: model.{key} is {theirs.get(key)}, the configuration says {mine.get(key)}"
+                    )
+            return manifest
+
+        return self._together("verify", folder, check)
+
+    def _together(self, phase: str, where: Path, action: Callable[[], Any], only_main: bool = False) -> Any:
+        """Run `action` on every rank (or the main one). Its result here, or one CheckpointError on every rank."""
+        result, failure = None, None
+        if self.ranks.is_main or not only_main:
+            try:
+                result = action()
+            except CheckpointError as error:
+                failure = str(error)
+            except Exception as error:  # whatever a writer raises must reach the ranks that would wait for this one
+                failure = f"{where}: {phase} failed: {_root_cause(error)}; earlier checkpoints are intact"
+        for rank, message in enumerate(self._gather(failure)):
+            if message is not None:
+                raise CheckpointError(f"{message} (rank {rank})" if self.ranks.world > 1 else message)
+        return result
+
+    def _gather(self, value: Any) -> list[Any]:
+        """The value of every rank, in rank order."""
+        values = [None] * self.ranks.world
+        dist.all_gather_object(values, value)
+        return values
+
+
+def _root_cause(error: BaseException) -> str:
+    """The innermost message, on one line."""
+    while error.__cause__ or error.__context__:
+        error = error.__cause__ or error.__context__  # type: ignore[assignment]
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -1,0 +1,103 @@
+"""When a checkpoint folder counts: a manifest with the hash of every file, and a COMPLETE marker with the hash of the manifest.
+
+A folder is written under a temporary name and renamed when COMPLETE. One without the marker is never loaded and never in the way.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+MANIFEST, COMPLETE, LATEST = "manifest.json", "COMPLETE", "latest"
+TEMPORARY = ".incomplete-"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written or must not be read: which file, what is wrong, what to do."""
+
+
+def step_folder(root: Path, step: int) -> Path:
+    return root / f"step_{step:07d}"
+
+
+def complete_folders(root: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    return sorted(path.parent for path in root.glob(f"step_*/{COMPLETE}"))
+
+
+def payload(folder: Path) -> list[str]:
+    """The files that a manifest lists, sorted, relative to the folder."""
+    files = (p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    return sorted(name for name in files if name not in (MANIFEST, COMPLETE))
+
+
+def fingerprint(path: Path) -> dict[str, Any]:
+    """Size in bytes and sha256 of a file."""
+    with path.open("rb") as file:
+        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def seal(folder: Path, final: Path, contents: dict[str, Any]) -> None:
+    """Write the manifest and the marker, rename the folder to its final name, point `latest` to it."""
+    text = json.dumps(contents, indent=1, sort_keys=True)
+    write_durably(folder / MANIFEST, text)
+    write_durably(folder / COMPLETE, hashlib.sha256(text.encode()).hexdigest())
+    if final.exists():  # an older attempt at this step, about to be replaced by its equal
+        shutil.rmtree(final)
+    folder.rename(final)
+    temporary = final.parent / f"{TEMPORARY}{LATEST}"
+    write_durably(temporary, final.name)
+    temporary.rename(final.parent / LATEST)
+    _sync_directory(final.parent)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a complete checkpoint. Raises CheckpointError where there is none or it was altered."""
+    try:
+        text, marker = (folder / MANIFEST).read_text(), (folder / COMPLETE).read_text()
+    except OSError as error:
+        raise CheckpointError(f"{folder}: not a complete checkpoint: {error.strerror}: {error.filename}") from None
+    except UnicodeDecodeError:
+        raise CheckpointError(f"{folder / MANIFEST}: damaged: not text; {_remedy(folder)}") from None
+    if hashlib.sha256(text.encode()).hexdigest() != marker.strip():
+        raise CheckpointError(f"{folder / MANIFEST}: damaged: does not match {COMPLETE}; {_remedy(folder)}")
+    contents: dict[str, Any] = json.loads(text)
+    return contents
+
+
+def check_files(folder: Path, expected: dict[str, dict[str, Any]], share: int = 0, shares: int = 1) -> None:
+    """Compare every `shares`-th file with the manifest. Raises CheckpointError naming the first that differs."""
+    present = set(payload(folder))
+    for name in sorted(present - expected.keys())[:1]:
+        raise CheckpointError(f"{folder / name}: not in the manifest; {_remedy(folder)}")
+    for name in sorted(expected)[share::shares]:
+        if name not in present:
+            raise CheckpointError(f"{folder / name}: missing; {_remedy(folder)}")
+        found = fingerprint(folder / name)
+        if found["size"] != expected[name]["size"]:
+            wanted = expected[name]["size"]
+            raise CheckpointError(f"{folder / name}: truncated: {found['size']} bytes of {wanted}; {_remedy(folder)}")
+        if found["sha256"] != expected[name]["sha256"]:
+            raise CheckpointError(f"{folder / name}: damaged: sha256 differs; {_remedy(folder)}")
+
+
+def write_durably(path: Path, text: str) -> None:
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_directory(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _remedy(folder: Path) -> str:
+    others = [p.name for p in complete_folders(folder.parent) if p != folder]
+    return f"delete {folder} to go back to {others[-1]}" if others else f"delete {folder} to start anew"

@@ -1,0 +1,167 @@
+"""The estimate of parameters, memory and work, and the DeltaNet configuration it starts from."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from megatron_refine.config import (
+    Config,
+    ConfigError,
+    Data,
+    ModelConfig,
+    Parallel,
+    Refine,
+    Train,
+    Update,
+    load,
+)
+from megatron_refine.estimate import estimate, render, step_flops
+from megatron_refine.estimate.memory import rank_memory
+from megatron_refine.kernels.delta_rule.chunk import chunk_delta_rule
+from megatron_refine.models import family
+from megatron_refine.models.delta_net import flops
+from megatron_refine.models.delta_net.config import DeltaNetConfig
+
+SMALL = DeltaNetConfig(
+    family="delta_net", vocab_size=1024, hidden_size=256, num_layers=4, intermediate_size=688, num_heads=4
+)
+WEIGHTS = ("in_proj", "out_proj", "mlp")
+LARGE = DeltaNetConfig(
+    family="delta_net", vocab_size=32000, hidden_size=2048, num_layers=24, intermediate_size=5632, num_heads=16
+)
+
+
+def small(mode: str, rollouts: int = 1) -> Config:
+    return Config(
+        model=SMALL,
+        data=Data(seq_length=4096),
+        train=Train(global_batch_size=2, precision="fp32"),
+        refine=Refine(num_rollouts=rollouts),
+        update=Update.model_validate({"mode": mode}),
+    )
+
+
+@pytest.mark.parametrize(
+    ("mode", "rollouts", "measured"), [("fused", 1, 1.014), ("fused", 8, 1.086), ("two_pass", 1, 1.344)]
+)
+def test_step_flops_equal_measured_ratios(mode: str, rollouts: int, measured: float) -> None:
+    assert step_flops(small(mode, rollouts)).ratio == pytest.approx(measured, rel=0.02)
+
+
+def test_step_flops_scale_with_the_batch_and_match_6n_per_token() -> None:
+    work, config = step_flops(small("fused")), small("fused")
+    weights, tokens = flops.parameters(SMALL) - 1024 * 256, 2 * 4096  # the embedding is looked up
+    rule = sum(count for name, count in flops.layer_flops(SMALL, 4096).items() if name not in WEIGHTS)
+    assert work.ntp == pytest.approx(tokens * (6 * weights + 3 * 4 * rule), rel=0.01)
+    double = config.model_copy(update={"train": Train(global_batch_size=4)})
+    assert step_flops(double).ntp == 2 * work.ntp
+    ntp_only = config.model_copy(update={"refine": Refine(enabled=False)})
+    assert step_flops(ntp_only).refine == step_flops(ntp_only).ntp == work.ntp
+
+
+def test_delta_rule_flops_equal_those_torch_counts() -> None:
+    heads, length, k, v = 4, 256, SMALL.head_dim_k, SMALL.head_dim_v
+    q, keys, values = (torch.randn(1, length, heads, width) for width in (k, k, v))
+    with FlopCounterMode(display=False) as counter:
+        chunk_delta_rule(q, keys, values, torch.rand(1, length, heads))
+    matmuls = flops.layer_flops(SMALL, length)
+    rule = sum(matmuls[name] for name in ("k k^T", "q k^T", "W S", "q S", "(q k^T) u", "k^T u"))
+    assert counter.get_total_flops() == length * rule
+    assert matmuls["solve"] > 0  # no counter sees it
+
+
+def test_saved_bytes_cover_what_autograd_keeps_of_the_delta_rule() -> None:
+    heads, length, k, v = 4, 256, SMALL.head_dim_k, SMALL.head_dim_v
+    inputs = [torch.randn(1, length, heads, width, requires_grad=True) for width in (k, k, v)]
+    storages: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = chunk_delta_rule(*inputs, torch.rand(1, length, heads, requires_grad=True))
+    assert output[0].requires_grad
+    around = 3 * heads * (2 * k + v) + heads * 2 * (k + v) + 4 * SMALL.intermediate_size
+    rule = flops.saved_bytes(SMALL, itemsize=4).heads - 4 * around
+    assert sum(storages.values()) / length == pytest.approx(rule, rel=0.2)
+
+
+def test_parameters_of_delta_net_1_3b() -> None:
+    hidden, layers, heads, ffn = 2048, 24, 16, 5632
+    mixer = 4 * hidden * hidden + heads * hidden + 3 * hidden * 4 + 128  # q, k, v, o; beta; three convolutions; o_norm
+    layer = mixer + 3 * hidden * ffn + 2 * hidden
+    assert flops.parameters(LARGE) == 2 * 32000 * hidden + hidden + layers * layer == 1_365_677_056
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_rank_parameters_add_up(tied: bool) -> None:
+    model = LARGE.model_copy(update={"tie_embeddings": tied, "vocab_size": 31990})
+    whole = flops.parameters(model)
+    table, norms = 32000 * 2048, 24 * (2 * 2048 + 128) + 2048
+    assert whole == flops.parameters(LARGE) - tied * table
+    assert 4 * flops.rank_parameters(model, tp=4, pp=1, stage=0) == whole + 3 * norms
+    stages = [flops.rank_parameters(model, tp=1, pp=3, stage=stage) for stage in range(3)]
+    assert sum(stages) == whole + tied * table  # the last stage has its own copy of a tied embedding
+    assert stages[0] - stages[1] == table and stages[2] - stages[1] == table + 2048
+
+
+def test_memory_follows_precision_and_layout() -> None:
+    config = Config(model=LARGE, parallel=Parallel(tp=2, sp=True))
+    ours = estimate(config, world_size=8)
+    count = flops.rank_parameters(LARGE, tp=2, pp=1, stage=0)
+    assert (ours.dp, ours.parameters) == (4, 1_365_677_056)
+    assert (ours.memory.weights, ours.memory.gradients, ours.memory.optimizer) == (2 * count, 4 * count, 3 * count)
+    state = 16 * 128 * 128 * 4 + 3 * 3 * 2048 * 2  # S in fp32, the tail of the convolution in bf16
+    assert ours.memory.states == 8 * (1 + 1) * 24 * state // 2
+    fp32 = rank_memory(config.model_copy(update={"train": Train(precision="fp32")}), dp=4, stage=0)
+    assert (fp32.weights, fp32.gradients, fp32.optimizer) == (4 * count, 4 * count, 2 * count)
+    single = rank_memory(config.model_copy(update={"parallel": Parallel()}), dp=4, stage=0)
+    assert single.activations == pytest.approx(2 * ours.memory.activations, rel=1e-6)
+    recomputed = rank_memory(config.model_copy(update={"train": Train(recompute="full")}), dp=4, stage=0)
+    assert 0 < recomputed.activations < ours.memory.activations / 10
+
+
+def test_first_pipeline_stage_holds_most_activations() -> None:
+    config = Config(model=LARGE, parallel=Parallel(pp=4), refine=Refine(enabled=False))
+    held = [rank_memory(config, dp=1, stage=stage) for stage in range(4)]
+    assert held[0].activations > held[1].activations > held[2].activations > held[3].activations
+    assert [memory.head > 0 for memory in held] == [False, False, False, True]
+    assert estimate(config, world_size=4).memory == held[0]
+
+
+def test_render_names_layout_memory_and_work() -> None:
+    text = render(estimate(small("two_pass"), world_size=1))
+    assert text.startswith("delta_net, 3.705 M parameters, on 1 rank: tp 1, pp 1, dp 1\n")
+    for line in ("weights, fp32 ", "activations, 1 x 4096 tokens + 1 x 40 ", "total ", "REFINE step, two-pass "):
+        assert f"\n  {line}" in text
+    assert "1.35" in text.splitlines()[-1]
+    assert "REFINE" not in render(estimate(small("fused").model_copy(update={"refine": Refine(enabled=False)}), 1))
+
+
+def test_estimate_refuses_a_world_that_does_not_fit() -> None:
+    with pytest.raises(ConfigError, match="no multiple of"):
+        estimate(Config(model=LARGE, parallel=Parallel(tp=2)), world_size=3)
+
+
+def test_estimate_imports_neither_torch_nor_megatron() -> None:
+    code = "import sys, megatron_refine.estimate; from megatron_refine.models import family; family.flops('delta_net');"
+    code += "sys.exit('torch' in sys.modules or 'megatron' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_head_widths_are_whole_numbers(tmp_path: Path) -> None:
+    model = DeltaNetConfig.model_validate(SMALL.model_dump() | {"expand_v": 2.0})
+    assert (model.head_dim_k, model.head_dim_v, model.tp_limit()) == (64, 128, 4)
+    path = tmp_path / "config.yaml"
+    sizes = "vocab_size: 512, hidden_size: 256, num_layers: 2, intermediate_size: 512, num_heads: 3"
+    path.write_text(f"model: {{family: delta_net, {sizes}}}")
+    with pytest.raises(ConfigError, match=r"model\.expand_k=1\.0: .*256\*1/3 = 85\.33 is the width of a head"):
+        load(path, [], family.FAMILIES)
+    assert load(path, ["model.num_heads=8"], family.FAMILIES).model.tp_limit() == 8
+    assert issubclass(family.FAMILIES["delta_net"], ModelConfig)
