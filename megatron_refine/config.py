@@ -4,12 +4,14 @@ Nothing here imports torch, so `--help`, `--dry-run` and every configuration err
 """
 
 import difflib
+import functools
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 
 class ConfigError(ValueError):
@@ -17,7 +19,7 @@ class ConfigError(ValueError):
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class Run(Section):
@@ -38,6 +40,11 @@ class ModelConfig(Section):
     norm_eps: float = Field(1e-6, gt=0)
     init_std: float = Field(0.02, gt=0, description="standard deviation of the initial weights")
     tie_embeddings: bool = Field(False, description="share the embedding with the output layer")
+
+    @property
+    def padded_vocab(self) -> int:
+        """Rows of the embedding: a multiple of 128 whatever tp is, since a padding that depends on tp breaks resharding."""
+        return -(-self.vocab_size // 128) * 128
 
     def tp_limit(self) -> int:
         """Number of heads that tensor parallelism shards: tp must divide it."""
@@ -190,10 +197,12 @@ def load(path: str | Path, overrides: list[str], families: dict[str, type[ModelC
     model = tree.get("model")
     if not isinstance(model, dict) or "family" not in model:
         raise ConfigError(f"{path}: model.family: missing; choose one of {', '.join(sorted(families))}")
-    schema = families.get(model["family"])
+    schema = families.get(str(model["family"]))
     if schema is None:
-        raise ConfigError(f"{path}: model.family={model['family']}: unknown; choose one of {', '.join(sorted(families))}")
-    full = type("Config", (Config,), {"__annotations__": {"model": schema}})
+        raise ConfigError(
+            f"{path}: model.family={model['family']}: unknown; choose one of {', '.join(sorted(families))}"
+        )
+    full = _with_model(schema)
     try:
         config = full.model_validate(tree)
     except ValidationError as error:
@@ -202,10 +211,16 @@ def load(path: str | Path, overrides: list[str], families: dict[str, type[ModelC
     return config
 
 
+@functools.cache
+def _with_model(schema: type[ModelConfig]) -> type[Config]:
+    """Config with the family's own model section."""
+    return create_model("Config", __base__=Config, model=(schema, ...))
+
+
 def check_world_size(config: Config, world_size: int) -> int:
     """The data parallel size of `world_size` ranks. Raises ConfigError where they do not fit the layout."""
     p = config.parallel
-    if world_size % p.model_size:
+    if world_size < 1 or world_size % p.model_size:
         raise ConfigError(
             f"world size {world_size} is no multiple of tp*cp*pp = {p.tp}*{p.cp}*{p.pp} = {p.model_size}: "
             f"start a multiple of {p.model_size} processes or change parallel.*"
@@ -213,15 +228,22 @@ def check_world_size(config: Config, world_size: int) -> int:
     dp = world_size // p.model_size
     sequences = config.mini_batch_size
     if sequences % (dp * config.train.micro_batch_size):
+        key = "update.mini_batch_size" if config.update.mini_batch_size else "train.global_batch_size"
         raise ConfigError(
-            f"{'update.mini_batch_size' if config.update.mini_batch_size else 'train.global_batch_size'}={sequences} is no "
-            f"multiple of dp*train.micro_batch_size = {dp}*{config.train.micro_batch_size}"
+            f"{key}={sequences} is no multiple of dp*train.micro_batch_size = {dp}*{config.train.micro_batch_size}"
         )
     return dp
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML with floats as in YAML 1.2: `1e-3` is a number."""
+    """YAML with floats as in YAML 1.2 (`1e-3` is a number), where a repeated key is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(
@@ -237,8 +259,8 @@ def _read(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: must hold sections (model:, data:, ...), holds {type(tree).__name__}")
-    return tree
+        raise ConfigError(f"{path}: must hold sections (model:, data:, ...)" + (", is empty" if tree is None else ""))
+    return {key: value for key, value in tree.items() if value is not None}  # `train:` alone means the defaults
 
 
 def _override(tree: dict[str, Any], text: str) -> None:
@@ -259,12 +281,15 @@ def _override(tree: dict[str, Any], text: str) -> None:
 def _explain(error: Any, path: str, schema: type[BaseModel]) -> str:
     key = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        names = _keys(schema)
-        close = difflib.get_close_matches(key, names, 1) or [n for n in names if n.split(".")[-1] == key.split(".")[-1]]
+        names = [*schema.model_fields, *_keys(schema)]
+        same = [name for name in names if name.split(".")[-1] == key.split(".")[-1]]
+        close = same or difflib.get_close_matches(key, names, 1)
         return f"{path}: {key}: unknown key" + (f"; did you mean {close[0]}?" if close else "")
     if error["type"] == "missing":
         return f"{path}: {key}: missing; set it in the file or with {key}=..."
-    return f"{path}: {key}={error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+    message = error["msg"].removeprefix("Value error, ")
+    hint = f"; write {key}=[{error['input']}]" if error["type"] == "list_type" else ""
+    return f"{path}: {key}={error['input']!r}: {message[0].lower()}{message[1:]}{hint}"
 
 
 def _keys(schema: type[BaseModel], prefix: str = "") -> list[str]:
@@ -280,27 +305,69 @@ def _keys(schema: type[BaseModel], prefix: str = "") -> list[str]:
 
 def _cross_check(c: Config) -> None:
     """Contradictions between keys."""
-    tp, heads = c.parallel.tp, c.model.tp_limit()
-    problems = [
-        (heads % (tp * c.parallel.cp) != 0, f"parallel.tp={tp}: tp*cp must divide the {heads} heads of model.family="
-         f"{c.model.family}: {', '.join(str(n) for n in range(1, heads + 1) if heads % n == 0)}"),
-        (c.model.intermediate_size % tp != 0, f"parallel.tp={tp}: must divide model.intermediate_size={c.model.intermediate_size}"),
-        (c.model.num_layers % c.parallel.pp != 0, f"parallel.pp={c.parallel.pp}: must divide model.num_layers={c.model.num_layers}"),
-        (c.parallel.sp and tp == 1, "parallel.sp=true: sequence parallel needs parallel.tp > 1"),
-        (c.parallel.cp > 1, f"parallel.cp={c.parallel.cp}: context parallelism is not available in this version; set parallel.cp=1"),
-        (c.refine.enabled and c.parallel.pp > 1, f"parallel.pp={c.parallel.pp}: REFINE steps need parallel.pp=1 in this version "
-         "(rollouts do not cross pipeline stages yet); set refine.enabled=false for NTP only"),
-        (c.train.global_batch_size % c.mini_batch_size != 0, f"update.mini_batch_size={c.update.mini_batch_size}: must divide "
-         f"train.global_batch_size={c.train.global_batch_size}"),
-        (c.update.mode == "fused" and c.mini_batch_size != c.train.global_batch_size, "update.mode=fused: the kept graphs serve one "
-         "optimizer step a batch; set update.mini_batch_size=0 or update.mode=two_pass"),
-        (c.refine.enabled and c.data.seq_length < c.shortest_refine_row, f"data.seq_length={c.data.seq_length}: too short for refine.num_chunks="
-         f"{c.refine.num_chunks} positions with refine.margin={c.refine.margin}; at least {c.shortest_refine_row}"),
-        (c.data.min_length > c.data.seq_length, f"data.min_length={c.data.min_length}: exceeds data.seq_length={c.data.seq_length}"),
-        (c.refine.enabled and c.refine.start_step > c.train.steps, f"refine.start_step={c.refine.start_step}: exceeds train.steps={c.train.steps}; "
-         "set refine.enabled=false for NTP only"),
-        (c.optimizer.min_lr > c.optimizer.lr, f"optimizer.min_lr={c.optimizer.min_lr}: exceeds optimizer.lr={c.optimizer.lr}"),
-    ]
-    found = [message for wrong, message in problems if wrong]
+    found = [message for wrong, message in (*_layout_problems(c), *_training_problems(c)) if wrong]
     if found:
         raise ConfigError("\n".join(found))
+
+
+def _layout_problems(c: Config) -> Iterator[tuple[bool, str]]:
+    p, heads = c.parallel, c.model.tp_limit()
+    allowed = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+    yield heads % p.tp != 0, f"parallel.tp={p.tp}: must divide the {heads} heads of the model; choose one of {allowed}"
+    width = c.model.intermediate_size
+    yield width % p.tp != 0, f"parallel.tp={p.tp}: must divide model.intermediate_size={width}; change either"
+    vocab = c.model.padded_vocab
+    yield vocab % p.tp != 0, f"parallel.tp={p.tp}: must divide the vocabulary, padded to {vocab}; change either"
+    layers = c.model.num_layers
+    yield layers % p.pp != 0, f"parallel.pp={p.pp}: must divide model.num_layers={layers}; change either"
+    yield p.sp and p.tp == 1, "parallel.sp=true: sequence parallelism needs parallel.tp > 1; set parallel.sp=false"
+    yield p.cp > 1, f"parallel.cp={p.cp}: context parallelism is not available in this version; set parallel.cp=1"
+    rollouts = c.refine.enabled or c.eval.sequences > 0
+    yield (
+        p.pp > 1 and rollouts,
+        (
+            f"parallel.pp={p.pp}: rollouts and evaluations do not cross pipeline stages in this version; "
+            "set parallel.pp=1, or refine.enabled=false and eval.sequences=0"
+        ),
+    )
+    yield (
+        p.pp > 1 and c.update.mode == "fused",
+        (
+            f"update.mode=fused: parallel.pp={p.pp} interleaves the passes of micro-batches, kept graphs need them in "
+            "turn; set update.mode=two_pass"
+        ),
+    )
+
+
+def _training_problems(c: Config) -> Iterator[tuple[bool, str]]:
+    batch, mini = c.train.global_batch_size, c.mini_batch_size
+    yield (
+        batch % mini != 0,
+        f"update.mini_batch_size={mini}: must divide train.global_batch_size={batch}; change either",
+    )
+    yield (
+        c.update.mode == "fused" and mini != batch,
+        (
+            "update.mode=fused: the kept graphs serve one optimizer step a batch; set update.mini_batch_size=0 or "
+            "update.mode=two_pass"
+        ),
+    )
+    length, needed = c.data.seq_length, c.shortest_refine_row
+    yield (
+        c.refine.enabled and length < needed,
+        (
+            f"data.seq_length={length}: too short for refine.num_chunks={c.refine.num_chunks} positions with "
+            f"refine.margin={c.refine.margin}; set at least {needed}"
+        ),
+    )
+    yield (
+        c.data.min_length > length,
+        (f"data.min_length={c.data.min_length}: exceeds data.seq_length={length}; 0 means data.seq_length"),
+    )
+    start, steps = c.refine.start_step, c.train.steps
+    yield (
+        c.refine.enabled and start > steps,
+        (f"refine.start_step={start}: exceeds train.steps={steps}; set refine.enabled=false for NTP only"),
+    )
+    low, high = c.optimizer.min_lr, c.optimizer.lr
+    yield low > high, f"optimizer.min_lr={low}: exceeds optimizer.lr={high}; lower it"

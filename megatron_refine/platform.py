@@ -1,8 +1,8 @@
 """CUDA with NCCL, or CPU with gloo: the only file that knows that Megatron-Core expects a GPU.
 
-`install()` must run before anything of megatron.core is imported. With a GPU it only repairs a defect of the distributed
-optimizer. Without one it also points Megatron-Core's device literals, RNG tracker and type names at the CPU; nothing in
-Megatron itself is copied or edited.
+`install()` must run before anything of megatron.core is imported. With a GPU it only repairs a defect of the
+distributed optimizer. Without one it also points Megatron-Core's device literals, RNG tracker and type names at the
+CPU; nothing in Megatron itself is copied or edited.
 """
 
 import contextlib
@@ -19,7 +19,13 @@ import torch
 import torch.distributed as dist
 
 CPU = torch.device("cpu")
-GPU_PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L40": 181e12}  # dense bf16, data sheets
+GPU_PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+}  # dense bf16, data sheets
 _installed = False
 
 
@@ -37,8 +43,11 @@ def install() -> None:
     if _installed:
         return
     _installed = True
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex|apex|transformer_engine).*")
+    for package in (
+        r"torch\.distributed",
+        r"megatron\.core",
+    ):  # what they deprecate and what they miss is no news to users
+        warnings.filterwarnings("ignore", module=package)
     if has_gpu():
         torch.cuda.set_device(local_rank())
     else:
@@ -131,10 +140,10 @@ def set_rng_state(state: dict[str, Any]) -> None:
 def _patch_torch() -> None:
     """Answer Megatron's device literals with the CPU."""
     torch.cuda.current_device = lambda: CPU  # type: ignore[assignment,return-value]
-    torch.cuda.synchronize = lambda *args, **kwargs: None  # type: ignore[assignment]
-    torch.cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(seed)  # type: ignore[assignment,return-value]
-    torch.cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()  # type: ignore[assignment]
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign,assignment]
+    torch.cuda.synchronize = lambda *args, **kwargs: None
+    torch.cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(seed)  # type: ignore[assignment]
+    torch.cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
     for name in ("tensor", "zeros", "ones", "empty", "full", "arange", "empty_like", "zeros_like"):
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     real_type = torch.Tensor.type
@@ -145,7 +154,7 @@ def _patch_torch() -> None:
             return real_type(self, dtype, *args, **kwargs)
         return real_type(self).replace("torch.", "torch.cuda.", 1)
 
-    torch.Tensor.type = type_name  # type: ignore[method-assign]
+    torch.Tensor.type = type_name  # type: ignore[method-assign,assignment]
 
 
 def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -171,6 +180,8 @@ def _patch_megatron_rng() -> None:
     import megatron.core.tensor_parallel.random as random
 
     class CpuRNGStatesTracker(random.CudaRNGStatesTracker):
+        _current_state_name: str
+
         @contextlib.contextmanager
         def fork(self, name: str = random._MODEL_PARALLEL_RNG_TRACKER_NAME) -> Iterator[None]:
             if name not in self.states_:
@@ -195,8 +206,8 @@ def _patch_megatron_rng() -> None:
 def _repair_distributed_optimizer() -> None:
     """Give each parameter its own Adam step when a checkpoint is loaded without TE or apex, on any device.
 
-    Megatron-Core 0.16.1 fails to load `step` of a torch AdamW, and its load_state_dict hands all parameters one shared step
-    tensor, which then counts every parameter's update: a silently wrong bias correction after a resume.
+    Megatron-Core 0.16.1 fails to load `step` of a torch AdamW, and its load_state_dict hands all parameters one shared
+    step tensor, which then counts every parameter's update: a silently wrong bias correction after a resume.
     """
     from megatron.core.optimizer import distrib_optimizer
 

@@ -22,6 +22,9 @@ class Batch:
     def rows(self, index: slice) -> "Batch":
         return Batch(self.tokens[index], self.lengths[index], self.sample_ids[index])
 
+    def to(self, device: Any) -> "Batch":
+        return Batch(*(field.to(device) for field in vars(self).values()))
+
 
 @dataclass(frozen=True)
 class Rollouts:

@@ -47,11 +47,6 @@ class FamilyCost(Protocol):
         """Bytes kept for the backward pass of a layer, a token."""
 
 
-def padded_vocab(model: ModelConfig) -> int:
-    """Rows of the embedding and of the output layer: a multiple of 128 at any layout, so that checkpoints reshard."""
-    return -(-model.vocab_size // 128) * 128
-
-
 def mixer(family: str) -> type[Any]:
     """The Megatron module of the family's token mixer. Raises KeyError for an unknown family."""
     name = _MIXERS[family]

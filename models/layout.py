@@ -1,9 +1,10 @@
 """Which rows of a forward pass are main tokens, which are branches, and from which positions the branches start.
 
-One pass may hold the main stream alone (scoring), branches alone (decoding and rescoring, from forked states), or both (the packed
-update). Rows run along Megatron's sequence axis, in this order, for each of the B sequences side by side:
+One pass may hold the main stream alone (scoring), branches alone (decoding and rescoring, from forked states), or both
+(the packed update). Rows run along Megatron's sequence axis, in this order, for each of the B sequences side by side:
 
-    [ T main rows | branch (chunk 0, rollout 0): k rows | (0, 1): k rows | ... | (c-1, n-1): k rows | padding to the tp size ]
+    [ T main rows | branch (chunk 0, rollout 0): k rows | (0, 1): k rows | ... | (c-1, n-1): k rows | padding to the tp
+    size ]
 
 The layout rides to every layer as `packed_seq_params`, which Megatron hands on unchanged, through recomputation too.
 """

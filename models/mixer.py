@@ -37,8 +37,8 @@ class Handle(Protocol):
 class Mixer(MegatronModule):
     """Splits the rows of a pass by its layout; a family fills in the maths.
 
-    Rows are in natural order and complete here, with this rank's heads: `project` gathers them under sequence parallelism and
-    `output` scatters them again. So main, at and branch need no collective.
+    Rows are in natural order and complete here, with this rank's heads: `project` gathers them under sequence
+    parallelism and `output` scatters them again. So main, at and branch need no collective.
     """
 
     layer_number: int

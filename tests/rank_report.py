@@ -32,7 +32,7 @@ class Failure:
 def collect(folder: Path, name: str, timeout: float, ends: list[End]) -> list[Any]:
     """The results by rank, from `<rank>.result` in `folder`. Raises RankError where a rank has none."""
     outcomes = [_outcome(folder, rank) for rank in range(len(ends))]
-    if all(end == End("exited", 0) for end in ends):
+    if all(end == End("exited", 0) and done for end, (done, _) in zip(ends, outcomes, strict=True)):
         return [value for _, value in outcomes]
     failures = [_failure(folder, rank, end, outcomes[rank]) for rank, end in enumerate(ends)]
     found = sorted((f for f in failures if f), key=lambda f: f.order)
@@ -47,7 +47,7 @@ def _outcome(folder: Path, rank: int) -> tuple[bool, Any]:
 def _failure(folder: Path, rank: int, end: End, outcome: tuple[bool, Any]) -> Failure | None:
     done, value = outcome
     if end.kind == "exited":
-        if end.code == 0:
+        if end.code == 0 and done:
             return None
         if value is not None and not done:
             when, cause, trace = value

@@ -76,7 +76,7 @@ def test_delta_rule_flops_equal_those_torch_counts() -> None:
 
 def test_saved_bytes_cover_what_autograd_keeps_of_the_delta_rule() -> None:
     heads, length, k, v = 4, 256, SMALL.head_dim_k, SMALL.head_dim_v
-    inputs = [torch.randn(1, length, heads, width, requires_grad=True) for width in (k, k, v)]
+    q, keys, values = (torch.randn(1, length, heads, width, requires_grad=True) for width in (k, k, v))
     storages: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -85,7 +85,7 @@ def test_saved_bytes_cover_what_autograd_keeps_of_the_delta_rule() -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = chunk_delta_rule(*inputs, torch.rand(1, length, heads, requires_grad=True))
+        output = chunk_delta_rule(q, keys, values, torch.rand(1, length, heads, requires_grad=True))
     assert output[0].requires_grad
     around = 3 * heads * (2 * k + v) + heads * 2 * (k + v) + 4 * SMALL.intermediate_size
     rule = flops.saved_bytes(SMALL, itemsize=4).heads - 4 * around

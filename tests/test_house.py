@@ -23,7 +23,9 @@ ORDER = (
     {"trainer"},
     {"step"},
     {"engine"},
-    {"eval", "report", "data"},
+    {"data"},
+    {"eval", "report"},
+    {"session"},
     {"train"},
 )
 ONLY = {"data": {"config", "records"}, "report": {"config", "records"}}

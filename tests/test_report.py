@@ -40,7 +40,8 @@ def synthetic_rows(ntp_steps: int, refine_steps: int) -> list[Row]:
         if step > ntp_steps:
             row |= {
                 "train/nsp_loss": rng.gauss(0, 0.002), "rollout/reward_mean": 0.4 + 0.001 * step + rng.gauss(0, 0.02),
-                "rollout/reward_std": 0.11, "rollout/logprob_gap_mean": 2e-7, "rollout/logprob_gap_max": 4e-6,
+                "rollout/reward_std": 0.11, "rollout/logprob_gap_mean": 2e-7 * rng.random(),
+                "rollout/logprob_gap_max": 4e-6 * rng.random(),
                 "time/score": 0.17, "time/rollout": 0.03, "time/step": 0.75,
             }  # fmt: skip
         if step in (ntp_steps, total):
@@ -52,7 +53,7 @@ def synthetic_rows(ntp_steps: int, refine_steps: int) -> list[Row]:
 def synthetic_samples(length: int) -> dict:
     rng = Random(2)
     entropy = [2.4 + 1.2 * math.sin(t / 7) + rng.gauss(0, 0.5) for t in range(length)]
-    positions = [length // 8 * chunk + rng.randrange(3, length // 8) for chunk in range(8)]
+    positions = [length // 8 * chunk + rng.randrange(length // 8) for chunk in range(8)]
     texts = ((" the state of", " the state is"), ("\n    return x", "\n    return y"), ("<b>&", SCRIPT))
     rollouts = [
         {"position": position, "prefix": "def f(x):\n\tif x <", "truth": truth, "rollout": rollout, "reward": 0.4}

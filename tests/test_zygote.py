@@ -47,6 +47,10 @@ def kill_on(rank: int) -> None:
     dist.barrier()
 
 
+def leave_without_result() -> None:
+    os._exit(0)
+
+
 def leave_a_child() -> int:
     return subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"]).pid
 
@@ -111,6 +115,11 @@ def test_hang_names_the_ranks_and_shows_their_stacks(ranks: Zygote) -> None:
 def test_killed_rank_is_reported(ranks: Zygote) -> None:
     with pytest.raises(RankError, match=r"rank 0 of 2 failed first: killed by SIGKILL"):
         ranks(2, kill_on, rank=0)
+
+
+def test_rank_without_result_is_a_failure(ranks: Zygote) -> None:
+    with pytest.raises(RankError, match=r"rank 0 of 1 failed first: left with exit status 0 and no result"):
+        ranks(1, leave_without_result)
 
 
 def test_children_of_a_rank_end_with_it(ranks: Zygote) -> None:

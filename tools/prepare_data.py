@@ -1,6 +1,6 @@
 """Prepare the data of a configuration: train the tokenizer, pack the rows, print what they hold.
 
-    python tools/prepare_data.py --config FILE [key.sub=value ...]
+python tools/prepare_data.py --config FILE [key.sub=value ...]
 """
 
 import argparse

@@ -29,11 +29,11 @@ def delta_rule(
 ) -> tuple[Tensor, Tensor, Trace]:
     """S <- e^g S;  S <- S + k (beta (v - S^T k))^T;  o = S^T q / sqrt(K).
 
-    Args: q, k [N, T, H, K], k of unit length; v [N, T, H, V]; beta, g [N, T, H], g a log decay; state [P, H, K, V] where P
-    divides N, each start state serving N/P consecutive sequences. With cu_seqlens [N+1], q..g hold N sequences end to end in
-    one row [1, total, H, *].
-    Returns: o shaped as v, final state [N, H, K, V], trace (its rows are sequences). On a GPU in low precision the Triton
-    kernels compute it; a GPU without them is a RuntimeError, never a silent slow path.
+    Args: q, k [N, T, H, K], k of unit length; v [N, T, H, V]; beta, g [N, T, H], g a log decay; state [P, H, K, V]
+    where P divides N, each start state serving N/P consecutive sequences. With cu_seqlens [N+1], q..g hold N sequences
+    end to end in one row [1, total, H, *].
+    Returns: o shaped as v, final state [N, H, K, V], trace (its rows are sequences). On a GPU in low precision the
+    Triton kernels compute it; a GPU without them is a RuntimeError, never a silent slow path.
     """
     if cu_seqlens is not None:
         return _packed(q, k, v, beta, g, state, cu_seqlens)
@@ -57,7 +57,8 @@ def _packed(
     def unpack(x: Tensor) -> Tensor:
         return x[0, index] * inside.view(*inside.shape, *[1] * (x.dim() - 2))
 
-    o, final, trace = delta_rule(*(unpack(x) for x in (q, k, v, beta)), None if g is None else unpack(g), state)
+    gate = None if g is None else unpack(g)
+    o, final, trace = delta_rule(unpack(q), unpack(k), unpack(v), unpack(beta), gate, state)
     return o[inside][None], final, trace
 
 
@@ -65,8 +66,8 @@ def _packed(
 def _require_fla() -> None:
     if importlib.util.find_spec("fla") is None:
         raise RuntimeError(
-            "a GPU is visible but flash-linear-attention is not installed, and the torch path would be an order of magnitude "
-            "slower: pip install -e '.[gpu]', or hide the GPU with CUDA_VISIBLE_DEVICES="
+            "a GPU is visible but flash-linear-attention is not installed, and the torch path would be an order of "
+            "magnitude slower: pip install -e '.[gpu]', or hide the GPU with CUDA_VISIBLE_DEVICES="
         )
 
 

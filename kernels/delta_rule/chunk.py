@@ -1,11 +1,13 @@
 """The (gated) delta rule in chunks of 64 tokens, in torch, on any device and in any precision.
 
-Within a chunk, the rows u_t that the tokens write (S <- S + k_t u_t^T) solve a triangular system; its right-hand side is linear in
-the chunk's start state S, so everything but two products with S is done for all chunks at once (WY form, arXiv 2406.06484 section 3).
+Within a chunk, the rows u_t that the tokens write (S <- S + k_t u_t^T) solve a triangular system; its right-hand side
+is linear in the chunk's start state S, so everything but two products with S is done for all chunks at once (WY form,
+arXiv 2406.06484 section 3).
 
 What makes branches cheap: u_t depends only on tokens up to t. So the state after r tokens of a chunk is
 
-    S_r = e^{G_r} S + sum_{j<r} e^{G_r - G_j} k_j u_j^T        (G: cumulative log decay within the chunk; 0 without gate)
+    S_r = e^{G_r} S + sum_{j<r} e^{G_r - G_j} k_j u_j^T        (G: cumulative log decay within the chunk; 0 without
+    gate)
 
 one masked matrix product of tensors that the pass has anyway, and in its autograd graph.
 """
@@ -70,7 +72,9 @@ def chunk_delta_rule(
     states, writes, outputs = [state.to(dtype)], [], []
     ends = [None] * k.shape[2] if decay is None else decay[..., -1].exp()[..., None, None].unbind(2)
     # unbind, not indexing: the backward of indexing would fill a tensor of all chunks for every chunk
-    for u, rk, rq, s, kk, end in zip(*(x.unbind(2) for x in (written, read_k, read_q, scores, kept_k)), ends, strict=True):
+    for u, rk, rq, s, kk, end in zip(
+        *(x.unbind(2) for x in (written, read_k, read_q, scores, kept_k)), ends, strict=True
+    ):
         u = u - _read(rk, state)
         outputs.append(_read(rq, state) + s @ u)
         writes.append(u)
@@ -91,7 +95,10 @@ def _chunks(x: Tensor, size: int) -> Tensor:
 def _within_chunks(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """All that does not depend on the start state: u = written - read_k S;  o = read_q S + scores u;  S' = e^G S + kept_k^T u."""
+    """All that does not depend on the start state S.
+
+    u = written - read_k S;  o = read_q S + scores u;  S' = e^G S + kept_k^T u.
+    """
     q = q * k.shape[-1] ** -0.5
     k_beta = k * beta
     system, scores = k_beta @ k.mT, q @ k.mT
@@ -109,7 +116,7 @@ def _within_chunks(
 
 
 def _read(x: Tensor, state: Tensor) -> Tensor:
-    """x [N, H, C, K] times state [P, H, K, V]; the N/P sequences of a start state are folded into rows of one product."""
+    """x [N, H, C, K] times state [P, H, K, V]; the N/P sequences of a state are folded into rows of one product."""
     shared = x.shape[0] // state.shape[0]
     if shared == 1:
         return x @ state

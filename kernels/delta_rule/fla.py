@@ -1,8 +1,8 @@
 """The (gated) delta rule on flash-linear-attention's Triton kernels (GPU, bf16).
 
-The kernels return the output and the final state only. A pass is therefore a chain of segments of 512 tokens, whose start states
-the chain has anyway; the state after p tokens is a replay of at most one segment from already projected k, v, beta. Both are
-differentiable through the kernels' initial and final states.
+The kernels return the output and the final state only. A pass is therefore a chain of segments of 512 tokens, whose
+start states the chain has anyway; the state after p tokens is a replay of at most one segment from already projected k,
+v, beta. Both are differentiable through the kernels' initial and final states.
 """
 
 from dataclasses import dataclass
@@ -33,7 +33,9 @@ class SegmentTrace:
         index = (starts[:, None] + offsets).clamp(max=self.inputs[0].shape[1] - 1)
         k, v, beta, g = (None if x is None else x[rows[:, None], index] for x in self.inputs)
         assert k is not None and v is not None and beta is not None
-        inside = (offsets < (positions - starts)[:, None])[..., None]  # a token with beta = g = 0 leaves the state as it is
+        inside = (offsets < (positions - starts)[:, None])[
+            ..., None
+        ]  # a token with beta = g = 0 leaves the state as it is
         _, final = _kernel(torch.zeros_like(k), k, v, beta * inside, None if g is None else g * inside, state)
         return final
 
@@ -48,9 +50,10 @@ def fla_delta_rule(
     if state.shape[0] != k.shape[0]:
         state = state.repeat_interleave(k.shape[0] // state.shape[0], 0)
     outputs, states = [], [start]
-    inputs = (q, k, v, beta) if g is None else (q, k, v, beta, g)
-    for parts in zip(*(x.split(SEGMENT, 1) for x in inputs), strict=True):
-        o, state = _kernel(*parts[:4], parts[4] if g is not None else None, state)
+    for start_token in range(0, k.shape[1], SEGMENT):
+        qs, ks, vs, bs = (x[:, start_token : start_token + SEGMENT] for x in (q, k, v, beta))
+        gs = None if g is None else g[:, start_token : start_token + SEGMENT]
+        o, state = _kernel(qs, ks, vs, bs, gs, state)
         outputs.append(o)
         states.append(state)
     return torch.cat(outputs, 1), state, SegmentTrace(states, (k, v, beta, g))

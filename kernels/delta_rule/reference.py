@@ -1,4 +1,4 @@
-"""The (gated) delta rule as its recurrence, one token at a time: slow, obvious, the truth that the fast paths are held to."""
+"""The (gated) delta rule as its recurrence: slow, obvious, the truth that the fast paths are held to."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from torch import Tensor
 def recurrent_delta_rule(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None = None, state: Tensor | None = None
 ) -> tuple[Tensor, list[Tensor]]:
-    """S <- e^g S;  S <- S + k (beta (v - S^T k))^T;  o = S^T q / sqrt(K)   (DeltaNet, arXiv 2406.06484; gated, 2412.06464).
+    """S <- e^g S;  S <- S + k (beta (v - S^T k))^T;  o = S^T q / sqrt(K)   (arXiv 2406.06484; gated: 2412.06464).
 
     Args: q, k [N, T, H, K]; v [N, T, H, V]; beta, g [N, T, H], g a log decay; state [N, H, K, V] or None for zeros.
     Returns: o [N, T, H, V] and the T+1 states [N, H, K, V] before each token and after the last.

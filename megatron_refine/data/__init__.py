@@ -1,8 +1,8 @@
 """From text files to batches.
 
-    corpus.py     which files, their documents and fingerprint;  readers.py  text, jsonl and parquet
-    tokenizer.py  load or train one, encode, decode
-    packing.py    a document's rows, written once as Megatron .bin/.idx;  packed.py  opens and checks them
-    order.py      which row is sample i of the run
-    prepare.py    the configuration -> packed rows
+corpus.py     which files, their documents and fingerprint;  readers.py  text, jsonl and parquet
+tokenizer.py  load or train one, encode, decode
+packing.py    a document's rows, written once as Megatron .bin/.idx;  packed.py  opens and checks them
+order.py      which row is sample i of the run
+prepare.py    the configuration -> packed rows
 """

@@ -27,3 +27,14 @@ def _permutation(seed: int, epoch: int, num_rows: int) -> np.ndarray:
     order = np.argsort(bits, kind="stable")
     order.setflags(write=False)
     return order
+
+
+def rank_samples(first: int, global_batch: int, mini_batch: int, dp_rank: int, dp: int) -> np.ndarray:
+    """Samples of a batch that a data-parallel rank takes: its part of each mini-batch in turn, [global_batch / dp].
+
+    The samples of an optimizer step are therefore the same at any number of ranks.
+    """
+    assert global_batch % mini_batch == 0 and mini_batch % dp == 0, (global_batch, mini_batch, dp)
+    share = mini_batch // dp
+    starts = first + np.arange(0, global_batch, mini_batch) + dp_rank * share
+    return (starts[:, None] + np.arange(share)).ravel()

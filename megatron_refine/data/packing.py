@@ -105,9 +105,7 @@ def pack(
 ) -> dict[str, Record]:
     """Write documents, pairs of a side and token ids [length], to `folder/train.*` and `folder/valid.*`."""
     with ExitStack() as stack:
-        writers = {
-            side: stack.enter_context(RowWriter(folder / side, rule, vocab_size, fingerprint)) for side in SIDES
-        }
+        writers = {side: stack.enter_context(RowWriter(folder / side, rule, vocab_size, fingerprint)) for side in SIDES}
         for side, ids in documents:
             writers[side].add(ids)
     return {side: writer.record for side, writer in writers.items()}

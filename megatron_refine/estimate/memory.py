@@ -75,7 +75,7 @@ def _activations(config: Config, dp: int, stage: int) -> int:
 
 
 def _head(config: Config) -> int:
-    vocab = family.padded_vocab(config.model) // config.parallel.tp
+    vocab = config.model.padded_vocab // config.parallel.tp
     return 3 * min(HEAD_ELEMENTS, _rows(config) * vocab) * FP32
 
 

@@ -34,7 +34,7 @@ def losses(rows: Sequence[Row]) -> str:
 
 
 def rewards(rows: Sequence[Row], sample: Sequence[float]) -> str:
-    """Mean reward and its spread over the REFINE steps; beside it the rewards of the last one."""
+    """Mean reward and its spread over the REFINE steps; beside it the rewards of the latest sample."""
 
     def paint(axes: Sequence[Axes]) -> None:
         over_steps, histogram = axes
@@ -43,7 +43,7 @@ def rewards(rows: Sequence[Row], sample: Sequence[float]) -> str:
         over_steps.set(title="reward, mean and standard deviation", xlabel="step")
         over_steps.fill_between(x, mean - spread, mean + spread, color=GREEN, alpha=0.18, lw=0)
         _curve(over_steps, steps, "rollout/reward_mean", GREEN)
-        histogram.set(title="rewards, latest step", xlabel="reward", ylabel="rollouts")
+        histogram.set(title="rewards, latest sample", xlabel="reward", ylabel="rollouts")
         if sample:
             histogram.hist(sample, bins=min(20, max(5, len(sample) // 4)), color=GREEN, alpha=0.75)
 
@@ -63,7 +63,7 @@ def entropy(values: Sequence[float], positions: Sequence[int]) -> str:
         axes[0].vlines(marked, 0, nats[[p - 1 for p in marked]], color=ORANGE, lw=1, alpha=0.8)
         axes[0].plot(marked, nats[[p - 1 for p in marked]], "o", color=ORANGE, ms=5, label="a rollout starts here")
         if marked:
-            axes[0].legend(loc="upper right")
+            axes[0].legend(loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0)
 
     return draw("entropy", paint)
 
@@ -94,11 +94,14 @@ def gaps(rows: Sequence[Row]) -> str:
     """Difference between the engine's and the training kernels' log-probabilities of the rollouts, on a log scale."""
 
     def paint(axes: Sequence[Axes]) -> None:
-        axes[0].set(title="log-prob gap, nats", xlabel="step", yscale="log")
-        for key, color, label in (("max", RED, "largest"), ("mean", GRAY, "mean")):
-            gap = np.maximum(_column(rows, f"rollout/logprob_gap_{key}"), 1e-9)  # a log scale has no place for 0
-            axes[0].plot(_column(rows, "step"), gap, marker=_marker(len(rows)), ms=4, color=color, label=label)
-        axes[0].legend()
+        floor = 1e-9  # a log scale has no place for 0
+        largest, mean = (np.fmax(_column(rows, f"rollout/logprob_gap_{key}"), floor) for key in ("max", "mean"))
+        for values, color, label in ((largest, RED, "largest"), (mean, GRAY, "mean")):
+            axes[0].plot(_column(rows, "step"), values, marker=_marker(len(rows)), ms=4, color=color, label=label)
+        low, high = np.floor(np.log10(mean.min())), np.floor(np.log10(largest.max())) + 1  # whole decades
+        axes[0].set(title="log-prob gap, nats", xlabel="step", yscale="log", ylim=(10**low, 10**high))
+        axes[0].minorticks_off()
+        axes[0].legend(loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0, ncols=2)
 
     return draw("gaps", paint)
 
@@ -118,7 +121,8 @@ def _curve(axes: Axes, rows: Sequence[Row], key: str, color: str, label: str = "
     finite = np.isfinite(y)
     ones = np.ones(window)
     total, count = (np.convolve(part, ones, "valid") for part in (np.where(finite, y, 0), finite))
-    axes.plot(x[window - 1 :], total / np.where(count > 0, count, np.nan), color=color, label=label)
+    centre = window // 2
+    axes.plot(x[centre : centre + len(total)], total / np.where(count > 0, count, np.nan), color=color, label=label)
 
 
 def _windows(values: Values, width: int) -> Values:
@@ -127,14 +131,12 @@ def _windows(values: Values, width: int) -> Values:
 
 
 def _mark_start(axes: Axes, rows: Sequence[Row]) -> None:
-    """A line where the first REFINE step follows steps of next-token prediction alone."""
+    """A line in front of the first REFINE step, where it follows steps of next-token prediction alone."""
     start = next((index for index, row in enumerate(rows) if is_refine(row)), 0)
     if start and rows[start - 1]["step"] > 0:
-        axes.axvline(rows[start]["step"] - 0.5, color=GRAY, lw=1, ls=(0, (4, 3)))
-        axes.annotate(
-            "REFINE", (rows[start]["step"], 1), (3, -4), xycoords=("data", "axes fraction"), textcoords="offset points",
-            va="top", color=GRAY,
-        )  # fmt: skip
+        x = rows[start]["step"] - 0.5
+        axes.axvline(x, color=GRAY, lw=1, ls=(0, (4, 3)))
+        axes.text(x, 1.02, "REFINE", color=GRAY, transform=axes.get_xaxis_transform())
 
 
 def _marker(count: int) -> str:

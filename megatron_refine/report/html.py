@@ -58,7 +58,7 @@ def _headline(rows: Sequence[Row]) -> str:
     facts += [("sequences seen", f"{last['consumed_samples']:,}")] if "consumed_samples" in last else []
     facts += [("NTP loss, last step", number(last, "train/ntp_loss", ".3f"))]
     facts += [("reward, last step", number(refine[-1], "rollout/reward_mean", ".3f"))] if refine else []
-    facts += [("REFINE / NTP step time", f"{ratio:.2f}")] if ratio else []
+    facts += [("REFINE / NTP time", f"{ratio:.2f}")] if ratio else []
     return page.tiles(facts)
 
 
@@ -93,7 +93,7 @@ def _entropy(samples: Samples) -> str:
     if not samples.get("entropy"):
         return page.section("Entropy and selected positions", page.text("No sample of a sequence has been saved."))
     svg = figures.entropy(samples["entropy"], samples.get("positions", []))
-    note = f"One sequence of step {samples['step']}. Each chunk of it has one start, drawn by entropy."
+    note = f"A sequence at step {samples['step']}. Each chunk of it has one start."
     return page.section("Entropy and selected positions", page.figure(svg), note)
 
 

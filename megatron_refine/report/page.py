@@ -16,8 +16,8 @@ body { margin: 0 auto; padding: 2.5rem 1.25rem 4rem; max-width: 60rem; backgroun
 h1 { margin: 0; font-size: 1.7rem; font-weight: 650; letter-spacing: -0.01em; }
 h2 { margin: 2.75rem 0 0.75rem; font-size: 1.12rem; font-weight: 650; }
 p { margin: 0.5rem 0; } .note { color: var(--soft); font-size: 0.9rem; }
-.tiles { display: flex; flex-wrap: wrap; gap: 0.75rem; margin: 1.5rem 0 0; }
-.tile { flex: 1 1 8rem; padding: 0.7rem 0.9rem; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.2rem, 1fr)); gap: 0.75rem; margin: 1.5rem 0; }
+.tile { padding: 0.7rem 0.9rem; }
 .tile, pre { border: 1px solid var(--grid); border-radius: 8px; background: var(--card); }
 .tile dt { color: var(--soft); font-size: 0.8rem; } .tile dd { margin: 0; font-size: 1.3rem; font-weight: 600; }
 figure { margin: 0; } svg { display: block; width: 100%; height: auto; }

@@ -11,6 +11,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 # Colours that occur nowhere else, each replaced by its CSS variable once the figure is text.
 INK, GRID, BLUE, ORANGE, GREEN, PURPLE, RED, GRAY = (f"#0000e{digit}" for digit in range(8))
@@ -55,6 +56,8 @@ def draw(name: str, paint: Callable[[Sequence[Axes]], None], widths: Sequence[fl
         paint(axes)
         for each in axes:
             each.grid(axis="x", visible=False)
+            if each.get_xlabel() == "step":
+                each.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
             each.spines["left"].set_visible(False)
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue()

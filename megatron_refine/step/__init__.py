@@ -1,1 +1,1 @@
-"""A REFINE step: select, reward, advantage and objective are pure functions on tensors; refine.py makes a step of them."""
+"""A REFINE step: select, reward, advantage, objective are pure functions on tensors; refine.py makes a step of them."""

@@ -6,8 +6,8 @@ from torch import Tensor
 def advantages(rewards: Tensor, eps: float = 1e-6) -> Tensor:
     """(R - mean) / (std + eps) over a group, std unbiased: [B, c, n] -> [B, c, n].
 
-    With one rollout a position (n = 1) the group is the c positions of a sequence; with more, the n rollouts of a position.
-    A group of one keeps its reward (mean 0, std 1).
+    With one rollout a position (n = 1) the group is the c positions of a sequence; with more, the n rollouts of a
+    position. A group of one keeps its reward (mean 0, std 1).
     """
     group = rewards.flatten(1) if rewards.shape[2] == 1 else rewards
     if group.shape[-1] == 1:

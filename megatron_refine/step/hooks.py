@@ -13,7 +13,9 @@ def resolve(key: str, name: str, builtin: dict[str, Callable[..., Any]]) -> Call
         return builtin[name]
     module, colon, function = name.partition(":")
     if not colon:
-        raise ConfigError(f"{key}={name}: unknown; choose one of {', '.join(builtin)} or an import path module:function")
+        raise ConfigError(
+            f"{key}={name}: unknown; choose one of {', '.join(builtin)} or an import path module:function"
+        )
     try:
         found = getattr(import_module(module), function)
     except (ImportError, AttributeError) as error:

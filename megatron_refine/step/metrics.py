@@ -10,7 +10,9 @@ from megatron_refine.records import Experience
 from megatron_refine.trainer.parallel import sum_over
 
 
-def rollout_sums(experience: Experience, rewards: Tensor, entropy: Tensor, lengths: Tensor, zero_variance: Tensor, gap: Tensor) -> Tensor:
+def rollout_sums(
+    experience: Experience, rewards: Tensor, entropy: Tensor, lengths: Tensor, zero_variance: Tensor, gap: Tensor
+) -> Tensor:
     """What `rollout_metrics` averages, of one micro-batch; unusable sequences count for nothing. Returns fp64 [9].
 
     rewards [B, c, n]; entropy [B, T]; lengths [B]; zero_variance [B]; gap [B, c, n, k].

@@ -1,4 +1,7 @@
-"""The loss: next-token cross-entropy plus the clipped policy loss of the rollouts (PPO, arXiv 1707.06347; dual clip, 1912.09729)."""
+"""The loss: next-token cross-entropy plus the clipped policy loss of the rollouts.
+
+Clip: PPO, arXiv 1707.06347. Dual clip: arXiv 1912.09729.
+"""
 
 from dataclasses import dataclass
 
@@ -35,6 +38,6 @@ def policy_terms(
 
 
 def next_token_sums(logprobs: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum of the negative log-probabilities of real targets and their number: logprobs [B, T-1], lengths [B] -> scalars."""
+    """Sum of -log-probability over real targets, and their number: logprobs [B, T-1], lengths [B] -> scalars."""
     real = torch.arange(1, logprobs.shape[1] + 1, device=logprobs.device) < lengths[:, None]
     return -(logprobs * real).sum(), real.sum()

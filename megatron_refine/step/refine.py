@@ -1,7 +1,7 @@
 """A training step: score, select, rollout, rescore, reward, update.
 
-Two-pass and fused differ in one thing: who keeps the graph. `explore` runs the first five stages. With `keep_graph` its own passes
-are what the update differentiates (fused); without it, the update makes a packed pass of its own (two-pass).
+Two-pass and fused differ in one thing: who keeps the graph. `explore` runs the first five stages. With `keep_graph` its
+own passes are what the update differentiates (fused); without it, the update makes a packed pass of its own (two-pass).
 """
 
 from collections.abc import Callable
@@ -97,8 +97,10 @@ class RefineStep:
                 self.engine.sync(self.weight_version)
         return metrics | self.clock.take()
 
-    def explore(self, batch: Batch, step: int, keep_graph: bool) -> tuple[Explored, Outputs]:
-        """Score, select, rollout, rescore and reward of a micro-batch."""
+    def explore(
+        self, batch: Batch, step: int, keep_graph: bool, temperature: float | None = None
+    ) -> tuple[Explored, Outputs]:
+        """Score, select, rollout, rescore and reward of a micro-batch; `temperature` overrides that of the rollouts."""
         c = self.config.refine
         with self.clock("score"), torch.set_grad_enabled(keep_graph):
             main = forward.main_pass(self.model, batch.tokens)
@@ -107,7 +109,7 @@ class RefineStep:
             sequences, starts = _flat(positions)
             fork = Fork(main.states(sequences, starts), main.rows[starts - 1, sequences])
         with self.clock("rollout"), torch.no_grad():
-            rollouts = self.engine.rollout(self._request(batch, positions, fork, step))
+            rollouts = self.engine.rollout(self._request(batch, positions, fork, step, temperature))
         with self.clock("rescore"), torch.set_grad_enabled(keep_graph):
             branch = forward.branch_pass(self.model, rollouts.tokens, fork.hidden, fork.states)
         with self.clock("reward"), torch.no_grad():
@@ -129,10 +131,13 @@ class RefineStep:
             selection=c.selection, rollout_len=c.rollout_len, margin=c.margin, temperature=c.temperature,
         )  # fmt: skip
 
-    def _request(self, batch: Batch, positions: Tensor, fork: Fork, step: int) -> RolloutRequest:
+    def _request(
+        self, batch: Batch, positions: Tensor, fork: Fork, step: int, temperature: float | None
+    ) -> RolloutRequest:
         c = self.config.refine
+        temperature = c.rollout_temperature if temperature is None else temperature
         return RolloutRequest(
-            batch.tokens, positions, batch.sample_ids, c.num_rollouts, c.rollout_len, c.rollout_temperature,
+            batch.tokens, positions, batch.sample_ids, c.num_rollouts, c.rollout_len, temperature,
             self.config.run.seed, step, fork,
         )  # fmt: skip
 
@@ -160,14 +165,14 @@ class RefineStep:
         rollouts = usable(lengths, c.num_chunks, c.margin, c.rollout_len).sum() * self.config.branch_rows * refine
         counts = sum_over(torch.stack([(lengths - 1).sum(), rollouts]).double(), self.ranks.dp_group)
         ntp, nsp = counts.clamp(min=1).tolist()
-        records = [e.experience for e in explored] or [None] * len(micros)
+        records: list[Experience | None] = [e.experience for e in explored] or [None] * len(micros)
         items = [Item(micro, record, ntp, nsp) for micro, record in zip(micros, records, strict=True)]
         rows = micros[0].tokens.shape[1] + (self.config.branch_rows if explored else 0)
         with self.clock("update"):
             return self.updater.update(items, run, self._loss, rows, 4)
 
     def _loss(self, outputs: Outputs, item: Item) -> tuple[Tensor, Tensor]:
-        """This micro-batch's part of the global loss; of the global means of NTP loss, NSP loss, active clips and ratios."""
+        """This micro-batch's part of the global loss; of the means of NTP loss, NSP loss, active clips and ratios."""
         c = self.config.refine
         ntp = objective.next_token_sums(outputs.main_logprobs, item.batch.lengths)[0] / item.ntp_count
         e = outputs.experience
@@ -190,7 +195,9 @@ class RefineStep:
             "train/lr": self.updater.lr,
             "train/optimizer_steps": sum(not r.skipped for r in results),
         }
-        return metrics | ({"train/nsp_loss": nsp, "train/clip_fraction": clipped, "train/ratio_mean": ratio} if refine else {})
+        return metrics | (
+            {"train/nsp_loss": nsp, "train/clip_fraction": clipped, "train/ratio_mean": ratio} if refine else {}
+        )
 
     def rollout_metrics(self, micros: list[Batch], explored: list[Explored]) -> dict[str, float]:
         """The rollout/ metrics of explored micro-batches, over all data-parallel ranks."""
@@ -209,7 +216,7 @@ def _flat(positions: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _continuations(tokens: Tensor, rows: Tensor, positions: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """The true tokens p..p+k-1 and the hidden states after them: tokens [B, T], rows [T, B, h] -> [B, c, k], [B, c, k, h]."""
+    """Tokens p..p+k-1 and the hidden states after them: tokens [B, T], rows [T, B, h] -> [B, c, k], [B, c, k, h]."""
     after = positions[..., None] + torch.arange(length, device=positions.device)
     sequence = torch.arange(len(positions), device=positions.device)[:, None, None]
     return tokens[sequence, after], rows[after, sequence]

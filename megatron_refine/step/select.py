@@ -1,7 +1,7 @@
-"""Where rollouts start: one position in each chunk of a sequence, drawn by entropy (facts of arXiv 2602.16704, section 3.1).
+"""Where rollouts start: one position in each chunk of a sequence, drawn by entropy (arXiv 2602.16704, section 3.1).
 
-The entropy at index t is that of predicting token t+1, so that the first token of a rollout is the uncertain one: a rollout from
-index t starts at position p = t + 1.
+The entropy at index t is that of predicting token t+1, so that the first token of a rollout is the uncertain one: a
+rollout from index t starts at position p = t + 1.
 """
 
 from collections.abc import Callable
@@ -60,8 +60,8 @@ def select_positions(
 ) -> Tensor:
     """One position a chunk, drawn from softmax(weights / temperature) over the chunk, then kept off both ends.
 
-    A sequence of L tokens has c chunks of floor(L / c) indices; the last L mod c are never drawn. A position is clamped to
-    [margin, L - max(margin, k)], so that k true tokens follow it.
+    A sequence of L tokens has c chunks of floor(L / c) indices; the last L mod c are never drawn. A position is clamped
+    to [margin, L - max(margin, k)], so that k true tokens follow it.
     Args: entropy [B, T] nats; lengths [B]; uniform [B, c] in [0, 1).
     Returns: positions [B, c]; 1 for every chunk of a sequence that is too short for the margins.
     """

@@ -15,9 +15,9 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 from megatron_refine import platform
 from megatron_refine.config import Config
+from megatron_refine.trainer.errors import CheckpointError
 from megatron_refine.trainer.manifest import (
     TEMPORARY,
-    CheckpointError,
     check_files,
     complete_folders,
     fingerprint,
@@ -40,7 +40,7 @@ class Progress:
 
     step: int = 0  # batches done
     consumed_samples: int = 0
-    weight_version: int = 0
+    data: str = ""  # fingerprint of the rows
 
 
 class Checkpoints:
@@ -55,7 +55,7 @@ class Checkpoints:
         return found[-1] if found else None
 
     def save(self, progress: Progress, updater: Updater) -> Path:
-        """Write a checkpoint of all ranks; the previous ones stay until it is complete. Raises CheckpointError on all ranks."""
+        """Write a checkpoint; the previous ones stay until it is complete. Raises CheckpointError on all ranks."""
         final = step_folder(self.root, progress.step)
         folder = self.root / f"{TEMPORARY}{final.name}"
         self._together("prepare", folder, lambda: self._clear(folder), only_main=True)
@@ -72,7 +72,7 @@ class Checkpoints:
         return final
 
     def load(self, folder: Path, updater: Updater) -> Progress:
-        """Restore weights, optimizer, schedule and random streams, at any layout. Raises CheckpointError on all ranks."""
+        """Restore weights, optimizer, schedule, random streams, at any layout. Raises CheckpointError on all ranks."""
         manifest = self._verify(folder)
         same_layout = manifest["layout"] == self._layout()
         state = self._state(updater, loading=True, rng=same_layout) | {"progress": None}
@@ -131,7 +131,8 @@ class Checkpoints:
             for key in sorted(mine.keys() | theirs.keys()):
                 if key != "init_std" and mine.get(key) != theirs.get(key):
                     raise CheckpointError(
-                        f"{folder}: checkpoint of another model: model.{key} is {theirs.get(key)}, the configuration says {mine.get(key)}"
+                        f"{folder}: checkpoint of another model: model.{key} is {theirs.get(key)}, the configuration "
+                        f"says {mine.get(key)}; change model.* or run.dir"
                     )
             return manifest
 

@@ -1,7 +1,8 @@
 """The passes of the model: main stream alone, branches alone from forked states, and both packed into one.
 
-Position convention, everywhere: p is the number of main tokens before a branch. The log-probability of branch token 0 is read from
-main row p-1, that of token j > 0 from branch row j-1. All k tokens are fed, so that branch row j is the hidden state after token j.
+Position convention, everywhere: p is the number of main tokens before a branch. The log-probability of branch token 0
+is read from main row p-1, that of token j > 0 from branch row j-1. All k tokens are fed, so that branch row j is the
+hidden state after token j.
 """
 
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ class MainPass:
     handles: dict[int, Handle]
 
     def states(self, sequences: Tensor, positions: Tensor) -> dict[int, State]:
-        """Each layer's state after positions[i] tokens of sequences[i]. Drops the handles: kept, they would pin the pass."""
+        """Each layer's state after positions[i] tokens of sequences[i]. Drops the handles, which pin the pass."""
         states = {layer: handle.at(sequences, positions) for layer, handle in self.handles.items()}
         self.handles.clear()
         return states
@@ -81,8 +82,8 @@ def packed_pass(
     """Main and branch rows in one forward.
 
     Args: tokens [B, T]; branches [B, c, n, k]; sequences, positions [P].
-    Returns: log-probabilities [B, T-1] of the main stream and [B, c, n, k] of the branches; before the last pipeline stage, the
-    hidden rows that Megatron's schedule sends on.
+    Returns: log-probabilities [B, T-1] of the main stream and [B, c, n, k] of the branches; before the last pipeline
+    stage, the hidden rows that Megatron's schedule sends on.
     """
     batch, chunks, rollouts, length = branches.shape
     layout = Branches(
@@ -115,7 +116,7 @@ def _branch_logprobs(model: nn.Module, rows: Tensor, previous: Tensor, tokens: T
 
 
 def _branch_rows(rows: Tensor, previous: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows that predict the branch tokens, and those tokens: rows [P, n, k, h], previous [P, h] -> [P*n*k, h], [P*n*k]."""
+    """Rows that predict the branch tokens, and those tokens: rows [P, n, k, h], previous [P, h] -> [Pnk, h], [Pnk]."""
     first = previous[:, None, None].expand(-1, rows.shape[1], 1, -1)
     return torch.cat([first, rows[:, :, :-1]], 2).flatten(0, 2), tokens.flatten()
 
@@ -133,7 +134,7 @@ def _forward(model: nn.Module, tokens: Tensor, layout: Branches) -> Any:
 
 
 def _check_graph(states: dict[int, Any]) -> None:
-    """With gradients on, states must be in the graph: detached ones give gradients that are wrong by up to 37%, silently."""
+    """With gradients on, states must be in the graph: detached ones make gradients silently wrong, by up to 37%."""
     if torch.is_grad_enabled():
         tensors = [value for state in states.values() for value in vars(state).values() if isinstance(value, Tensor)]
         assert all(t.requires_grad for t in tensors), "forked states are detached from the main pass"

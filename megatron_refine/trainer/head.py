@@ -74,8 +74,8 @@ class _VocabParallelScores(torch.autograd.Function):
 def sample(model: RefineModel, rows: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """One token after each row, by inverting the cumulative distribution at `uniform` [R] in [0, 1).
 
-    Sums run in fp64, in the order of the ids whatever tp is, so that a layout changes a draw only where rounding of a logit
-    does. Temperature 0 takes the highest logit, the lowest id of equal ones.
+    Sums run in fp64, in the order of the ids whatever tp is, so that a layout changes a draw only where rounding of a
+    logit does. Temperature 0 takes the highest logit, the lowest id of equal ones.
     Returns: tokens [R], their log-probabilities [R] at temperature 1.
     """
     logits, group = model.logits(rows), model.pg_collection.tp

@@ -1,6 +1,7 @@
-"""When a checkpoint folder counts: a manifest with the hash of every file, and a COMPLETE marker with the hash of the manifest.
+"""When a checkpoint folder counts: a manifest with every file's hash, and a COMPLETE marker with the manifest's.
 
-A folder is written under a temporary name and renamed when COMPLETE. One without the marker is never loaded and never in the way.
+A folder is written under a temporary name and renamed when COMPLETE. One without the marker is never loaded and never
+in the way.
 """
 
 import hashlib
@@ -10,12 +11,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from megatron_refine.trainer.errors import CheckpointError
+
 MANIFEST, COMPLETE, LATEST = "manifest.json", "COMPLETE", "latest"
 TEMPORARY = ".incomplete-"
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be written or must not be read: which file, what is wrong, what to do."""
 
 
 def step_folder(root: Path, step: int) -> Path:

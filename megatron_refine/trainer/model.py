@@ -23,22 +23,15 @@ from megatron_refine import platform
 from megatron_refine.config import Config
 from megatron_refine.models import family
 from megatron_refine.models.common.norm import RMSNorm
-from megatron_refine.models.layout import Branches
 from megatron_refine.trainer.parallel import Ranks
 from megatron_refine.trainer.shards import full_shape, shard
-
-VOCAB_MULTIPLE = 128  # whatever tp is: a padding that depends on tp breaks resharding
-
-
-def padded_vocab(vocab_size: int) -> int:
-    return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
 class RecomputedLayer(TransformerLayer):
     """A layer that recomputes its activations in the backward pass.
 
-    Megatron's own checkpoint is reentrant: it runs the layer without grad first, so states taken from it would be silently
-    detached. torch's non-reentrant one keeps the graph through the layout (states in, handles out).
+    Megatron's own checkpoint is reentrant: it runs the layer without grad first, so states taken from it would be
+    silently detached. torch's non-reentrant one keeps the graph through the layout (states in, handles out).
     """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -50,13 +43,13 @@ class RecomputedLayer(TransformerLayer):
 class RefineModel(GPTModel):
     """GPTModel that returns its final-norm rows; trainer/head.py turns rows into log-probabilities."""
 
-    real_vocab: int  # ids at or above it only pad the vocabulary to VOCAB_MULTIPLE
+    real_vocab: int  # ids at or above it only pad the vocabulary
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """On the last stage {"rows": [S, B, hidden]}, all rows in natural order on every tp rank; before it, hidden states.
+        """On the last stage {"rows": [S, B, hidden]}, all rows in order on every tp rank; before it, hidden states.
 
-        Under sequence parallelism the gather's backward sums and scatters: gradients into the rows must be partial over tp,
-        as those of the vocabulary-parallel head are.
+        Under sequence parallelism the gather's backward sums and scatters: gradients into the rows must be partial over
+        tp, as those of the vocabulary-parallel head are.
         """
         if not self.post_process:
             return hidden_states
@@ -67,7 +60,7 @@ class RefineModel(GPTModel):
         return {"rows": hidden_states}
 
     def logits(self, rows: Tensor) -> Tensor:
-        """[R, hidden] complete rows -> this rank's logits [R, V/tp], at least fp32; padding ids at the lowest finite value."""
+        """Complete rows [R, hidden] -> this rank's logits [R, V/tp], at least fp32; padding ids at a very low value."""
         layer = self.output_layer
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         saved = layer.sequence_parallel, layer.disable_grad_reduce
@@ -143,7 +136,7 @@ def build_model(config: Config, ranks: Ranks, dtype: torch.dtype | None = None) 
     module: nn.Module = RefineModel(
         megatron,
         block_spec(config, megatron),
-        vocab_size=padded_vocab(config.model.vocab_size),
+        vocab_size=config.model.padded_vocab,
         max_sequence_length=config.data.seq_length,
         pre_process=ranks.pp_rank == 0,
         post_process=ranks.is_last_stage,
@@ -155,7 +148,8 @@ def build_model(config: Config, ranks: Ranks, dtype: torch.dtype | None = None) 
     module.to(platform.device())
     if megatron.bf16:
         module = Float16Module(megatron, module)
-    # one bucket: the resharding format of the optimizer's state is wrong with several padded ones in Megatron-Core 0.16.1
+    # one bucket: the resharding format of the optimizer's state is wrong with several padded ones in Megatron-Core
+    # 0.16.1
     ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=megatron.bf16)
     model = DistributedDataParallel(megatron, ddp, module)
     model.broadcast_params()
@@ -170,9 +164,11 @@ def unwrap(model: nn.Module) -> RefineModel:
 
 
 def global_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """(name, parameter) with layers counted over the whole pipeline, and a tied output layer under the embedding's name."""
+    """(name, parameter), layers counted over the whole pipeline, a tied output layer under the embedding's name."""
     model = unwrap(module)
-    layers = {f"decoder.layers.{i}.": f"decoder.layers.{x.layer_number - 1}." for i, x in enumerate(model.decoder.layers)}
+    layers = {
+        f"decoder.layers.{i}.": f"decoder.layers.{x.layer_number - 1}." for i, x in enumerate(model.decoder.layers)
+    }
     for name, parameter in model.named_parameters():
         prefix = next((local for local in layers if name.startswith(local)), "")
         if name == "output_layer.weight" and model.share_embeddings_and_output_weights:
@@ -184,7 +180,8 @@ def global_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 def initialize(module: nn.Module, config: Config, ranks: Ranks) -> None:
     """Draw every full weight from a generator of (seed, name), and keep this rank's part of it.
 
-    Vectors are ones, matrices normal(0, init_std); a parameter with an `initialize(full, generator)` attribute fills itself.
+    Vectors are ones, matrices normal(0, init_std); a parameter with an `initialize(full, generator)` attribute fills
+    itself.
     """
     for name, parameter in global_parameters(module):
         digest = hashlib.sha256(f"{config.run.seed}/{name}".encode()).digest()

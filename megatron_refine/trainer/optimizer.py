@@ -14,16 +14,13 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_refine.config import Config
+from megatron_refine.trainer.errors import NonFiniteError
 from megatron_refine.trainer.parallel import Ranks, broadcast_from_last_stage, sum_over
 
 Forward = Callable[[DistributedDataParallel, Any], Any]
 """forward(model, item) -> what the last stage's loss needs, or hidden rows before it."""
 Loss = Callable[[Any, Any], tuple[Tensor, Tensor]]
 """loss(output, item) -> (scalar: this micro-batch's part of the global loss, sums [M] to report)."""
-
-
-class NonFiniteError(RuntimeError):
-    """Too many steps in a row had a non-finite loss or gradient."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +46,11 @@ class Updater:
         return self.optimizer.param_groups[0]["lr"]
 
     def update(self, items: Sequence[Any], forward: Forward, loss: Loss, num_rows: int, num_sums: int) -> UpdateResult:
-        """Forward and backward of every micro-batch in `items`, then one optimizer step unless the gradient is not finite.
+        """Forward and backward of every micro-batch, then one optimizer step unless the gradient is not finite.
 
-        `loss` returns parts that add up to the global loss over micro-batches and data-parallel ranks (global means, not means
-        of means). `num_rows`: rows a sequence that travel between pipeline stages. Raises NonFiniteError after more than
-        train.max_skipped_steps skipped steps in a row.
+        `loss` returns parts that add up to the global loss over micro-batches and data-parallel ranks (global means,
+        not means of means). `num_rows`: rows a sequence that travel between pipeline stages. Raises NonFiniteError
+        after more than train.max_skipped_steps skipped steps in a row.
         """
         sums = self._accumulate(items, forward, loss, num_rows, num_sums)
         self.optimizer.prepare_grads()
@@ -64,8 +61,8 @@ class Updater:
             self.optimizer.step()
         elif self.skipped_in_a_row > self.config.train.max_skipped_steps:
             raise NonFiniteError(
-                f"loss or gradient not finite in {self.skipped_in_a_row} steps in a row (gradient norm {norm}); the checkpoints are "
-                "intact: lower optimizer.lr or inspect the data, then run the same command again"
+                f"loss or gradient not finite in {self.skipped_in_a_row} steps in a row (gradient norm {norm}); the "
+                "checkpoints are intact: lower optimizer.lr or inspect the data, then run the same command again"
             )
         return UpdateResult(sums, norm, skipped)
 
@@ -94,7 +91,9 @@ class Updater:
             forward_only=False,
         )
         device = next(self.model.parameters()).device
-        local = torch.stack(collected).sum(0) if collected else torch.zeros(num_sums, dtype=torch.float64, device=device)
+        local = (
+            torch.stack(collected).sum(0) if collected else torch.zeros(num_sums, dtype=torch.float64, device=device)
+        )
         return broadcast_from_last_stage(sum_over(local, self.ranks.dp_group), self.ranks)
 
     def advance_schedule(self) -> None:

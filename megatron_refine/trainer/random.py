@@ -1,4 +1,7 @@
-"""Random numbers as a pure function of counters: no generator state, so a draw is the same at any layout and after any resume."""
+"""Random numbers as a pure function of counters.
+
+There is no generator state, so a draw is the same at any layout and after any resume.
+"""
 
 import torch
 from torch import Tensor
@@ -12,7 +15,9 @@ SELECTION, ROLLOUT = 0, 1
 
 def uniform(seed: int, *counters: int | Tensor) -> Tensor:
     """fp64 in [0, 1), one for each element of the broadcast int64 counters."""
-    tensors = torch.broadcast_tensors(*(torch.as_tensor(c, dtype=torch.int64, device=_device(counters)) for c in counters))
+    tensors = torch.broadcast_tensors(
+        *(torch.as_tensor(c, dtype=torch.int64, device=_device(counters)) for c in counters)
+    )
     bits = _mix(torch.full_like(tensors[0], seed))
     for counter in tensors:
         bits = _mix((bits ^ counter) + _GOLDEN)

@@ -1,7 +1,7 @@
 """How a parameter is cut over tensor-parallel ranks: one rule for initialisation, conversion and tests.
 
-Megatron marks each sharded parameter with `partition_dim` and `partition_stride`: with stride s the dimension holds s equal
-blocks (gate and up of a gated MLP), and every rank has its part of each block.
+Megatron marks each sharded parameter with `partition_dim` and `partition_stride`: with stride s the dimension holds s
+equal blocks (gate and up of a gated MLP), and every rank has its part of each block.
 """
 
 import torch

@@ -8,8 +8,8 @@ from torch import Tensor
 def short_conv(x: Tensor, weight: Tensor, tail: Tensor | None = None) -> Tensor:
     """SiLU of a causal depthwise convolution.
 
-    Args: x [N, T, *channels]; weight [*channels, W], the last tap on the current token; tail [N, W-1, *channels], the rows
-    before x (None: zeros).
+    Args: x [N, T, *channels]; weight [*channels, W], the last tap on the current token; tail [N, W-1, *channels], the
+    rows before x (None: zeros).
     Returns: [N, T, *channels].
     """
     length, width = x.shape[1], weight.shape[-1]

@@ -1,4 +1,4 @@
-"""RMS norm that works under sequence parallelism without Transformer Engine or apex (Megatron's torch norm refuses it)."""
+"""RMS norm that works under sequence parallelism without Transformer Engine or apex (Megatron's own refuses)."""
 
 from typing import Any
 
@@ -14,7 +14,8 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        # a norm of sequence shards has partial gradients: Megatron's finalize_model_grads sums them over tp by this mark
+        # a norm of sequence shards has partial gradients: Megatron's finalize_model_grads sums them over tp by this
+        # mark
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -24,8 +25,8 @@ class RMSNorm(nn.Module):
 class HeadNorm(RMSNorm):
     """The norm of each head's output: one weight shared by all heads, hence replicated, but fed this rank's heads only.
 
-    Its gradient is partial over tp whether sequence parallelism is on or off; Megatron sums only what it knows by name, so the
-    optimizer sums every parameter marked `tp_partial` (trainer/optimizer.py).
+    Its gradient is partial over tp whether sequence parallelism is on or off; Megatron sums only what it knows by name,
+    so the optimizer sums every parameter marked `tp_partial` (trainer/optimizer.py).
     """
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5):

@@ -5,7 +5,7 @@ Letters: h hidden size, H heads, K and V the widths of a head's keys and values,
 """
 
 from megatron_refine.models.delta_net.config import DeltaNetConfig
-from megatron_refine.models.family import Saved, padded_vocab
+from megatron_refine.models.family import Saved
 
 CHUNK = 64  # tokens a chunk of kernels/delta_rule
 FP32 = 4
@@ -24,7 +24,7 @@ def rank_parameters(model: DeltaNetConfig, tp: int, pp: int, stage: int) -> int:
     """
     assert 0 <= stage < pp and model.num_layers % pp == 0 and model.num_heads % tp == 0
     first, last = stage == 0, stage == pp - 1
-    table = padded_vocab(model) * model.hidden_size
+    table = model.padded_vocab * model.hidden_size
     own_output = last and not (model.tie_embeddings and first)
     sharded = model.num_layers // pp * _sharded_of_layer(model) + table * (first + own_output)
     replicated = model.num_layers // pp * (2 * model.hidden_size + model.head_dim_v) + last * model.hidden_size
@@ -61,7 +61,7 @@ def fork_flops(model: DeltaNetConfig) -> int:
 
 def head_flops(model: DeltaNetConfig) -> int:
     """Forward FLOPs of the output layer, a row."""
-    return 2 * model.hidden_size * padded_vocab(model)
+    return 2 * model.hidden_size * model.padded_vocab
 
 
 def state_bytes(model: DeltaNetConfig, itemsize: int) -> int:

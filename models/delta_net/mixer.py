@@ -1,9 +1,10 @@
-"""DeltaNet's sequence mixer on Megatron-Core: heads over tensor-parallel ranks, rows gathered and scattered under sequence parallelism.
+"""DeltaNet's sequence mixer on Megatron-Core: heads over tensor-parallel ranks, complete rows inside.
 
 Per head (facts of flash-linear-attention's DeltaNet layer, arXiv 2406.06484):
     q, k, v = SiLU(conv4(x Wq)), SiLU(conv4(x Wk)), SiLU(conv4(x Wv));  q, k of unit length;  beta = sigmoid(x wb)
     o = delta_rule(q, k, v, beta);  y = Wo RMSNorm(o)
-The projections are one matrix, head-major [q | k | v | beta] per head, so that one gather feeds it and tp shards it along axis 0.
+The projections are one matrix, head-major [q | k | v | beta] per head, so that one gather feeds it and tp shards it
+along axis 0.
 """
 
 from dataclasses import dataclass
@@ -61,7 +62,11 @@ class DeltaNetMixer(Mixer):
         self.channels = 2 * self.key_dim + self.value_dim  # of a head, before the convolution
         linear = {"config": config, "bias": False, "tp_group": self.tp_group, "skip_bias_add": True}
         self.in_proj = ColumnParallelLinear(
-            model.hidden_size, model.num_heads * (self.channels + 1), init_method=config.init_method, gather_output=False, **linear
+            model.hidden_size,
+            model.num_heads * (self.channels + 1),
+            init_method=config.init_method,
+            gather_output=False,
+            **linear,
         )
         self.conv = nn.Parameter(torch.empty(self.heads * self.channels, 1, model.conv_size, dtype=config.params_dtype))
         set_tensor_model_parallel_attributes(self.conv, True, 0, 1)
@@ -92,20 +97,33 @@ class DeltaNetMixer(Mixer):
         before, beta = rows[..., :-1], rows[..., -1]
         mixed = short_conv(before, self.conv.view(self.heads, self.channels, -1), tail)
         q, k, v = mixed.split([self.key_dim, self.key_dim, self.value_dim], -1)
-        return (l2_normalize(q), l2_normalize(k), v, beta.to(torch.promote_types(beta.dtype, torch.float32)).sigmoid()), before
+        return (
+            l2_normalize(q),
+            l2_normalize(k),
+            v,
+            beta.to(torch.promote_types(beta.dtype, torch.float32)).sigmoid(),
+        ), before
 
     def output(self, mixed: Tensor, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         return self.out_proj(self.o_norm(mixed).to(rows.dtype).flatten(-2))
 
     def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple[tuple[int, int, int], ...] = (), metadata: dict[str, Any] | None = None
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         """Adds the convolution, sharded by heads, to what Megatron's layers declare of themselves."""
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         own = {"conv": self.conv}
         state.update(
             make_sharded_tensors_for_checkpoint(
-                own, prefix, {"conv": 0}, sharded_offsets, tp_group=self.tp_group, dp_cp_group=(metadata or {}).get("dp_cp_group")
+                own,
+                prefix,
+                {"conv": 0},
+                sharded_offsets,
+                tp_group=self.tp_group,
+                dp_cp_group=(metadata or {}).get("dp_cp_group"),
             )
         )
         return state

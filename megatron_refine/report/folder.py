@@ -1,0 +1,69 @@
+"""The run folder and the screen: config.yaml, metrics.jsonl, samples.json, logs/attempt_<n>/train.log, report.html."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_refine.config import Config
+from megatron_refine.report.html import write_report
+from megatron_refine.report.metrics import MetricsLog, Row, read
+from megatron_refine.report.screen import comparison, eval_line, step_line
+from megatron_refine.report.summary import is_step, milestones, step_times
+
+
+class RunFolder:
+    """What the main rank writes of a run. Each attempt has its own logs; metrics go on in one file."""
+
+    def __init__(self, config: Config, done_steps: int, show: Callable[[str], None]):
+        """Raises OSError where the folder cannot be written."""
+        self.config, self.path, self.show = config, Path(config.run.dir), show
+        logs = self.path / "logs"
+        logs.mkdir(parents=True, exist_ok=True)
+        numbers = [int(p.name.removeprefix("attempt_")) for p in logs.glob("attempt_*")]
+        self.attempt = max(numbers, default=0) + 1
+        (logs / f"attempt_{self.attempt}").mkdir()
+        self._log = (logs / f"attempt_{self.attempt}" / "train.log").open("a", buffering=1)
+        (self.path / "config.yaml").write_text(config.to_yaml())
+        self.metrics = MetricsLog(self.path / "metrics.jsonl")
+        self.metrics.truncate_after(done_steps)
+        self._wandb = _start_wandb(config)
+
+    def say(self, line: str) -> None:
+        """A line on the screen and in the attempt's log."""
+        self.show(line)
+        self._log.write(line + "\n")
+
+    def record(self, row: Row) -> None:
+        """The metrics of a step or an evaluation: file, screen, wandb."""
+        row = row | {"attempt": self.attempt}
+        self.metrics.append(row)
+        if is_step(row):
+            self.say(step_line(row, self.config.train.steps))
+        if "eval/ntp_loss" in row:
+            self.say(eval_line(row))
+        if self._wandb:
+            self._wandb.log(row, step=row["step"])
+
+    def save_samples(self, samples: Mapping[str, Any]) -> None:
+        """Selected positions and rollouts of a held-out sequence, for the report."""
+        temporary = self.path / "samples.json.tmp"
+        temporary.write_text(json.dumps(samples))
+        temporary.replace(self.path / "samples.json")
+
+    def finish(self) -> None:
+        """The comparison of before and after on the screen, and the report."""
+        rows = read(self.metrics.path)
+        self.say(comparison(milestones(rows), step_times(rows)))
+        self.say(f"report {write_report(self.path)}")
+        if self._wandb:
+            self._wandb.finish()
+
+
+def _start_wandb(config: Config) -> Any:
+    if config.run.wandb == "off":
+        return None
+    import wandb
+
+    return wandb.init(project="megatron_refine", name=Path(config.run.dir).name, dir=config.run.dir,
+                      mode=config.run.wandb, config=config.model_dump(), resume="allow")  # fmt: skip

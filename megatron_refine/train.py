@@ -1,0 +1,99 @@
+"""Train a fast-weight model with next-token prediction and REFINE.
+
+    python -m megatron_refine.train --config configs/quickstart.yaml [key.sub=value ...] [--dry-run]
+
+Ranks come from torchrun or SLURM. The same command resumes the run. Exit codes: 0 done, 2 configuration or data,
+3 loss or gradient not finite, 4 checkpoint, 75 stopped by a signal after saving (run again to go on), 1 anything else.
+"""
+
+import argparse
+import os
+import sys
+
+from megatron_refine import config as configuration
+from megatron_refine.models.family import FAMILIES
+
+EXIT_CONFIG, EXIT_NON_FINITE, EXIT_CHECKPOINT, EXIT_REQUEUE = 2, 3, 4, 75
+
+
+def train(config: configuration.Config) -> int:
+    """The run, on this rank. Returns the exit code."""
+    from megatron_refine.session import Session
+
+    session = Session(config)
+    last, start = config.train.steps, config.refine.start_step
+    session.say(f"run {config.run.dir}: step {session.progress.step}/{last}, {session.ranks.world} ranks, "
+                f"{'fused' if config.fused else 'two-pass'} update")  # fmt: skip
+    if session.progress.step == 0:
+        session.record({"step": 0, "consumed_samples": 0} | session.evaluate())
+    while session.progress.step < last:
+        refine = config.refine.enabled and session.progress.step >= start
+        metrics = session.train_step(refine)
+        step = session.progress.step
+        if _due(step, config.eval.every) or step in (start, last):
+            metrics |= session.evaluate()
+        stop = session.stop.agreed()
+        if _due(step, config.checkpoint.every) or stop or step == last:
+            metrics["time/checkpoint"] = session.save()
+        session.record(metrics)
+        if stop and step < last:
+            session.say(
+                f"stopped by {session.stop.name or 'a signal'} after step {step}: run the same command to go on"
+            )
+            return EXIT_REQUEUE
+    if session.folder:
+        session.folder.finish()
+    return 0
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse, check, then dry-run or train. Every failure ends in one line."""
+    parser = argparse.ArgumentParser(prog="python -m megatron_refine.train", description=__doc__.split("\n")[0])
+    parser.add_argument("--config", required=True, help="a YAML file of configs/")
+    parser.add_argument("--dry-run", action="store_true", help="print configuration, memory and FLOPs; start nothing")
+    parser.add_argument("--gpus", type=int, help="world size of the dry run (default: that of the environment)")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override a key of the configuration")
+    options = parser.parse_intermixed_args(arguments)
+    world = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", 1)))
+    try:
+        config = configuration.load(options.config, options.overrides, FAMILIES)
+        if options.dry_run:
+            from megatron_refine.estimate import estimate, render
+
+            world = options.gpus or max(world, config.parallel.model_size)
+            print(config.to_yaml() + "\n" + render(estimate(config, world)))
+            return 0
+        configuration.check_world_size(config, world)
+        return _run(config)
+    except configuration.ConfigError as error:
+        if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))) == 0:
+            print(error, file=sys.stderr)
+        return EXIT_CONFIG
+
+
+def _run(config: configuration.Config) -> int:
+    """`train` with its failures as exit codes and the process group closed."""
+    import torch.distributed as dist
+
+    from megatron_refine.trainer.errors import CheckpointError, NonFiniteError
+
+    try:
+        return train(config)
+    except NonFiniteError as error:
+        code, message = EXIT_NON_FINITE, str(error)
+    except CheckpointError as error:
+        code, message = EXIT_CHECKPOINT, str(error)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))) == 0:
+        print(message, file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,9 @@
+"""How a run fails, by exit code (train.py)."""
+
+
+class NonFiniteError(RuntimeError):
+    """Too many steps in a row had a non-finite loss or gradient."""
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written or must not be read: which file, what is wrong, what to do."""
