@@ -43,7 +43,7 @@ class ModelConfig(Section):
 
     @property
     def padded_vocab(self) -> int:
-        """Rows of the embedding: a multiple of 128 whatever tp is, since a padding that depends on tp breaks resharding."""
+        """Rows of the embedding: a multiple of 128 whatever tp is; a padding that depended on tp would not reshard."""
         return -(-self.vocab_size // 128) * 128
 
     def tp_limit(self) -> int:
@@ -182,6 +182,9 @@ class Config(Section):
         """Fewest real tokens of a row on which rollouts start."""
         return max(self.refine.num_chunks, self.refine.margin + max(self.refine.margin, self.refine.rollout_len))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore, (type(self.model), self.model_dump(serialize_as_any=True))  # its class is made by `load`
+
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(serialize_as_any=True), sort_keys=False)
 
@@ -215,6 +218,10 @@ def load(path: str | Path, overrides: list[str], families: dict[str, type[ModelC
 def _with_model(schema: type[ModelConfig]) -> type[Config]:
     """Config with the family's own model section."""
     return create_model("Config", __base__=Config, model=(schema, ...))
+
+
+def _restore(schema: type[ModelConfig], tree: dict[str, Any]) -> Config:
+    return _with_model(schema).model_validate(tree)
 
 
 def check_world_size(config: Config, world_size: int) -> int:

@@ -23,6 +23,7 @@ from megatron_refine import platform
 from megatron_refine.config import Config
 from megatron_refine.models import family
 from megatron_refine.models.common.norm import RMSNorm
+from megatron_refine.trainer.gradients import finalize_gradients
 from megatron_refine.trainer.parallel import Ranks
 from megatron_refine.trainer.shards import full_shape, shard
 
@@ -102,7 +103,7 @@ def transformer_config(config: Config, dtype: torch.dtype) -> TransformerConfig:
         pipeline_model_parallel_size=parallel.pp,
         context_parallel_size=parallel.cp,
         sequence_parallel=parallel.sp,
-        perform_initialization=False,  # `initialize` draws layout-independent weights
+        perform_initialization=True,  # overwritten by `initialize`; without it tensors lack the marks of their sharding
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
@@ -153,6 +154,7 @@ def build_model(config: Config, ranks: Ranks, dtype: torch.dtype | None = None) 
     ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=megatron.bf16)
     model = DistributedDataParallel(megatron, ddp, module)
     model.broadcast_params()
+    megatron.finalize_model_grads_func = finalize_gradients
     return model
 
 

@@ -1,0 +1,100 @@
+"""What the parity tests share: a small model at any layout, its full gradients, and the step written the slow way."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_refine.config import Config, load
+from megatron_refine.models.family import FAMILIES
+from megatron_refine.records import Batch, Experience
+
+MODEL = {
+    "family": "delta_net", "vocab_size": 97, "hidden_size": 64, "num_layers": 2, "num_heads": 4,
+    "intermediate_size": 96, "init_std": 0.1,
+}  # fmt: skip
+REFINE = {"num_chunks": 4, "num_rollouts": 2, "rollout_len": 5, "margin": 6, "nsp_coef": 0.7}
+
+
+def small_config(tmp_path: Any, *overrides: str) -> Config:
+    """A config of the small model; written to a file, as a user's would be."""
+    import yaml
+
+    path = tmp_path / "small.yaml"
+    train = {"precision": "fp32", "global_batch_size": 4, "micro_batch_size": 2, "steps": 10}
+    tree = {
+        "run": {"dir": str(tmp_path / "run"), "timeout_minutes": 1.0}, "model": MODEL, "refine": REFINE, "train": train,
+        "data": {"seq_length": 192}, "optimizer": {"lr": 1e-2}, "eval": {"sequences": 0},
+    }  # fmt: skip
+    path.write_text(yaml.safe_dump(tree))
+    return load(path, list(overrides), FAMILIES)
+
+
+def batch(size: int, length: int = 192, seed: int = 0, vocab: int = 97) -> Batch:
+    """Random tokens; the rows have different numbers of real tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, vocab, (size, length), generator=generator)
+    lengths = length - torch.arange(size) * 7
+    return Batch(tokens, lengths, torch.arange(size) + 100 * seed)
+
+
+def experience(size: int, dtype: torch.dtype, length: int = 192) -> Experience:
+    """Branches at the edges: the first tokens (convolution), kernel chunks, repeated and last positions; n = 2."""
+    generator = torch.Generator().manual_seed(5)
+    edges = torch.tensor([[1, 2, 3, 64], [65, 128, 187, 187], [63, 1, 127, 150], [10, 10, 129, 186]])
+    positions = edges[torch.arange(size) % 4].clamp(max=length - 5)
+    tokens = torch.randint(0, 97, (size, 4, 2, 5), generator=generator)
+    old = -2 - torch.rand(size, 4, 2, 5, generator=generator, dtype=dtype)
+    advantages = torch.randn(size, 4, 2, generator=generator, dtype=dtype)
+    return Experience(positions, tokens, old, advantages, torch.arange(size) != 3)
+
+
+def full_gradients(model: Any) -> dict[str, Tensor]:
+    """Every parameter's whole gradient under its global name, on every rank: of the last reduced backward pass."""
+    from megatron_refine.trainer.model import global_parameters
+    from megatron_refine.trainer.parallel import current_ranks
+    from megatron_refine.trainer.shards import unshard
+
+    ranks = current_ranks()
+    _gather_data_parallel(model, ranks)
+    grads: dict[str, Tensor] = {}
+    for name, parameter in global_parameters(model):
+        parts = [torch.empty_like(parameter.main_grad) for _ in range(ranks.tp)]
+        dist.all_gather(parts, parameter.main_grad.contiguous(), group=ranks.tp_group)
+        grads[name] = unshard(parts, parameter)
+    everyone: list[Any] = [None] * ranks.world
+    dist.all_gather_object(everyone, grads)
+    return {name: grad for part in everyone for name, grad in part.items()}
+
+
+def _gather_data_parallel(model: Any, ranks: Any) -> None:
+    """The distributed optimizer leaves each rank its shard of the summed gradient: put the shards together."""
+    for buffer in model.buffers:
+        for bucket in buffer.buckets:
+            size = bucket.grad_data.numel() // ranks.dp
+            mine = bucket.grad_data[ranks.dp_rank * size : (ranks.dp_rank + 1) * size].clone()
+            dist.all_gather_into_tensor(bucket.grad_data, mine, group=ranks.dp_group)
+
+
+def relative(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
+    """Relative L2 error of each parameter's gradient."""
+    assert found.keys() == expected.keys()
+    return {n: float((found[n] - e).norm() / e.norm().clamp(min=1e-30)) for n, e in expected.items()}
+
+
+def build(config: Config, dtype: torch.dtype) -> tuple[Any, Any]:
+    """(model, ranks) with norm weights away from one, the same at any layout."""
+    import zlib
+
+    from megatron_refine.trainer.model import build_model, global_parameters
+    from megatron_refine.trainer.parallel import init_parallel
+
+    ranks = init_parallel(config)
+    model = build_model(config, ranks, dtype)
+    with torch.no_grad():
+        for name, parameter in global_parameters(model):
+            if parameter.dim() == 1:
+                generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator).to(dtype))
+    return model, ranks

@@ -1,0 +1,190 @@
+"""The heart: branches forked from the main stream's states equal separate forwards of every full prefix.
+
+Logits, log-probabilities and every parameter's gradient, in fp64 and fp32, at tp = 1, 2 and 4, sequence parallelism on and off, with
+activation recomputation, for the packed pass (two-pass update) and for main pass + branch pass (fused update).
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_refine.config import Config
+from tests.parity import batch, build, experience, full_gradients, relative, small_config
+
+LAYOUTS = {
+    "tp1": (1, []),
+    "tp2": (2, ["parallel.tp=2"]),
+    "tp2 sp": (2, ["parallel.tp=2", "parallel.sp=true"]),
+    "tp4 sp": (4, ["parallel.tp=4", "parallel.sp=true"]),
+    "tp2 sp recompute": (2, ["parallel.tp=2", "parallel.sp=true", "train.recompute=full"]),
+}
+
+
+def separate(model: Any, b: Any, e: Any) -> tuple[Any, Any]:
+    """Log-probabilities of the main stream and of the branches, from one forward a prefix."""
+    from megatron_refine.trainer import forward
+
+    main = forward.main_pass(model, b.tokens).scores.logprobs[:, :-1]
+    found = []
+    for i, j, r in torch.cartesian_prod(*(torch.arange(s) for s in e.tokens.shape[:3])).tolist():
+        p = int(e.positions[i, j])
+        text = torch.cat([b.tokens[i, :p], e.tokens[i, j, r]])[None]
+        found.append(forward.main_pass(model, text).scores.logprobs[0, p - 1 : -1])
+    return main, torch.stack(found).view(e.tokens.shape)
+
+
+def packed(model: Any, b: Any, e: Any) -> tuple[Any, Any]:
+    from megatron_refine.step.refine import _flat
+    from megatron_refine.trainer import forward
+
+    return forward.packed_pass(model, b.tokens, e.tokens, *_flat(e.positions))  # type: ignore[return-value]
+
+
+def fused(model: Any, b: Any, e: Any) -> tuple[Any, Any]:
+    from megatron_refine.step.refine import _flat
+    from megatron_refine.trainer import forward
+
+    sequences, positions = _flat(e.positions)
+    main = forward.main_pass(model, b.tokens)
+    previous = main.rows[positions - 1, sequences]
+    branch = forward.branch_pass(model, e.tokens, previous, main.states(sequences, positions))
+    return main.scores.logprobs[:, :-1], branch.logprobs
+
+
+PASSES = {"separate": separate, "packed": packed, "fused": fused}
+
+
+def run(config: Config, dtype: torch.dtype, names: list[str]) -> dict[str, Any]:
+    """On a rank: log-probabilities and full gradients of each way to compute them."""
+    from megatron_refine.step.objective import next_token_sums, policy_terms
+    from megatron_refine.trainer.gradients import finalize_gradients
+
+    model, _ = build(config, dtype)
+    b, e, results = batch(3), experience(3, dtype), {}
+    for name in names:
+        model.zero_grad_buffer()
+        main, branch = PASSES[name](model, b, e)
+        terms = policy_terms(branch, e.old_logprobs, e.advantages, 0.2, 0.2, 3.0)
+        (next_token_sums(main, b.lengths)[0] / 100 + terms.loss.sum()).backward()
+        finalize_gradients([model])
+        results[name] = main.detach(), branch.detach(), full_gradients(model)
+    return results
+
+
+@pytest.fixture(scope="module")
+def reference(ranks: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[torch.dtype, Any]:
+    """One rank, separate forwards, plain backward."""
+    config = small_config(tmp_path_factory.mktemp("reference"))
+    dtypes = (torch.float64, torch.float32)
+    return {dtype: ranks(1, run, config=config, dtype=dtype, names=["separate"])[0]["separate"] for dtype in dtypes}
+
+
+# fp64: a few hundred roundings of 1e-16 each; fp32: 1e-7 each, and the same sums in another order
+TOLERANCES = {torch.float64: (1e-10, 1e-10), torch.float32: (2e-5, 1e-4)}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_branches_equal_separate_forwards(
+    ranks: Any, reference: Any, tmp_path: Path, layout: str, dtype: torch.dtype
+) -> None:
+    world, overrides = LAYOUTS[layout]
+    config = small_config(tmp_path, *overrides)
+    names = ["packed", "fused"]
+    value_tolerance, gradient_tolerance = TOLERANCES[dtype]
+    for result in ranks(world, run, config=config, dtype=dtype, names=names):
+        for name in names:
+            main, branch, gradients = result[name]
+            largest = max(1.0, float(reference[dtype][1].abs().max()))
+            assert (main - reference[dtype][0]).abs().max() < value_tolerance * largest, name
+            assert (branch - reference[dtype][1]).abs().max() < value_tolerance * largest, name
+            errors = relative(gradients, reference[dtype][2])
+            worst = max(errors, key=lambda key: errors[key])
+            assert errors[worst] < gradient_tolerance, (name, worst, errors[worst])
+
+
+def logits(config: Config) -> float:
+    """On a rank: largest difference of a branch row's logits, packed against separate."""
+    from megatron_refine.models.layout import Branches
+    from megatron_refine.step.refine import _flat
+    from megatron_refine.trainer.forward import _rows
+    from megatron_refine.trainer.model import unwrap
+
+    model, _ = build(config, torch.float32)
+    b, e, head, worst = batch(2), experience(2, torch.float32), unwrap(model).logits, 0.0
+    sequences, positions = _flat(e.positions)
+    layout = Branches(
+        main_len=192, num_positions=4, num_rollouts=2, branch_len=5, sequences=sequences, positions=positions
+    )
+    with torch.no_grad():
+        rows = layout.branches(_rows(model, torch.cat([b.tokens, e.tokens.flatten(1)], 1), layout)).view(2, 4, 2, 5, -1)
+        for i, j, r in torch.cartesian_prod(*(torch.arange(s) for s in e.tokens.shape[:3])).tolist():
+            p = int(e.positions[i, j])
+            text = torch.cat([b.tokens[i, :p], e.tokens[i, j, r]])[None]
+            alone = head(_rows(model, text, Branches(main_len=p + 5))[p:, 0])[:, :30]
+            worst = max(worst, float((head(rows[i, j, r])[:, :30] - alone).abs().max() / alone.abs().max().clamp(min=1)))
+    return worst
+
+
+@pytest.mark.parametrize("layout", ["tp1", "tp2", "tp2 sp"])
+def test_branch_logits_equal_separate_forwards(ranks: Any, tmp_path: Path, layout: str) -> None:
+    world, overrides = LAYOUTS[layout]
+    assert max(ranks(world, logits, config=small_config(tmp_path, *overrides))) < 2e-5  # fp32, of max(1, largest logit)
+
+
+def detached(config: Config) -> tuple[str, float]:
+    """On a rank: what the guard says of detached states, and how wrong their gradients would be."""
+    from megatron_refine.trainer import forward
+
+    model, _ = build(config, torch.float64)
+    b, e = batch(3), experience(3, torch.float64)
+    message = ""
+
+    def gradients(detach: bool) -> Any:
+        nonlocal message
+        model.zero_grad_buffer()
+        main = forward.main_pass(model, b.tokens)
+        sequences, positions = torch.arange(3).repeat_interleave(4), e.positions.flatten()
+        previous, states = main.rows[positions - 1, sequences], main.states(sequences, positions)
+        if detach:
+            states = {layer: state.detach() for layer, state in states.items()}
+            try:
+                forward.branch_pass(model, e.tokens, previous, states)
+            except AssertionError as error:
+                message = str(error)
+            forward._check_graph = lambda states: None
+        (forward.branch_pass(model, e.tokens, previous, states).logprobs * e.advantages[..., None]).sum().backward()
+        return full_gradients(model)
+
+    errors = relative(gradients(True), gradients(False))
+    return message, max(errors.values())
+
+
+def test_detached_states_are_refused_and_would_be_wrong(ranks: Any, tmp_path: Path) -> None:
+    message, error = ranks(1, detached, config=small_config(tmp_path))[0]
+    assert "detached" in message
+    assert error > 0.1  # so the gradient tests above would see it
+
+
+def without_head_norm_sum(config: Config) -> dict[str, float]:
+    """On a rank: gradients with Megatron's reductions alone, against ours."""
+    from megatron_refine.trainer.gradients import finalize_gradients, finalize_model_grads
+
+    model, _ = build(config, torch.float64)
+    found = []
+    for finalize in (finalize_model_grads, finalize_gradients):
+        model.zero_grad_buffer()
+        packed(model, batch(3), experience(3, torch.float64))[0].sum().backward()
+        finalize([model])
+        found.append(full_gradients(model))
+    return relative(*found)
+
+
+@pytest.mark.parametrize("layout", ["tp2", "tp2 sp"])
+def test_head_norm_gradients_need_their_own_sum(ranks: Any, tmp_path: Path, layout: str) -> None:
+    world, overrides = LAYOUTS[layout]
+    errors = ranks(world, without_head_norm_sum, config=small_config(tmp_path, *overrides))[0]
+    for name, error in errors.items():
+        assert (error > 0.1) == name.endswith("o_norm.weight"), (name, error)

@@ -1,0 +1,262 @@
+"""The delta rule: every fast path, its states and its gradients against the recurrence; convolution and normalisation."""
+
+import importlib.util
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import megatron_refine.kernels.delta_rule as dispatcher
+from megatron_refine import platform
+from megatron_refine.kernels.delta_rule import delta_rule, fla, l2_normalize
+from megatron_refine.kernels.delta_rule.chunk import chunk_delta_rule
+from megatron_refine.kernels.delta_rule.reference import recurrent_delta_rule
+from megatron_refine.models.common.conv import short_conv
+
+HEADS, KEY, VALUE = 2, 6, 5
+EXACT = {"rtol": 1e-10, "atol": 1e-10}  # fp64 rounds at 1e-16; a few thousand dependent roundings stay far below
+Inputs = dict[str, Tensor]
+
+
+def make_inputs(
+    size: int, length: int, gated: bool, states: int = 0, key: int = KEY, value: int = VALUE, decay: float = 0.3
+) -> Inputs:
+    """fp64 leaves: q, k (unit length), v, beta in (0, 1), g <= 0 if gated, `states` start states if any."""
+    generator = torch.Generator().manual_seed(1000 * size + length)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    rows = (size, length, HEADS)
+    x = {"q": normal(*rows, key), "k": F.normalize(normal(*rows, key), dim=-1), "v": normal(*rows, value)}
+    x["beta"] = normal(*rows).sigmoid()
+    if gated:
+        x["g"] = -decay * normal(*rows).abs()
+    if states:
+        x["state"] = normal(states, HEADS, key, value)
+    return {name: value.requires_grad_() for name, value in x.items()}
+
+
+def recurrent(x: Inputs, shared: int = 1) -> tuple[Tensor, Tensor]:
+    """Outputs [N, T, H, V] and all T+1 states [N, T+1, H, K, V] of the recurrence."""
+    start = {"state": x["state"].repeat_interleave(shared, 0)} if "state" in x else {}
+    o, states = recurrent_delta_rule(**(x | start))
+    return o, torch.stack(states, 1)
+
+
+def gradients(values: list[Tensor], x: Inputs) -> Inputs:
+    """Gradients of a fixed random weighting of `values` with respect to every input."""
+    generator = torch.Generator().manual_seed(9)
+    weights = [torch.randn(v.shape, generator=generator, dtype=torch.float64).to(v) for v in values]
+    loss = torch.stack([(v * w).sum() for v, w in zip(values, weights, strict=True)]).sum()
+    return dict(zip(x, torch.autograd.grad(loss, list(x.values()), allow_unused=True), strict=True))
+
+
+def assert_same(found: list[Tensor], expected: list[Tensor], x: Inputs) -> None:
+    """Values and the gradients of every input."""
+    for f, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(f, e, **EXACT)
+    theirs = gradients(expected, x)
+    for name, gradient in gradients(found, x).items():
+        torch.testing.assert_close(gradient, theirs[name], **EXACT, msg=lambda m, name=name: f"gradient of {name}: {m}")
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_reference_is_an_associative_memory(gated: bool) -> None:
+    keys = torch.linalg.qr(torch.randn(KEY, KEY, dtype=torch.float64, generator=torch.Generator().manual_seed(0))).Q
+    order = [0, 1, 2, 1]  # the second write to key 1 replaces the first
+    k, v = keys[order][None, :, None], torch.arange(8.0, dtype=torch.float64).view(1, 4, 1, 2) + 1
+    g = torch.full((1, 4, 1), -0.5, dtype=torch.float64) if gated else None
+    o, states = recurrent_delta_rule(k, k, v, torch.ones_like(v[..., 0]), g)
+    torch.testing.assert_close(o, v * KEY**-0.5, **EXACT)  # each token reads back what it wrote
+    kept = [torch.exp(torch.tensor(-0.5 * age)) if gated else 1.0 for age in (3, 0, 1)]
+    for key, row, factor in zip((0, 1, 2), (0, 3, 2), kept, strict=True):
+        torch.testing.assert_close(keys[key] @ states[-1][0, 0], v[0, row, 0] * factor, **EXACT)
+
+
+@pytest.mark.parametrize("start", [False, True])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("length", [1, 5, 63, 64, 65, 130, 200])
+def test_chunks_equal_the_recurrence(length: int, gated: bool, start: bool) -> None:
+    x = make_inputs(2, length, gated, states=2 if start else 0)
+    o, final, _ = delta_rule(**x)
+    truth, states = recurrent(x)
+    assert_same([o, final], [truth, states[:, -1]], x)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("length", [1, 5, 65])
+def test_start_states_shared_by_branches(length: int, gated: bool) -> None:
+    x = make_inputs(6, length, gated, states=2)
+    o, final, _ = delta_rule(**x)
+    truth, states = recurrent(x, shared=3)
+    assert_same([o, final], [truth, states[:, -1]], x)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("length", [5, 64, 130])
+def test_state_at_any_position_is_in_the_graph(length: int, gated: bool) -> None:
+    x = make_inputs(2, length, gated, states=2)
+    at = torch.tensor([p for p in (0, 1, 63, 64, 65, 128, length) if p <= length] * 2)
+    rows = torch.arange(2).repeat_interleave(len(at) // 2)
+    o, _, trace = delta_rule(**x)
+    truth, states = recurrent(x)
+    assert_same([o, trace.state_at(rows, at)], [truth, states[rows, at]], x)
+
+
+@pytest.mark.parametrize("path", ["chunk", "segments"])
+def test_trace_of_shared_start_states(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = make_inputs(6, 70, True, states=2)
+    rows, at = torch.arange(6), torch.tensor([0, 3, 0, 64, 1, 70])
+    trace = delta_rule(**x)[2] if path == "chunk" else segments(monkeypatch)(**x)[2]
+    _, states = recurrent(x, shared=3)
+    assert_same([trace.state_at(rows, at)], [states[rows, at]], x)
+
+
+def test_no_decay_is_the_plain_rule() -> None:
+    x = make_inputs(2, 70, False, states=2)
+    gated = delta_rule(**x, g=torch.zeros(2, 70, HEADS, dtype=torch.float64))
+    assert_same(list(gated[:2]), list(delta_rule(**x)[:2]), x)
+
+
+@pytest.mark.parametrize("decay", [5.0, 50.0])  # over a chunk e^-250, and e^-2500, which is 0 in fp64
+def test_strong_decay(decay: float) -> None:
+    x = make_inputs(2, 70, True, states=2, decay=decay)
+    rows, at = torch.tensor([0, 1, 1]), torch.tensor([40, 64, 70])
+    o, final, trace = delta_rule(**x)
+    truth, states = recurrent(x)
+    assert_same([o, final, trace.state_at(rows, at)], [truth, states[:, -1], states[rows, at]], x)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("start", [False, True])
+def test_packed_equals_separate_sequences(start: bool, gated: bool) -> None:
+    lengths = [5, 64, 1, 70]
+    x = make_inputs(1, sum(lengths), gated, states=4 if start else 0)
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    o, final, trace = delta_rule(**x, cu_seqlens=offsets)
+    outputs, finals, states = [], [], []
+    for i, (begin, end) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+        own = {n: v[i : i + 1] if n == "state" else v[:, begin:end] for n, v in x.items()}
+        truth, all_states = recurrent(own)
+        outputs.append(truth)
+        finals.append(all_states[:, -1])
+        states.append(all_states[0, lengths[i] // 2])
+    at = trace.state_at(torch.arange(4), torch.tensor(lengths) // 2)
+    assert_same([o, final, at], [torch.cat(outputs, 1), torch.cat(finals), torch.stack(states)], x)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_single_precision(gated: bool) -> None:
+    x = make_inputs(2, 200, gated, states=2, key=32, value=32)
+    low = {name: value.detach().float().requires_grad_() for name, value in x.items()}
+    found, truth = delta_rule(**low), delta_rule(**x)
+    theirs, ours = gradients(list(truth[:2]), x), gradients(list(found[:2]), low)
+    pairs = [*zip(found[:2], truth[:2], strict=True), *((ours[n], theirs[n]) for n in x)]
+    # fp32 rounds at 6e-8 and errors grow like the root of a few hundred additions (measured 3e-7); one product in bf16
+    # or TF32 would give 1e-3
+    assert max(relative(f, e) for f, e in pairs) < 5e-6
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+def test_half_precision_is_computed_in_single() -> None:
+    x = {name: value.detach().bfloat16() for name, value in make_inputs(2, 70, True, states=2).items()}
+    found, upcast = delta_rule(**x), delta_rule(**{name: value.float() for name, value in x.items()})
+    assert found[0].dtype == found[1].dtype == torch.float32
+    assert torch.equal(found[0], upcast[0]) and torch.equal(found[1], upcast[1])
+
+
+def segments(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """The fla path with short segments, and the recurrence in place of the Triton kernel."""
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
+        o, states = recurrent_delta_rule(q, k, v, beta, g, state)
+        return o, states[-1]
+
+    monkeypatch.setattr(fla, "_kernel", kernel)
+    monkeypatch.setattr(fla, "SEGMENT", 16)
+    return fla.fla_delta_rule
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("length", [5, 16, 32, 45])
+def test_chained_segments_and_replay(length: int, gated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = make_inputs(2, length, gated, states=2)
+    at = torch.tensor([p for p in (0, 1, 15, 16, 17, 31, 32, length) if p <= length] * 2)
+    rows = torch.arange(2).repeat_interleave(len(at) // 2)
+    o, final, trace = segments(monkeypatch)(**x)
+    truth, states = recurrent(x)
+    starts = at // 16 * 16  # positions without anything to replay are a case of their own
+    found = [o, final, trace.state_at(rows, at), trace.state_at(rows, starts)]
+    assert_same(found, [truth, states[:, -1], states[rows, at], states[rows, starts]], x)
+
+
+@pytest.fixture
+def on_gpu() -> dict[str, Any]:
+    """Arguments that pretend to be bf16 tensors on a GPU."""
+    tensor = SimpleNamespace(device=SimpleNamespace(type="cuda"), dtype=torch.bfloat16)
+    return dict.fromkeys(("q", "k", "v", "beta"), tensor)
+
+
+def test_gpu_without_fla_is_loud(on_gpu: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    dispatcher._require_fla.cache_clear()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(RuntimeError, match=r"flash-linear-attention is not installed.*pip install"):
+        delta_rule(**on_gpu)
+
+
+def test_gpu_with_fla_takes_its_kernels(on_gpu: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    dispatcher._require_fla.cache_clear()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(name=name))
+    monkeypatch.setattr(fla, "fla_delta_rule", lambda *args: "kernels")
+    assert delta_rule(**on_gpu) == "kernels"
+    dispatcher._require_fla.cache_clear()  # what was found here is not there
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("gated", [False, True])
+def test_triton_kernels_equal_torch(gated: bool, dtype: torch.dtype) -> None:
+    pytest.importorskip("fla", reason="needs flash-linear-attention")
+    x = make_inputs(4, 1100, gated, states=2, key=64, value=64, decay=0.05)
+    device = platform.device()
+    low = {n: v.detach().to(device, torch.float32 if n in ("state", "g") else dtype) for n, v in x.items()}
+    low = {n: v.requires_grad_() for n, v in low.items()}
+    rows, at = torch.tensor([0, 1, 3, 2], device=device), torch.tensor([1, 600, 1024, 1100], device=device)
+    results = []
+    for path in (delta_rule, chunk_delta_rule):
+        o, final, trace = path(**low)  # type: ignore[operator]
+        values = [o, final, trace.state_at(rows[1:], at[1:])]
+        results.append([*values, *gradients([v.float() for v in values], low).values()])
+    # the kernels multiply in bf16, which rounds at 4e-3, whatever the inputs are
+    assert max(relative(f, e) for f, e in zip(*results, strict=True)) < 2e-2
+
+
+@pytest.mark.parametrize("length", [1, 2, 9])
+@pytest.mark.parametrize("with_tail", [False, True])
+def test_short_conv_is_torchs_causal_convolution(with_tail: bool, length: int) -> None:
+    generator = torch.Generator().manual_seed(length)
+    shape = {"x": (2, length, 3, 4), "weight": (3, 4, 4), "tail": (2, 3, 3, 4)}
+    x = {n: torch.randn(s, generator=generator, dtype=torch.float64, requires_grad=True) for n, s in shape.items()}
+    tail = x["tail"] if with_tail else torch.zeros_like(x["tail"])
+    rows = torch.cat([tail, x["x"]], 1).flatten(2).mT  # [N, D, W-1+T]
+    truth = F.silu(F.conv1d(rows, x["weight"].view(12, 1, 4), groups=12)).mT.unflatten(-1, (3, 4))
+    inputs = x if with_tail else {n: x[n] for n in ("x", "weight")}
+    assert_same([short_conv(**inputs)], [truth], inputs)
+
+
+def test_l2_normalize() -> None:
+    x = torch.randn(3, 4, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    assert_same([l2_normalize(x)], [x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt()], {"x": x})
+    zero = torch.zeros(2, 7, requires_grad=True)
+    assert not l2_normalize(zero).any()
+    assert gradients([l2_normalize(zero)], {"x": zero})["x"].isfinite().all()
+    low = x.detach().bfloat16()
+    assert torch.equal(l2_normalize(low), l2_normalize(low.float())) and l2_normalize(low).dtype == torch.float32
