@@ -124,7 +124,9 @@ def logits(config: Config) -> float:
             p = int(e.positions[i, j])
             text = torch.cat([b.tokens[i, :p], e.tokens[i, j, r]])[None]
             alone = head(_rows(model, text, Branches(main_len=p + 5))[p:, 0])[:, :30]
-            worst = max(worst, float((head(rows[i, j, r])[:, :30] - alone).abs().max() / alone.abs().max().clamp(min=1)))
+            worst = max(
+                worst, float((head(rows[i, j, r])[:, :30] - alone).abs().max() / alone.abs().max().clamp(min=1))
+            )
     return worst
 
 

@@ -79,36 +79,40 @@ def sample(model: RefineModel, rows: Tensor, uniform: Tensor, temperature: float
     Returns: tokens [R], their log-probabilities [R] at temperature 1.
     """
     logits, group = model.logits(rows), model.pg_collection.tp
-    if temperature == 0:
-        tokens = _argmax(logits, group)
-    else:
-        tokens = _invert_cdf(logits / temperature, uniform, group).clamp(max=model.real_vocab - 1)
-    return tokens, _VocabParallelScores.apply(logits, tokens, group)[0]
-
-
-def _argmax(logits: Tensor, group: Any) -> Tensor:
-    highest, index = logits.max(-1)  # the first of equal ones
-    index = index + group.rank() * logits.shape[1]
-    best = highest.clone()
-    _reduce(best, group, dist.ReduceOp.MAX)
-    index = torch.where(highest == best, index, torch.iinfo(index.dtype).max)
-    _reduce(index, group, dist.ReduceOp.MIN)
-    return index
-
-
-def _invert_cdf(logits: Tensor, uniform: Tensor, group: Any) -> Tensor:
     highest = logits.amax(-1)
     _reduce(highest, group, dist.ReduceOp.MAX)
-    cumulative = (logits - highest[:, None]).double().exp_().cumsum(-1)
-    sums = cumulative.new_zeros(group.size(), logits.shape[0])
-    sums[group.rank()] = cumulative[:, -1]
+    shifted = (logits - highest[:, None]).double()
+    cumulative = (shifted / (temperature or 1.0)).exp().cumsum(-1)
+    sums = cumulative.new_zeros(2, group.size(), len(rows))  # of each rank: at this temperature, and at temperature 1
+    sums[0, group.rank()], sums[1, group.rank()] = cumulative[:, -1], shifted.exp_().sum(-1)
     _reduce(sums, group, dist.ReduceOp.SUM)
-    below = sums[: group.rank()].sum(0)
-    threshold = uniform.double() * sums.sum(0)
-    # ids whose cumulative weight stays at or below the threshold lie before the drawn one; each rank counts its own
-    count = (below[:, None] + cumulative <= threshold[:, None]).sum(-1)
-    _reduce(count, group, dist.ReduceOp.SUM)
-    return count
+    if temperature == 0:
+        mine, index = _first_highest(logits, highest, group)
+    else:
+        mine, index = _invert_cdf(cumulative, sums[0], uniform.double(), group.rank())
+    drawn = logits.gather(1, index[:, None])[:, 0].double() - highest
+    token = (index + group.rank() * logits.shape[1]).clamp(max=model.real_vocab - 1)
+    found = torch.stack([token.double(), drawn]) * mine  # ids are exact in fp64
+    _reduce(found, group, dist.ReduceOp.SUM)
+    return found[0].long(), (found[1] - sums[1].sum(0).log()).to(logits.dtype)
+
+
+def _invert_cdf(cumulative: Tensor, sums: Tensor, uniform: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Whether this rank holds the drawn id, and its index here: cumulative [R, V/tp], sums [tp, R], uniform [R]."""
+    edges = sums.cumsum(0)
+    threshold = uniform * edges[-1]
+    owner = (edges <= threshold).sum(0).clamp(max=len(sums) - 1)
+    below = edges[rank] - sums[rank]
+    index = (cumulative <= (threshold - below)[:, None]).sum(-1)
+    return owner == rank, index.clamp(max=cumulative.shape[1] - 1)
+
+
+def _first_highest(logits: Tensor, highest: Tensor, group: Any) -> tuple[Tensor, Tensor]:
+    """Whether this rank holds the lowest id with the highest logit, and its index here."""
+    local, index = logits.max(-1)  # the first of equal ones
+    first = torch.where(local == highest, group.rank(), group.size())
+    _reduce(first, group, dist.ReduceOp.MIN)
+    return first == group.rank(), index
 
 
 def _reduce(values: Tensor, group: Any, op: Any) -> None:
