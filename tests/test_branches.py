@@ -1,7 +1,7 @@
 """The heart: branches forked from the main stream's states equal separate forwards of every full prefix.
 
-Logits, log-probabilities and every parameter's gradient, in fp64 and fp32, at tp = 1, 2 and 4, sequence parallelism on and off, with
-activation recomputation, for the packed pass (two-pass update) and for main pass + branch pass (fused update).
+Logits, log-probabilities and every parameter's gradient, in fp64 and fp32, at tp = 1, 2 and 4, sequence parallelism on
+and off, with activation recomputation, for the packed pass (two-pass update) and for main + branch pass (fused update).
 """
 
 from pathlib import Path

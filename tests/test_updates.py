@@ -1,7 +1,7 @@
 """An optimizer step on packed REFINE rows is the same at every layout: losses, every gradient, every parameter.
 
-Sequences differ in length and one is too short for rollouts, so that ranks and micro-batches hold unequal numbers of tokens: only
-global means come out right.
+Sequences differ in length and one is too short for rollouts, so that ranks and micro-batches hold unequal numbers of
+tokens: only global means come out right.
 """
 
 from pathlib import Path
@@ -23,7 +23,7 @@ LAYOUTS = {
     "tp2 sp dp2": (4, ["parallel.tp=2", "parallel.sp=true"]),
     "tp2 sp pp2": (4, ["parallel.tp=2", "parallel.sp=true", "parallel.pp=2", "refine.enabled=false"]),
 }
-# one Adam step is lr * sign(gradient) where the gradient exceeds eps: a large eps keeps rounding noise from deciding signs
+# Adam's first step is about lr * sign(gradient) above eps: a large eps keeps rounding noise from deciding signs
 SETTINGS = ["optimizer.eps=1e-2", "optimizer.clip_grad=1000.0"]
 
 

@@ -39,7 +39,7 @@ class ChunkTrace:
         chunks, inside = (positions // self.chunk).tolist(), positions % self.chunk
         where = list(zip(rows.tolist(), chunks, strict=True))
         last = len(self.keys) - 1  # a position at the very end reads no row of the (absent) next chunk
-        state = torch.stack([self.states[chunk][row] for row, chunk in where])
+        state = torch.stack([self._start(row, chunk) for row, chunk in where])
         keys = torch.stack([self.keys[min(chunk, last)][row] for row, chunk in where])
         writes = torch.stack([self.writes[min(chunk, last)][row] for row, chunk in where])
         mask = (torch.arange(self.chunk, device=inside.device) < inside[:, None])[:, None]  # [P, 1, C]
@@ -50,6 +50,12 @@ class ChunkTrace:
         total = decay.gather(-1, before) * (inside > 0)[:, None, None]  # G_r, [P, H, 1]
         weight = torch.where(mask, total - decay, -torch.inf).exp()
         return state * total[..., None].exp() + (keys * weight[..., None]).mT @ writes
+
+
+    def _start(self, row: int, chunk: int) -> Tensor:
+        """A sequence's state before a chunk. Before the first one, consecutive sequences may share theirs."""
+        states = self.states[chunk]
+        return states[row * states.shape[0] // self.keys[0].shape[0]]
 
 
 def chunk_delta_rule(
@@ -69,7 +75,8 @@ def chunk_delta_rule(
     written, read_k, read_q, scores, kept_k = _within_chunks(q, k, v, beta, decay)
     if state is None:
         state = k.new_zeros(k.shape[0], k.shape[1], k.shape[-1], v.shape[-1])
-    states, writes, outputs = [state.to(dtype)], [], []
+    state = state.to(dtype)
+    states, writes, outputs = [state], [], []
     ends = [None] * k.shape[2] if decay is None else decay[..., -1].exp()[..., None, None].unbind(2)
     # unbind, not indexing: the backward of indexing would fill a tensor of all chunks for every chunk
     for u, rk, rq, s, kk, end in zip(

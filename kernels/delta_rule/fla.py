@@ -25,7 +25,7 @@ class SegmentTrace:
         """The states after `positions[i]` tokens of sequence `rows[i]`: [P], [P] -> [P, H, K, V]."""
         segments = (positions // SEGMENT).clamp(max=len(self.states) - 1)
         starts, where = segments * SEGMENT, zip(rows.tolist(), segments.tolist(), strict=True)
-        state = torch.stack([self.states[segment][row] for row, segment in where])
+        state = torch.stack([self._start(row, segment) for row, segment in where])
         longest = int((positions - starts).max())
         if longest == 0:
             return state
@@ -38,6 +38,12 @@ class SegmentTrace:
         ]  # a token with beta = g = 0 leaves the state as it is
         _, final = _kernel(torch.zeros_like(k), k, v, beta * inside, None if g is None else g * inside, state)
         return final
+
+
+    def _start(self, row: int, segment: int) -> Tensor:
+        """A sequence's state before a segment. Before the first one, consecutive sequences may share theirs."""
+        states = self.states[segment]
+        return states[row * states.shape[0] // self.inputs[0].shape[0]]
 
 
 def fla_delta_rule(

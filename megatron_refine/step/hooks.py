@@ -18,7 +18,7 @@ def resolve(key: str, name: str, builtin: dict[str, Callable[..., Any]]) -> Call
         )
     try:
         found = getattr(import_module(module), function)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise ConfigError(f"{key}={name}: cannot be imported: {error}") from None
     if not callable(found):
         raise ConfigError(f"{key}={name}: is not a function")

@@ -1,0 +1,189 @@
+"""The whole step: rollouts of the native engine, fused against two-pass, mini-batches, what an NTP-only step costs."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_refine.config import Config
+from megatron_refine.records import Batch
+from tests.parity import batch, build, full_gradients, relative, small_config
+
+LAYOUTS = {"tp1": (1, []), "tp2": (2, ["parallel.tp=2"]), "tp2 sp": (2, ["parallel.tp=2", "parallel.sp=true"])}
+
+
+class GradientsOnly:
+    """An updater that leaves the gradient in the model (Megatron's optimizer has no fp64)."""
+
+    lr = 0.0
+
+    def __init__(self, model: Any, ranks: Any):
+        self.model, self.ranks = model, ranks
+
+    def update(self, items: Any, forward: Any, loss: Any, num_rows: int, num_sums: int) -> Any:
+        from megatron_refine.trainer.gradients import accumulate
+        from megatron_refine.trainer.optimizer import UpdateResult
+
+        return UpdateResult(accumulate(self.model, items, forward, loss, num_rows, num_sums, self.ranks), 1.0, False)
+
+    def advance_schedule(self) -> None:
+        """There is none."""
+
+
+def make_step(config: Config, dtype: torch.dtype, optimizer: bool = False) -> Any:
+    from megatron_refine.engine.native import NativeEngine
+    from megatron_refine.step.refine import RefineStep
+    from megatron_refine.trainer.optimizer import Updater
+
+    model, ranks = build(config, dtype)
+    updater = Updater(config, model, ranks) if optimizer else GradientsOnly(model, ranks)
+    return RefineStep(config, model, NativeEngine(model), updater, ranks)  # type: ignore[arg-type]
+
+
+def gradients_of_a_step(config: Config) -> Any:
+    step = make_step(config, torch.float64)
+    metrics = step(batch(4), 0, refine=True)
+    records = step.last[1].experience
+    return metrics, full_gradients(step.model), records.positions, records.tokens
+
+
+@pytest.mark.parametrize("layout", ["tp1", "tp2 sp"])
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_fused_and_two_pass_give_the_same_gradients(ranks: Any, tmp_path: Path, layout: str, recompute: str) -> None:
+    world, overrides = LAYOUTS[layout]
+    found = {}
+    for mode in ("fused", "two_pass"):
+        config = small_config(tmp_path, f"update.mode={mode}", f"train.recompute={recompute}", *overrides)
+        found[mode] = ranks(world, gradients_of_a_step, config=config)[0]
+    (fused, gradients, positions, tokens), (two_pass, expected, *drawn) = found["fused"], found["two_pass"]
+    assert positions.equal(drawn[0]) and tokens.equal(drawn[1])
+    assert max(relative(gradients, expected).values()) < 1e-10  # fp64: the same products in another order
+    for key in ("train/ntp_loss", "train/nsp_loss", "rollout/reward_mean", "train/ratio_mean"):
+        assert fused[key] == pytest.approx(two_pass[key], rel=1e-10, abs=1e-12), key
+    assert fused["train/clip_fraction"] == 0 and fused["train/ratio_mean"] == pytest.approx(1)
+
+
+def rollouts(config: Config, temperature: float) -> Any:
+    """On a rank: positions, tokens, the engine's and the trainer's log-probabilities, and greedy continuations."""
+    from megatron_refine.trainer import forward
+
+    step = make_step(config, torch.float32)
+    b = batch(4)
+    with torch.no_grad():
+        explored, _ = step.explore(b, 3, keep_graph=False, temperature=temperature)
+        e, greedy = explored.experience, []
+        for i, j in torch.cartesian_prod(torch.arange(4), torch.arange(4)).tolist():
+            text = b.tokens[i, : int(e.positions[i, j])]
+            for _ in range(5):  # the slow way: a full forward a token
+                rows = forward._rows(step.model, text[None], forward.Branches(main_len=len(text)))
+                logits = forward.unwrap(step.model).logits(rows[-1])
+                text = torch.cat([text, _argmax(logits, step.ranks)])
+            greedy.append(text[-5:])
+    return e.positions, e.tokens, explored.gap, torch.stack(greedy).view(4, 4, 5)
+
+
+def _argmax(logits: torch.Tensor, ranks: Any) -> torch.Tensor:
+    import torch.distributed as dist
+
+    parts = [torch.empty_like(logits) for _ in range(ranks.tp)]
+    dist.all_gather(parts, logits, group=ranks.tp_group)
+    return torch.cat(parts, -1).argmax(-1)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_native_rollouts_agree_with_the_trainer(ranks: Any, tmp_path: Path, layout: str) -> None:
+    world, overrides = LAYOUTS[layout]
+    config = small_config(tmp_path, *overrides)
+    for _, tokens, gap, greedy in ranks(world, rollouts, config=config, temperature=0.0):
+        assert tokens[:, :, 0].equal(greedy) and tokens[:, :, 1].equal(greedy)
+        assert gap.max() < 1e-5  # fp32 log-probabilities of size 5, summed in another order
+    for _, _, gap, _ in ranks(world, rollouts, config=config, temperature=1.0):
+        assert gap.max() < 1e-5
+
+
+def test_rollouts_are_the_same_at_every_layout(ranks: Any, tmp_path: Path) -> None:
+    one = ranks(1, rollouts, config=small_config(tmp_path), temperature=1.0)[0]
+    assert len(one[1][0, 0].unique(dim=0)) == 2  # the rollouts of a position differ
+    for layout in ("tp2", "tp2 sp"):
+        world, overrides = LAYOUTS[layout]
+        for positions, tokens, *_ in ranks(world, rollouts, config=small_config(tmp_path, *overrides), temperature=1.0):
+            assert positions.equal(one[0]) and tokens.equal(one[1])
+
+
+def count_passes(config: Config) -> dict[str, list[int]]:
+    """On a rank: (forward, backward) passes of the model in a step of each kind."""
+    from megatron_refine.trainer.model import unwrap
+
+    step = make_step(config, torch.float32, optimizer=True)
+    layer, counts = unwrap(step.model).decoder.layers[0], [0, 0]
+    layer.register_forward_hook(lambda *_: counts.__setitem__(0, counts[0] + 1))
+    layer.register_full_backward_hook(lambda *_: counts.__setitem__(1, counts[1] + 1))
+    found = {}
+    for kind, refine in (("ntp", False), ("refine", True)):
+        counts[:] = 0, 0
+        metrics = step(batch(4), 0, refine)
+        found[kind] = [*counts, metrics["train/optimizer_steps"]]
+    return found
+
+
+def test_passes_of_a_step(ranks: Any, tmp_path: Path) -> None:
+    """Two micro-batches: NTP is one forward and backward each. k = 5 tokens decode in four passes."""
+    fused = ranks(1, count_passes, config=small_config(tmp_path, "update.mode=fused"))[0]
+    assert fused["ntp"] == [2, 2, 1]
+    assert fused["refine"] == [2 * (1 + 4 + 1), 2 * 2, 1]  # main, decoding, branches; backward of main and branches
+    two_pass = ranks(1, count_passes, config=small_config(tmp_path, "update.mode=two_pass"))[0]
+    assert two_pass["ntp"] == [2, 2, 1]
+    assert two_pass["refine"] == [2 * (1 + 4 + 1 + 1), 2, 1]
+
+
+def mini_batch_steps(config: Config) -> Any:
+    from megatron_refine.data.order import rank_samples
+
+    step = make_step(config, torch.float32, optimizer=True)
+    mine = torch.from_numpy(rank_samples(0, 4, config.mini_batch_size, step.ranks.dp_rank, step.ranks.dp))
+    first, second = (Batch(*(field[mine] for field in vars(batch(4, seed=i)).values())) for i in range(2))
+    return step(first, 0, refine=True), step(second, 1, refine=False)
+
+
+def test_mini_batches_learn_from_fixed_old_logprobs(ranks: Any, tmp_path: Path) -> None:
+    # a large eps keeps rounding noise from deciding the sign of an Adam step
+    settings = ["update.mini_batch_size=2", "optimizer.eps=1e-2", "optimizer.lr=3e-2"]
+    config = small_config(tmp_path, *settings)
+    assert not config.fused
+    refine, ntp = ranks(1, mini_batch_steps, config=config)[0]
+    assert refine["train/optimizer_steps"] == 2 and ntp["train/optimizer_steps"] == 1
+    assert refine["train/ratio_mean"] != pytest.approx(1, abs=1e-4)  # the second mini-batch is off-policy
+    two_ranks = ranks(2, mini_batch_steps, config=small_config(tmp_path, *settings, "train.micro_batch_size=1"))[0][0]
+    for key in ("train/ntp_loss", "train/nsp_loss", "rollout/reward_mean"):
+        assert two_ranks[key] == pytest.approx(refine[key], rel=1e-4, abs=1e-6), key  # fp32 through an Adam step
+
+
+def poisoned(config: Config) -> Any:
+    """On a rank: steps with a NaN weight."""
+    from megatron_refine.trainer.errors import NonFiniteError
+    from megatron_refine.trainer.model import unwrap
+
+    step = make_step(config, torch.float32, optimizer=True)
+    step(batch(4), 0, refine=True)
+    weight = unwrap(step.model).decoder.layers[0].mlp.linear_fc2.weight
+    before = {n: p.detach().clone() for n, p in unwrap(step.model).named_parameters()}
+    good = weight[0, 0].clone()
+    weight.data[0, 0] = float("nan")
+    skipped = step(batch(4, seed=1), 1, refine=True)["train/optimizer_steps"]
+    weight.data[0, 0] = good
+    same = all(p.equal(before[n]) for n, p in unwrap(step.model).named_parameters())
+    weight.data[0, 0] = float("nan")
+    try:
+        for i in range(5):
+            step(batch(4, seed=2), 2 + i, refine=False)
+    except NonFiniteError as error:
+        return skipped, same, i, str(error)
+    return skipped, same, None, ""
+
+
+def test_non_finite_steps_are_skipped_then_stop_the_run(ranks: Any, tmp_path: Path) -> None:
+    config = small_config(tmp_path, "train.max_skipped_steps=2")
+    skipped, same, stopped_at, message = ranks(1, poisoned, config=config)[0]
+    assert skipped == 0 and same
+    assert stopped_at == 1 and "not finite in 3 steps in a row" in message and "checkpoints are intact" in message
