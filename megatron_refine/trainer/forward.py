@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from megatron_refine.models.layout import Branches
 from megatron_refine.models.mixer import Handle, State
 from megatron_refine.trainer import head
-from megatron_refine.trainer.model import unwrap
+from megatron_refine.trainer.model import unwrap, whole_rows
 
 
 @dataclass
@@ -104,9 +104,10 @@ def packed_pass(
 
 
 def decode_step(model: nn.Module, tokens: Tensor, states: dict[int, Any]) -> tuple[Tensor, dict[int, Any]]:
-    """Feed one token to each of N states: tokens [N] -> hidden [N, h], the N states after it."""
+    """Feed one token to each of N states, without gradient: tokens [N] -> hidden [N, h], the N states after it."""
     layout = Branches(num_positions=tokens.shape[0], branch_len=1, states=states, final_states={})
-    rows = _rows(model, tokens[None], layout)
+    with whole_rows(model):
+        rows = _rows(model, tokens[None], layout)
     assert layout.final_states is not None
     return rows[:, 0], layout.final_states
 
@@ -129,7 +130,8 @@ def _rows(model: nn.Module, tokens: Tensor, layout: Branches) -> Tensor:
 
 def _forward(model: nn.Module, tokens: Tensor, layout: Branches) -> Any:
     config = unwrap(model).config
-    tokens = F.pad(tokens, (0, -tokens.shape[1] % config.tensor_model_parallel_size))  # rows are scattered under SP
+    if config.sequence_parallel:
+        tokens = F.pad(tokens, (0, -tokens.shape[1] % config.tensor_model_parallel_size))  # rows are scattered
     return model(tokens, None, None, packed_seq_params=layout)
 
 

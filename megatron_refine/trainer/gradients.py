@@ -46,7 +46,7 @@ def accumulate(
         data_iterator=iter(items),
         model=model,
         num_microbatches=len(items),
-        seq_length=num_rows + -num_rows % ranks.tp,
+        seq_length=num_rows + (-num_rows % ranks.tp if model.config.sequence_parallel else 0),
         micro_batch_size=len(items[0].batch.tokens),
         forward_only=False,
     )

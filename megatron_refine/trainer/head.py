@@ -79,40 +79,35 @@ def sample(model: RefineModel, rows: Tensor, uniform: Tensor, temperature: float
     Returns: tokens [R], their log-probabilities [R] at temperature 1.
     """
     logits, group = model.logits(rows), model.pg_collection.tp
-    highest = logits.amax(-1)
-    _reduce(highest, group, dist.ReduceOp.MAX)
+    rank, size = group.rank(), group.size()
+    highest, first = logits.max(-1)  # the first of equal ones
     shifted = (logits - highest[:, None]).double()
     cumulative = (shifted / (temperature or 1.0)).exp().cumsum(-1)
-    sums = cumulative.new_zeros(2, group.size(), len(rows))  # of each rank: at this temperature, and at temperature 1
-    sums[0, group.rank()], sums[1, group.rank()] = cumulative[:, -1], shifted.exp_().sum(-1)
-    _reduce(sums, group, dist.ReduceOp.SUM)
+    shards = cumulative.new_zeros(3, size, len(rows))  # one exchange: each rank's highest logit and two sums
+    shards[:, rank] = torch.stack([highest.double(), cumulative[:, -1], shifted.exp().sum(-1)])
+    _reduce(shards, group, dist.ReduceOp.SUM)
+    offsets = shards[0] - shards[0].amax(0)  # of each shard's highest logit below the highest of all, [tp, R]
     if temperature == 0:
-        mine, index = _first_highest(logits, highest, group)
+        owner, index = (offsets == 0).int().argmax(0), first
     else:
-        mine, index = _invert_cdf(cumulative, sums[0], uniform.double(), group.rank())
-    drawn = logits.gather(1, index[:, None])[:, 0].double() - highest
-    token = (index + group.rank() * logits.shape[1]).clamp(max=model.real_vocab - 1)
-    found = torch.stack([token.double(), drawn]) * mine  # ids are exact in fp64
+        scales = (offsets / temperature).exp()
+        owner, index = _invert_cdf(cumulative * scales[rank, :, None], shards[1] * scales, uniform.double(), rank)
+    drawn = shifted.gather(1, index[:, None])[:, 0] + offsets[rank]
+    token = (index + rank * logits.shape[1]).clamp(max=model.real_vocab - 1)
+    found = torch.stack([token.double(), drawn]) * (owner == rank)  # ids are exact in fp64
     _reduce(found, group, dist.ReduceOp.SUM)
-    return found[0].long(), (found[1] - sums[1].sum(0).log()).to(logits.dtype)
+    total = (shards[2] * offsets.exp()).sum(0)
+    return found[0].long(), (found[1] - total.log()).to(logits.dtype)
 
 
 def _invert_cdf(cumulative: Tensor, sums: Tensor, uniform: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Whether this rank holds the drawn id, and its index here: cumulative [R, V/tp], sums [tp, R], uniform [R]."""
+    """The rank that holds the drawn id, and its index if that is here: cumulative [R, V/tp], sums [tp, R], uniform [R]."""
     edges = sums.cumsum(0)
     threshold = uniform * edges[-1]
     owner = (edges <= threshold).sum(0).clamp(max=len(sums) - 1)
     below = edges[rank] - sums[rank]
     index = (cumulative <= (threshold - below)[:, None]).sum(-1)
-    return owner == rank, index.clamp(max=cumulative.shape[1] - 1)
-
-
-def _first_highest(logits: Tensor, highest: Tensor, group: Any) -> tuple[Tensor, Tensor]:
-    """Whether this rank holds the lowest id with the highest logit, and its index here."""
-    local, index = logits.max(-1)  # the first of equal ones
-    first = torch.where(local == highest, group.rank(), group.size())
-    _reduce(first, group, dist.ReduceOp.MIN)
-    return first == group.rank(), index
+    return owner, index.clamp(max=cumulative.shape[1] - 1)
 
 
 def _reduce(values: Tensor, group: Any, op: Any) -> None:

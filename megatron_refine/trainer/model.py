@@ -1,5 +1,6 @@
 """The model as Megatron-Core's GPTModel: our mixers through its layer specs, our output through its one hook."""
 
+import contextlib
 import hashlib
 from collections.abc import Iterator
 from typing import Any
@@ -26,6 +27,8 @@ from megatron_refine.models.common.norm import RMSNorm
 from megatron_refine.trainer.gradients import finalize_gradients
 from megatron_refine.trainer.parallel import Ranks
 from megatron_refine.trainer.shards import full_shape, shard
+
+_SEQUENCE_FLAGS = ("sequence_parallel", "reduce_scatter_embeddings")  # where Megatron's modules keep the choice
 
 
 class RecomputedLayer(TransformerLayer):
@@ -163,6 +166,25 @@ def unwrap(model: nn.Module) -> RefineModel:
     while not isinstance(model, RefineModel):
         model = model.module  # type: ignore[assignment]
     return model
+
+
+@contextlib.contextmanager
+def whole_rows(module: nn.Module) -> Iterator[None]:
+    """No sequence parallelism inside: decoding feeds a few rows, whose gather and scatter would cost more than they do.
+
+    For passes without gradient only.
+    """
+    assert not torch.is_grad_enabled(), "weights' gradients would be summed over tp in the wrong place"
+    model = unwrap(module)
+    owners = [model.config, *model.modules()]
+    flags = [(o, name) for o in owners for name in _SEQUENCE_FLAGS if getattr(o, name, False)]
+    for owner, name in flags:
+        setattr(owner, name, False)
+    try:
+        yield
+    finally:
+        for owner, name in flags:
+            setattr(owner, name, True)
 
 
 def global_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
