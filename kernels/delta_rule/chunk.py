@@ -51,7 +51,6 @@ class ChunkTrace:
         weight = torch.where(mask, total - decay, -torch.inf).exp()
         return state * total[..., None].exp() + (keys * weight[..., None]).mT @ writes
 
-
     def _start(self, row: int, chunk: int) -> Tensor:
         """A sequence's state before a chunk. Before the first one, consecutive sequences may share theirs."""
         states = self.states[chunk]
@@ -69,6 +68,9 @@ def chunk_delta_rule(
     """
     size, length = min(CHUNK, k.shape[1]), k.shape[1]
     dtype = torch.promote_types(q.dtype, torch.float32)
+    if length == 1 and state is not None:
+        qt, kt, vt, bt = (x.to(dtype)[:, 0] for x in (q, k, v, beta))
+        return _one_token(qt, kt, vt, bt, None if g is None else g.to(dtype), state.to(dtype))
     q, k, v = (_chunks(x.to(dtype), size) for x in (q, k, v))  # [N, H, NT, C, *]
     beta = _chunks(beta.to(dtype)[..., None], size)
     decay = None if g is None else _chunks(g.to(dtype)[..., None], size)[..., 0].cumsum(-1)
@@ -91,6 +93,22 @@ def chunk_delta_rule(
     o = torch.stack(outputs, 2).flatten(2, 3).transpose(1, 2)[:, :length]
     trace = ChunkTrace(size, states, list(k.unbind(2)), writes, None if decay is None else list(decay.unbind(2)))
     return o, state, trace
+
+
+def _one_token(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, state: Tensor
+) -> tuple[Tensor, Tensor, ChunkTrace]:
+    """A step of decoding: the recurrence itself, a fifth of a chunk's operations. q, k, v [N, H, *]; g [N, 1, H]."""
+    start = state
+    if state.shape[0] != k.shape[0]:
+        state = state.repeat_interleave(k.shape[0] // state.shape[0], 0)
+    if g is not None:
+        state = state * g[:, 0, :, None, None].exp()
+    write = beta[..., None] * (v - (k[:, :, None] @ state)[:, :, 0])  # [N, H, V]
+    final = torch.addcmul(state, k[..., None], write[:, :, None])
+    o = (q[:, :, None] @ final)[:, :, 0] * q.shape[-1] ** -0.5
+    decays = None if g is None else [g.transpose(1, 2)]
+    return o[:, None], final, ChunkTrace(1, [start, final], [k[:, :, None]], [write[:, :, None]], decays)
 
 
 def _chunks(x: Tensor, size: int) -> Tensor:

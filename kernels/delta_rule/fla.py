@@ -39,7 +39,6 @@ class SegmentTrace:
         _, final = _kernel(torch.zeros_like(k), k, v, beta * inside, None if g is None else g * inside, state)
         return final
 
-
     def _start(self, row: int, segment: int) -> Tensor:
         """A sequence's state before a segment. Before the first one, consecutive sequences may share theirs."""
         states = self.states[segment]

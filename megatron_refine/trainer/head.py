@@ -101,7 +101,7 @@ def sample(model: RefineModel, rows: Tensor, uniform: Tensor, temperature: float
 
 
 def _invert_cdf(cumulative: Tensor, sums: Tensor, uniform: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The rank that holds the drawn id, and its index if that is here: cumulative [R, V/tp], sums [tp, R], uniform [R]."""
+    """The rank that holds the drawn id, and its index there: cumulative [R, V/tp], sums [tp, R], uniform [R]."""
     edges = sums.cumsum(0)
     threshold = uniform * edges[-1]
     owner = (edges <= threshold).sum(0).clamp(max=len(sums) - 1)
