@@ -49,6 +49,9 @@ def install() -> None:
     ):  # what they deprecate and what they miss is no news to users
         warnings.filterwarnings("ignore", module=package)
     if has_gpu():
+        os.environ.setdefault(
+            "CUDA_DEVICE_MAX_CONNECTIONS", "1"
+        )  # Megatron overlaps collectives by the order of launches
         torch.cuda.set_device(local_rank())
     else:
         _patch_torch()

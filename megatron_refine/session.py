@@ -2,6 +2,7 @@
 
 import time
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch.distributed as dist
@@ -24,11 +25,22 @@ from megatron_refine.trainer.parallel import init_parallel
 from megatron_refine.trainer.signals import StopRequest
 
 
+def _check_writable(folder: Path) -> None:
+    """Raises ConfigError where the run folder cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(f"run.dir={folder}: cannot be written: {error.strerror}; name another folder") from None
+
+
 class Session:
     """Data, model, engine, checkpoints and run folder. Construction resumes from the newest complete checkpoint."""
 
     def __init__(self, config: Config):
         if platform.global_rank() == 0:
+            _check_writable(Path(config.run.dir))
             prepare(config)  # once, before any group exists: bad data ends the run here; the other ranks find the rows
         self.config, self.ranks = config, init_parallel(config)
         dist.barrier()

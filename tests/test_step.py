@@ -137,6 +137,29 @@ def test_passes_of_a_step(ranks: Any, tmp_path: Path) -> None:
     assert two_pass["refine"] == [2 * (1 + 4 + 1 + 1), 2, 1]
 
 
+def first_loss(config: Config) -> list[dict[str, float]]:
+    from megatron_refine.engine.native import NativeEngine
+    from megatron_refine.step.refine import RefineStep
+    from megatron_refine.trainer.model import build_model
+    from megatron_refine.trainer.optimizer import Updater
+    from megatron_refine.trainer.parallel import init_parallel
+
+    ranks = init_parallel(config)
+    model = build_model(config, ranks)
+    step = RefineStep(config, model, NativeEngine(model), Updater(config, model, ranks), ranks)
+    return [step(batch(4, seed=i), i, refine=True) for i in range(3)]
+
+
+@pytest.mark.parametrize("layout", ["tp1", "tp2 sp"])
+def test_bf16_follows_fp32(ranks: Any, tmp_path: Path, layout: str) -> None:
+    world, overrides = LAYOUTS[layout]
+    low = ranks(world, first_loss, config=small_config(tmp_path, "train.precision=bf16", *overrides))[0]
+    full = ranks(world, first_loss, config=small_config(tmp_path, *overrides))[0]
+    for a, b in zip(low, full, strict=True):
+        assert a["train/ntp_loss"] == pytest.approx(b["train/ntp_loss"], rel=1e-2)  # bf16 has 3 significant digits
+        assert a["rollout/logprob_gap_max"] < 0.2  # decoding and rescoring round differently
+
+
 def mini_batch_steps(config: Config) -> Any:
     from megatron_refine.data.order import rank_samples
 

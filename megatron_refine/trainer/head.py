@@ -1,6 +1,7 @@
 """From final rows to log-probabilities, entropies and samples, with the vocabulary sharded over tensor-parallel ranks.
 
-Rows are taken in chunks and each chunk's logits are recomputed in the backward pass, so that no rank ever holds [T, V].
+Rows are taken in chunks; where there are several, their logits are recomputed in the backward pass, so that no rank
+ever holds [T, V].
 """
 
 from dataclasses import dataclass
@@ -36,7 +37,9 @@ def score(model: RefineModel, rows: Tensor, targets: Tensor) -> Scores:
     def chunk_scores(chunk: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return _VocabParallelScores.apply(model.logits(chunk), wanted, group)
 
-    parts = [checkpoint(chunk_scores, *pair, use_reentrant=False) for pair in chunks]
+    if len(rows) <= size:  # one chunk: keeping it stays within the bound
+        return Scores(*chunk_scores(rows, targets))
+    parts = [checkpoint(chunk_scores, *pair, use_reentrant=False, preserve_rng_state=False) for pair in chunks]
     return Scores(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 

@@ -1,0 +1,146 @@
+"""What the tests of whole runs share: their configuration file, the training command in a rank, hooks that break it."""
+
+import argparse
+import ast
+import json
+import os
+import tempfile
+import textwrap
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+MODEL = {
+    "family": "delta_net", "vocab_size": 512, "hidden_size": 64, "num_layers": 2, "num_heads": 4,
+    "intermediate_size": 128, "init_std": 0.05,
+}  # fmt: skip
+TREE = {
+    "run": {"timeout_minutes": 0.5},
+    "model": MODEL,
+    "data": {
+        "paths": [argparse.__file__, ast.__file__], "valid_paths": [textwrap.__file__],
+        "seq_length": 192, "split_documents": True,
+    },
+    "optimizer": {"lr": 1e-3},
+    "train": {"steps": 6, "global_batch_size": 4, "micro_batch_size": 2, "precision": "fp32"},
+    "refine": {"num_chunks": 4, "num_rollouts": 2, "rollout_len": 5, "reward": "tests.runs:reward"},
+    "eval": {"sequences": 0},
+}  # fmt: skip
+TP2 = ("parallel.tp=2", "parallel.sp=true")
+# keys of a row that differ from attempt to attempt; weights are numbered anew in each
+VOLATILE = ("time/", "perf/", "attempt", "rollout/weight_version")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What the reward does in the REFINE steps from `step` on: a signal to the own process on one rank, or NaN."""
+
+    step: int  # 1 is the first
+    signal: int = 0  # 0: NaN instead
+    rank: int = 0
+
+
+@dataclass(frozen=True)
+class End:
+    """How the command ended on a rank."""
+
+    code: int
+    out: str
+    err: str
+
+
+_fault: Fault | None = None
+_step = 0  # of the exploration under way
+
+
+def reward(tokens: Any, truth: Any, h_pred: Any, h_true: Any) -> Any:
+    """`cosine`, unless this is the time of the fault: between rollout and update."""
+    from megatron_refine.step.reward import cosine
+
+    rewards = cosine(tokens, truth, h_pred, h_true)
+    if _fault and _step >= _fault.step:
+        if not _fault.signal:
+            return rewards * float("nan")
+        if _step == _fault.step and int(os.environ["RANK"]) == _fault.rank:
+            os.kill(os.getpid(), _fault.signal)
+    return rewards
+
+
+def write_config(folder: Path, cache_dir: Path, **sections: dict[str, Any]) -> Path:
+    """A configuration file of the small run in `folder/run`; `sections` add to those of TREE."""
+    own: dict[str, dict[str, Any]] = {"run": {"dir": str(folder / "run")}, "data": {"cache_dir": str(cache_dir)}}
+    names = TREE.keys() | sections.keys()
+    tree = {name: TREE.get(name, {}) | own.get(name, {}) | sections.get(name, {}) for name in names}
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def command(arguments: list[str], fault: Fault | None = None, record: Path | None = None, saves: bool = True) -> End:
+    """On a rank: the training command. Its draws are appended to the file `record`, by rank 0.
+
+    Without `saves` no checkpoint is written: a process's first one takes seconds.
+    """
+    global _fault
+    from megatron_refine.session import Session
+    from megatron_refine.step.refine import RefineStep
+    from megatron_refine.train import main
+
+    _fault = fault
+    RefineStep.explore = _observed(RefineStep.explore, record)  # type: ignore[method-assign]
+    if not saves:
+        Session.save = lambda self: 0.0  # type: ignore[method-assign]
+    with _captured() as texts:
+        code = main(arguments)
+    return End(code, *texts)
+
+
+def _observed(explore: Callable[..., Any], record: Path | None) -> Callable[..., Any]:
+    """`explore` that notes the step and writes what it drew."""
+    from megatron_refine.eval.heldout import COUNTER
+
+    def observed(self: Any, batch: Any, step: int, *args: Any, **kwargs: Any) -> Any:
+        global _step
+        _step = step + 1 if step < COUNTER else 0
+        explored, outputs = explore(self, batch, step, *args, **kwargs)
+        if record and _step and os.environ["RANK"] == "0":
+            e = explored.experience
+            drawn = {"positions": e.positions, "tokens": e.tokens, "rewards": explored.rewards}
+            with record.open("a") as file:
+                file.write(json.dumps({"step": _step} | {k: v.tolist() for k, v in drawn.items()}) + "\n")
+        return explored, outputs
+
+    return observed
+
+
+@contextmanager
+def _captured() -> Iterator[list[str]]:
+    """What the process writes on its screen, in the end: [stdout, stderr]. The rank's log has it too."""
+    texts: list[str] = []
+    files, kept = [tempfile.TemporaryFile() for _ in (1, 2)], [os.dup(fd) for fd in (1, 2)]
+    for fd, file in zip((1, 2), files, strict=True):
+        os.dup2(file.fileno(), fd)
+    try:
+        yield texts
+    finally:
+        print(end="", flush=True)
+        for fd, file, old in zip((1, 2), files, kept, strict=True):
+            os.dup2(old, fd)
+            file.seek(0)
+            texts.append(file.read().decode())
+            os.write(fd, texts[-1].encode())
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    """The metrics of a run in `folder/run`, without what differs from attempt to attempt."""
+    lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith(VOLATILE)} for line in lines]
+
+
+def draws(record: Path) -> list[dict[str, Any]]:
+    """Positions, rollout tokens and rewards of each micro-batch, in order."""
+    return [json.loads(line) for line in record.read_text().splitlines()]
