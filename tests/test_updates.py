@@ -94,6 +94,16 @@ def test_an_update_is_the_same_at_every_layout(ranks: Any, reference: Any, tmp_p
             assert worst[1] < 1e-5, (kind, worst)
 
 
+def buckets(config: Config) -> list[int]:
+    model, _ = build(config, torch.float32)
+    return [len(buffer.buckets) for buffer in model.buffers]
+
+
+def test_the_gradient_is_one_bucket(ranks: Any, tmp_path: Path) -> None:
+    """With several padded buckets, Megatron-Core 0.16.1 writes wrong Adam moments into resharding checkpoints."""
+    assert ranks(2, buckets, config=small_config(tmp_path, "train.micro_batch_size=1"))[0] == [1]
+
+
 def test_losses_are_global_means(ranks: Any, reference: Any, tmp_path: Path) -> None:
     """The reported loss is the mean over all real targets, computed here by hand from one forward."""
     ntp = reference["ntp"][0][0].item()

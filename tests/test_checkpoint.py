@@ -1,0 +1,189 @@
+"""Checkpoints of the small model: resharding with Adam's moments, weights alone, keeping and replacing."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_refine.config import Config
+from megatron_refine.records import Batch
+from tests.parity import batch, small_config
+from tests.test_step import make_step
+
+TP2 = ["parallel.tp=2", "parallel.sp=true"]
+LAYOUTS: dict[str, tuple[int, list[str]]] = {  # world size, overrides
+    "tp1": (1, []), "dp2": (2, []), "pp2": (2, ["parallel.pp=2", "refine.enabled=false"]), "tp2": (2, TP2)
+}  # fmt: skip
+
+
+def start(config: Config) -> Any:
+    """On a rank: (step, checkpoints) of a new model."""
+    from megatron_refine.trainer.checkpoint import Checkpoints
+
+    step = make_step(config, torch.float32, optimizer=True)
+    return step, Checkpoints(Path(config.run.dir) / "checkpoints", config, step.ranks)
+
+
+def part(seed: int, step: Any) -> Batch:
+    """This rank's sequences of a batch of four."""
+    size = 4 // step.ranks.dp
+    return batch(4, seed=seed).rows(slice(step.ranks.dp_rank * size, (step.ranks.dp_rank + 1) * size))
+
+
+def adam_steps(step: Any) -> set[float]:
+    """The values of all step counters of Adam on this rank."""
+    return {float(state["step"]) for state in step.updater.optimizer.optimizer.state.values()}
+
+
+def two_steps_saved(config: Config) -> Any:
+    """On a rank: two REFINE steps, a checkpoint, a third step on next tokens; its metrics and Adam's counters."""
+    from megatron_refine.trainer.checkpoint import Progress
+
+    step, checkpoints = start(config)
+    for i in range(2):
+        step(part(i, step), i, refine=True)
+    checkpoints.save(Progress(2, 8, "rows"), step.updater)
+    return step(part(2, step), 2, refine=False), adam_steps(step)
+
+
+def loaded_saved_continued(config: Config, source: Path) -> Any:
+    """On a rank: a checkpoint loaded, saved again, the third step; its metrics, Adam's counters and the progress."""
+    step, checkpoints = start(config)
+    progress = checkpoints.load(source, step.updater)
+    checkpoints.save(progress, step.updater)
+    return step(part(2, step), 2, refine=False), adam_steps(step), vars(progress)
+
+
+def plain(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, whole, in one process."""
+    from megatron_refine import platform
+
+    platform.install()
+    from megatron.core import dist_checkpointing
+
+    return {name: t for name, t in dist_checkpointing.load_plain_tensors(str(folder)).items() if t is not None}
+
+
+def config_at(layout: str, folder: Path, *overrides: str) -> Config:
+    folder.mkdir(exist_ok=True)
+    return small_config(folder, *LAYOUTS[layout][1], *overrides)
+
+
+@pytest.fixture(scope="module")
+def saved(ranks: Any, tmp_path_factory: Any) -> Any:
+    """(checkpoint after two steps at tp2 with sp, metrics of the third step)."""
+    folder = tmp_path_factory.mktemp("saved")
+    (metrics, counters), _ = ranks(2, two_steps_saved, config=config_at("tp2", folder))
+    assert counters == {3}
+    return folder / "run/checkpoints/step_0000002", metrics
+
+
+def test_resharding_changes_no_bit_and_the_run_goes_on(ranks: Any, tmp_path: Path, saved: Any) -> None:
+    """tp2 with sp -> tp1 -> dp2 -> pp2 -> tp2 with sp, each loaded from the one before."""
+    source, uninterrupted = saved
+    first = ranks(1, plain, folder=source)[0]
+    for kind in ("param", "exp_avg", "exp_avg_sq"):
+        found = [t for name, t in first.items() if f".{kind}." in name]
+        assert len(found) == 21 and all(t.abs().sum() > 0 for t in found), kind
+    for layout, (world, _) in LAYOUTS.items():
+        config = config_at(layout, tmp_path / layout, "train.micro_batch_size=1")
+        for metrics, counters, progress in ranks(world, loaded_saved_continued, config=config, source=source):
+            assert progress == {"step": 2, "consumed_samples": 8, "data": "rows"}
+            assert counters == {3}, layout
+            for key in ("train/ntp_loss", "train/grad_norm"):  # fp32 sums in another order
+                assert metrics[key] == pytest.approx(uninterrupted[key], rel=1e-5), (layout, key)
+        source = Path(config.run.dir) / "checkpoints/step_0000002"
+        tensors = ranks(1, plain, folder=source)[0]
+        assert tensors.keys() == first.keys(), layout
+        assert [name for name in first if not tensors[name].equal(first[name])] == [], layout
+
+
+def new_run(config: Config, source: Path) -> Any:
+    """On a rank: a step from a checkpoint's weights; weights before and after, Adam's state, learning rate's step."""
+    from megatron_refine.trainer.model import unwrap
+
+    step, checkpoints = start(config)
+    checkpoints.load_weights(source, step.updater)
+    assert not step.updater.optimizer.optimizer.state or adam_steps(step) == {0}
+    before, after = {}, {}
+    for found in (before, after):
+        found |= {n: p.detach().clone() for n, p in unwrap(step.model).named_parameters()}
+        if not after:
+            step(part(2, step), 0, refine=False)
+    return before, after, adam_steps(step), step.updater.scheduler.num_steps
+
+
+def test_weights_alone_start_a_new_run(ranks: Any, tmp_path: Path, saved: Any) -> None:
+    tensors = ranks(1, plain, folder=saved[0])[0]
+    config = config_at("tp1", tmp_path, "optimizer.weight_decay=0.0", "optimizer.lr=1e-3")
+    before, after, counters, schedule = ranks(1, new_run, config=config, source=saved[0])[0]
+    assert counters == {1} and schedule == 1
+    for name, weight in before.items():
+        stored = name.replace("layers.1.", "layers.0.")  # layers are stored stacked
+        expected = tensors[name] if name in tensors else tensors[stored]
+        assert weight.equal(expected), name
+        # Adam's first step is the learning rate, whatever the gradient: old moments would change it, old main weights
+        # would show here in whole
+        moved = (after[name] - weight).abs().max()
+        assert 0.9e-3 < moved < 1.1e-3, name
+
+
+def decayed(config: Config) -> Any:
+    """On a rank: the weights before and after a step."""
+    from megatron_refine.trainer.model import unwrap
+
+    step, _ = start(config)
+    before = {n: p.detach().clone() for n, p in unwrap(step.model).named_parameters()}
+    step(part(0, step), 0, refine=False)
+    return before, {n: p.detach() for n, p in unwrap(step.model).named_parameters()}
+
+
+def test_norms_do_not_decay(ranks: Any, tmp_path: Path) -> None:
+    """A learning rate too small to see times a weight decay that makes it 0.1."""
+    config = config_at("dp2", tmp_path, "optimizer.lr=1e-9", "optimizer.weight_decay=1e8")
+    before, after = ranks(2, decayed, config=config)[0]
+    assert {w.dim() for w in before.values()} == {1, 2, 3} or {w.dim() for w in before.values()} == {1, 2}
+    for name, weight in before.items():
+        kept = 1.0 if weight.dim() == 1 else 0.9
+        assert torch.allclose(after[name], kept * weight, rtol=1e-5, atol=2e-9), name  # Adam itself moves by 1e-9
+
+
+def faked_saves(config: Config, steps: list[int]) -> list[str]:
+    """On a rank: checkpoints whose payload is the step and nothing else; the folders there in the end."""
+    from megatron_refine.trainer import checkpoint
+
+    def write(state: Any, folder: str) -> None:
+        Path(folder, "payload").write_text(f"{state['progress']['step']} of {state['progress']['data']}")
+
+    checkpoint.dist_checkpointing.save = write
+    step, checkpoints = start(config)
+    for i, number in enumerate(steps):
+        checkpoints.save(checkpoint.Progress(number, 0, f"save {i}"), step.updater)
+    found = sorted(checkpoints.root.iterdir())
+    return [f"{p.name}: {(p / 'payload').read_text() if p.is_dir() else p.read_text()}" for p in found]
+
+
+def test_the_oldest_checkpoints_go_and_the_same_step_is_replaced(ranks: Any, tmp_path: Path) -> None:
+    config = config_at("tp1", tmp_path, "checkpoint.keep=2")
+    assert ranks(1, faked_saves, config=config, steps=[2, 4, 10, 10])[0] == [
+        "latest: step_0000010", "step_0000004: 4 of save 1", "step_0000010: 10 of save 3"
+    ]  # fmt: skip
+
+
+def latest_of(config: Config) -> Any:
+    return start(config)[1].latest()
+
+
+def test_what_is_not_complete_is_neither_loaded_nor_in_the_way(ranks: Any, tmp_path: Path, saved: Any) -> None:
+    config = config_at("tp1", tmp_path, "checkpoint.keep=3")
+    root = Path(config.run.dir) / "checkpoints"
+    assert ranks(1, latest_of, config=config)[0] is None
+    for name in ("step_0000002", "step_0000004", ".incomplete-step_0000006"):
+        shutil.copytree(saved[0], root / name)
+    (root / "step_0000004" / "COMPLETE").unlink()
+    assert ranks(1, latest_of, config=config)[0] == root / "step_0000002"
+    assert ranks(1, faked_saves, config=config, steps=[4, 6])[0] == [
+        "latest: step_0000006", f"step_0000002: {saved}", "step_0000004: 4 of save 0", "step_0000006: 6 of save 1"
+    ]  # fmt: skip
