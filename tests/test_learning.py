@@ -59,7 +59,7 @@ def rewards_over_steps(config: Config) -> list[tuple[float, float]]:
     for i in range(STEPS):
         step(batch, 100 + i, refine=True)
         assert step.last is not None
-        records = step.last[1]
+        records = step.last
         rewards = binary(records.experience.tokens, records.truth, torch.empty(0), torch.empty(0))
         found.append((float(rewards.mean()), float(rewards.var(-1).mean() / rewards.numel())))
     return found

@@ -44,7 +44,7 @@ def make_step(config: Config, dtype: torch.dtype, optimizer: bool = False) -> An
 def gradients_of_a_step(config: Config) -> Any:
     step = make_step(config, torch.float64)
     metrics = step(batch(4), 0, refine=True)
-    records = step.last[1].experience
+    records = step.last.experience
     return metrics, full_gradients(step.model), records.positions, records.tokens
 
 

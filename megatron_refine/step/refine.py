@@ -64,8 +64,7 @@ class RefineStep:
         self.config, self.model, self.engine, self.updater, self.ranks = config, model, engine, updater, ranks
         self.reward = resolve("refine.reward", config.refine.reward, REWARDS)
         self.clock = Clock()
-        self.weight_version = 0
-        self.last: tuple[Batch, Explored] | None = None  # for the report
+        self.last: Explored | None = None  # the first micro-batch of the last REFINE step
 
     def __call__(self, batch: Batch, step: int, refine: bool) -> dict[str, float]:
         """One step on this rank's part of the batch (its part of each mini-batch in turn).
@@ -75,6 +74,9 @@ class RefineStep:
         size = self.config.train.micro_batch_size
         micros = [batch.rows(slice(i, i + size)) for i in range(0, len(batch.tokens), size)]
         explored: list[Explored] = []
+        if refine:
+            with self.clock("sync"):
+                self.engine.sync(step)  # before the first rollout: it also follows a resume and NTP-only steps
         if not refine:
             results = [self._update(micros, [], self._main)]
         elif self.config.fused:
@@ -90,11 +92,8 @@ class RefineStep:
         self.updater.advance_schedule()
         metrics = self._loss_metrics(results, refine)
         if refine:
-            self.last = micros[0], explored[0]
-            metrics |= self.rollout_metrics(micros, explored)
-            self.weight_version += 1
-            with self.clock("sync"):
-                self.engine.sync(self.weight_version)
+            self.last = explored[0]
+            metrics |= self._rollout_metrics(micros, explored, step)
         return metrics | self.clock.take()
 
     def explore(
@@ -199,14 +198,13 @@ class RefineStep:
             {"train/nsp_loss": nsp, "train/clip_fraction": clipped, "train/ratio_mean": ratio} if refine else {}
         )
 
-    def rollout_metrics(self, micros: list[Batch], explored: list[Explored]) -> dict[str, float]:
-        """The rollout/ metrics of explored micro-batches, over all data-parallel ranks."""
+    def _rollout_metrics(self, micros: list[Batch], explored: list[Explored], version: int) -> dict[str, float]:
         sums = [
             rollout_sums(x.experience, x.rewards, x.entropy, m.lengths, zero_variance_groups(x.rewards), x.gap)
             for m, x in zip(micros, explored, strict=True)
         ]
         largest = torch.stack([x.gap.max() for x in explored]).max()
-        return rollout_metrics(sums, largest, self.weight_version, self.ranks.dp_group)
+        return rollout_metrics(sums, largest, version, self.ranks.dp_group)
 
 
 def _flat(positions: Tensor) -> tuple[Tensor, Tensor]:

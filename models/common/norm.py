@@ -26,7 +26,7 @@ class HeadNorm(RMSNorm):
     """The norm of each head's output: one weight shared by all heads, hence replicated, but fed this rank's heads only.
 
     Its gradient is partial over tp whether sequence parallelism is on or off; Megatron sums only what it knows by name,
-    so the optimizer sums every parameter marked `tp_partial` (trainer/optimizer.py).
+    so the optimizer sums every parameter marked `tp_partial` (trainer/gradients.py).
     """
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5):
