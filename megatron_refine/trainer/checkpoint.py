@@ -59,9 +59,11 @@ class Checkpoints:
         """Write a checkpoint; the previous ones stay until it is complete. Raises CheckpointError on all ranks."""
         final = step_folder(self.root, progress.step)
         folder = self.root / f"{TEMPORARY}{final.name}"
-        self._together("prepare", folder, lambda: self._clear(folder), only_main=True)
-        state = self._state(updater, loading=False) | {"progress": dict(vars(progress))}
-        self._together("save", folder, lambda: dist_checkpointing.save(state, str(folder)))
+        needed = self._bytes(updater)
+        self._together("prepare", folder, lambda: self._clear(folder, needed), only_main=True)
+        state = self._collective("gather", folder, lambda: self._state(updater, loading=False))
+        state["progress"] = dict(vars(progress))
+        self._collective("save", folder, lambda: dist_checkpointing.save(state, str(folder)))
         hashes = self._together("hash", folder, lambda: self._hashes(folder))
         contents = {
             "step": progress.step,
@@ -76,8 +78,9 @@ class Checkpoints:
         """Restore weights, optimizer, schedule, random streams, at any layout. Raises CheckpointError on all ranks."""
         manifest = self._verify(folder)
         same_layout = manifest["layout"] == self._layout()
-        state = self._state(updater, loading=True, rng=same_layout) | {"progress": None}
-        state = self._together("load", folder, lambda: dist_checkpointing.load(state, str(folder)))
+        state = self._collective("gather", folder, lambda: self._state(updater, loading=True, rng=same_layout))
+        state["progress"] = None
+        state = self._collective("load", folder, lambda: dist_checkpointing.load(state, str(folder)))
         unwrap(updater.model).load_state_dict(state["model"])
         updater.optimizer.load_state_dict(state["optimizer"])
         updater.scheduler.load_state_dict(state["scheduler"])
@@ -90,14 +93,14 @@ class Checkpoints:
         self._verify(folder)
         model = unwrap(updater.model)
         state = {"model": model.sharded_state_dict()}
-        state = self._together("load", folder, lambda: dist_checkpointing.load(state, str(folder)))
+        state = self._collective("load", folder, lambda: dist_checkpointing.load(state, str(folder)))
         model.load_state_dict(state["model"])
         updater.optimizer.reload_model_params()
 
     def _state(self, updater: Updater, loading: bool, rng: bool = True) -> dict[str, Any]:
         model = unwrap(updater.model).sharded_state_dict()
-        if loading:  # a torch Adam has no state to load into before its first step
-            for part in getattr(updater.optimizer, "chained_optimizers", [updater.optimizer]):
+        for part in updater.parts:
+            if loading and not part.optimizer.state:  # a fused Adam has no state to load into before its first step
                 part._init_optimizer_states_with_dummy_values()
         optimizer = updater.optimizer.sharded_state_dict(model, is_loading=loading, metadata=_OPTIMIZER_FORMAT)
         state = {"model": model, "optimizer": optimizer, "scheduler": updater.scheduler.state_dict()}
@@ -113,10 +116,22 @@ class Checkpoints:
     def _layout(self) -> list[int]:
         return [self.ranks.tp, self.ranks.pp, self.ranks.dp]
 
-    def _clear(self, folder: Path) -> None:
+    def _bytes(self, updater: Updater) -> int:
+        """Bytes of a checkpoint: each weight in its own precision; in fp32 the weight again and Adam's two moments."""
+        local = sum(p.numel() * (p.element_size() + 12) for p in unwrap(updater.model).parameters())
+        return sum(self._gather(local)) // self.ranks.dp
+
+    def _clear(self, folder: Path, needed: int) -> None:
+        """Make an empty folder for the save, on a disk that has room for it."""
         self.root.mkdir(parents=True, exist_ok=True)
         for stale in self.root.glob(f"{TEMPORARY}*"):
             shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+        free = shutil.disk_usage(self.root).free
+        if free < needed:
+            raise CheckpointError(
+                f"{folder}: disk full: a checkpoint takes {needed / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free; "
+                "earlier checkpoints are intact: make room and run the same command again"
+            )
         folder.mkdir()
 
     def _seal(self, folder: Path, final: Path, contents: dict[str, Any]) -> None:
@@ -140,19 +155,28 @@ class Checkpoints:
         return self._together("verify", folder, check)
 
     def _together(self, phase: str, where: Path, action: Callable[[], Any], only_main: bool = False) -> Any:
-        """Run `action` on every rank (or the main one). Its result here, or one CheckpointError on every rank."""
+        """Run a local `action` on every rank (or the main one). Its result, or one CheckpointError on every rank."""
         result, failure = None, None
         if self.ranks.is_main or not only_main:
             try:
                 result = action()
-            except CheckpointError as error:
-                failure = str(error)
-            except Exception as error:  # whatever a writer raises must reach the ranks that would wait for this one
-                failure = f"{where}: {phase} failed: {_root_cause(error)}; earlier checkpoints are intact"
+            except Exception as error:  # whatever is raised must reach the ranks that would wait for this one
+                failure = _explain(phase, where, error)
         for rank, message in enumerate(self._gather(failure)):
             if message is not None:
                 raise CheckpointError(f"{message} (rank {rank})" if self.ranks.world > 1 else message)
         return result
+
+    def _collective(self, phase: str, where: Path, action: Callable[[], Any]) -> Any:
+        """Run an `action` with collectives of its own. Its result, or a CheckpointError.
+
+        A rank that fails alone cannot tell the others, which are inside the action: it raises, ends the run, and they
+        fail on the closed connection.
+        """
+        try:
+            return action()
+        except Exception as error:
+            raise CheckpointError(f"{_explain(phase, where, error)} (rank {self.ranks.rank})") from None
 
     def _gather(self, value: Any) -> list[Any]:
         """The value of every rank, in rank order."""
@@ -161,8 +185,11 @@ class Checkpoints:
         return values
 
 
-def _root_cause(error: BaseException) -> str:
-    """The innermost message, on one line."""
+def _explain(phase: str, where: Path, error: BaseException) -> str:
+    """What failed, on one line: the innermost cause."""
+    if isinstance(error, CheckpointError):
+        return str(error)
     while error.__cause__ or error.__context__:
         error = error.__cause__ or error.__context__  # type: ignore[assignment]
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    cause = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return f"{where}: {phase} failed: {cause}; earlier checkpoints are intact"

@@ -32,7 +32,21 @@ class Updater:
         self.optimizer = _build_optimizer(config, model)
         self.scheduler = _build_scheduler(config, self.optimizer)
         self.skipped_in_a_row = 0
+        self._start_adam()
         model.config.grad_scale_func = self.optimizer.scale_loss
+
+    @property
+    def parts(self) -> list[Any]:
+        """Megatron's optimizers, one a set of parameters."""
+        return getattr(self.optimizer, "chained_optimizers", [self.optimizer])
+
+    def _start_adam(self) -> None:
+        """Give torch's Adam the state of its first step now: if that step is skipped, a checkpoint needs it."""
+        for adam in (part.optimizer for part in self.parts):
+            if isinstance(adam, torch.optim.Adam):  # AdamW is one; fused Adams keep their own
+                for parameter in (p for group in adam.param_groups for p in group["params"]):
+                    zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                    adam.state[parameter] = {"step": torch.tensor(0.0)} | zeros
 
     @property
     def lr(self) -> float:
