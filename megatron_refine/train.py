@@ -81,16 +81,17 @@ def _run(config: configuration.Config) -> int:
 
     from megatron_refine.trainer.errors import CheckpointError, NonFiniteError
 
+    speaks = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))) == 0
     try:
         return train(config)
     except NonFiniteError as error:
         code, message = EXIT_NON_FINITE, str(error)
     except CheckpointError as error:
-        code, message = EXIT_CHECKPOINT, str(error)
+        code, message, speaks = EXIT_CHECKPOINT, str(error), speaks or error.alone
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))) == 0:
+    if speaks:
         print(message, file=sys.stderr)
     return code
 

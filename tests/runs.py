@@ -1,9 +1,10 @@
-"""What the tests of whole runs share: their configuration file, the training command in a rank, hooks that break it."""
+"""What the tests of whole runs share: their configuration file, the training command in a rank, ways to break it."""
 
 import argparse
 import ast
 import json
 import os
+import resource
 import tempfile
 import textwrap
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import yaml
 
@@ -18,7 +20,7 @@ MODEL = {
     "family": "delta_net", "vocab_size": 512, "hidden_size": 64, "num_layers": 2, "num_heads": 4,
     "intermediate_size": 128, "init_std": 0.05,
 }  # fmt: skip
-TREE = {
+TREE: dict[str, dict[str, Any]] = {
     "run": {"timeout_minutes": 0.5},
     "model": MODEL,
     "data": {
@@ -32,16 +34,17 @@ TREE = {
 }  # fmt: skip
 TP2 = ("parallel.tp=2", "parallel.sp=true")
 # keys of a row that differ from attempt to attempt; weights are numbered anew in each
-VOLATILE = ("time/", "perf/", "attempt", "rollout/weight_version")
+VOLATILE = ("time/", "perf/", "attempt")
 
 
 @dataclass(frozen=True)
 class Fault:
-    """What the reward does in the REFINE steps from `step` on: a signal to the own process on one rank, or NaN."""
+    """What the reward does in the REFINE steps `step` to `until`: a signal to the own process on one rank, or NaN."""
 
     step: int  # 1 is the first
     signal: int = 0  # 0: NaN instead
     rank: int = 0
+    until: int = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -62,11 +65,12 @@ def reward(tokens: Any, truth: Any, h_pred: Any, h_true: Any) -> Any:
     from megatron_refine.step.reward import cosine
 
     rewards = cosine(tokens, truth, h_pred, h_true)
-    if _fault and _step >= _fault.step:
-        if not _fault.signal:
-            return rewards * float("nan")
-        if _step == _fault.step and int(os.environ["RANK"]) == _fault.rank:
-            os.kill(os.getpid(), _fault.signal)
+    if not _fault or not _fault.step <= _step <= _fault.until:
+        return rewards
+    if not _fault.signal:
+        return rewards * float("nan")
+    if int(os.environ["RANK"]) == _fault.rank:
+        os.kill(os.getpid(), _fault.signal)
     return rewards
 
 
@@ -80,10 +84,12 @@ def write_config(folder: Path, cache_dir: Path, **sections: dict[str, Any]) -> P
     return path
 
 
-def command(arguments: list[str], fault: Fault | None = None, record: Path | None = None, saves: bool = True) -> End:
+def command(
+    arguments: list[str], fault: Fault | None = None, record: Path | None = None, saves: bool = True, broken: str = ""
+) -> End:
     """On a rank: the training command. Its draws are appended to the file `record`, by rank 0.
 
-    Without `saves` no checkpoint is written: a process's first one takes seconds.
+    Without `saves` no checkpoint is written: a process's first one takes seconds. `broken` is one of FAILURES.
     """
     global _fault
     from megatron_refine.session import Session
@@ -92,8 +98,8 @@ def command(arguments: list[str], fault: Fault | None = None, record: Path | Non
 
     _fault = fault
     RefineStep.explore = _observed(RefineStep.explore, record)  # type: ignore[method-assign]
-    if not saves:
-        Session.save = lambda self: 0.0  # type: ignore[method-assign]
+    save = Session.save if saves else lambda self: 0.0
+    Session.save = failing(broken)(save) if broken else save  # type: ignore[method-assign]
     with _captured() as texts:
         code = main(arguments)
     return End(code, *texts)
@@ -133,6 +139,34 @@ def _captured() -> Iterator[list[str]]:
             file.seek(0)
             texts.append(file.read().decode())
             os.write(fd, texts[-1].encode())
+
+
+# what fails in a save, on one rank alone: (rank, the function that raises there; "": its files get too large)
+FAILURES = {
+    "prepare": (0, "megatron_refine.trainer.checkpoint.Checkpoints._clear"),
+    "gather": (1, "megatron_refine.platform.rng_state"),
+    "common file": (0, "megatron.core.dist_checkpointing.strategies.common.TorchCommonSaveStrategy.save_common"),
+    "weights": (1, ""),
+    "hash": (1, "megatron_refine.trainer.checkpoint.fingerprint"),
+    "complete": (0, "megatron_refine.trainer.checkpoint.seal"),
+}
+FULL = OSError(28, "No space left on device")
+
+
+@contextmanager
+def failing(phase: str) -> Iterator[None]:
+    """On a rank: `phase` fails if it is the rank for it."""
+    rank, target = FAILURES[phase]
+    if rank != int(os.environ["RANK"]):
+        yield
+    elif target:
+        with mock.patch(target, side_effect=FULL):
+            yield
+    else:
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+        yield
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:

@@ -2,14 +2,11 @@
 
 import os
 import re
-import resource
 import shutil
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -17,11 +14,11 @@ import torch
 from megatron_refine.config import Config
 from megatron_refine.records import Batch
 from tests.parity import batch, small_config
+from tests.runs import FAILURES, TP2, failing
 from tests.test_step import make_step
 
-TP2 = ["parallel.tp=2", "parallel.sp=true"]
 LAYOUTS: dict[str, tuple[int, list[str]]] = {  # world size, overrides
-    "tp1": (1, []), "dp2": (2, []), "pp2": (2, ["parallel.pp=2", "refine.enabled=false"]), "tp2": (2, TP2)
+    "tp1": (1, []), "dp2": (2, []), "pp2": (2, ["parallel.pp=2", "refine.enabled=false"])
 }  # fmt: skip
 
 
@@ -76,7 +73,7 @@ def plain(folder: Path) -> dict[str, torch.Tensor]:
 
 def config_at(layout: str, folder: Path, *overrides: str) -> Config:
     folder.mkdir(exist_ok=True)
-    return small_config(folder, *LAYOUTS[layout][1], *overrides)
+    return small_config(folder, *(TP2 if layout == "tp2" else LAYOUTS[layout][1]), *overrides)
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +86,7 @@ def saved(ranks: Any, tmp_path_factory: Any) -> Any:
 
 
 def test_resharding_changes_no_bit_and_the_run_goes_on(ranks: Any, tmp_path: Path, saved: Any) -> None:
-    """tp2 with sp -> tp1 -> dp2 -> pp2 -> tp2 with sp, each loaded from the one before."""
+    """tp2 with sp -> tp1 -> dp2 -> pp2, each loaded from the one before."""
     source, uninterrupted = saved
     first = ranks(1, plain, folder=source)[0]
     for kind in ("param", "exp_avg", "exp_avg_sq"):
@@ -115,11 +112,9 @@ def new_run(config: Config, source: Path) -> Any:
     step, checkpoints = start(config)
     checkpoints.load_weights(source, step.updater)
     assert not step.updater.optimizer.optimizer.state or adam_steps(step) == {0}
-    before, after = {}, {}
-    for found in (before, after):
-        found |= {n: p.detach().clone() for n, p in unwrap(step.model).named_parameters()}
-        if not after:
-            step(part(2, step), 0, refine=False)
+    before = {n: p.detach().clone() for n, p in unwrap(step.model).named_parameters()}
+    step(part(2, step), 0, refine=False)
+    after = {n: p.detach() for n, p in unwrap(step.model).named_parameters()}
     return before, after, adam_steps(step), step.updater.scheduler.num_steps
 
 
@@ -200,89 +195,40 @@ def test_what_is_not_complete_is_neither_loaded_nor_in_the_way(ranks: Any, tmp_p
     ]  # fmt: skip
 
 
-# what fails, on one rank alone: (rank, the function that raises there; "": its files get too large)
-FAILURES = {
-    "prepare": (0, "megatron_refine.trainer.checkpoint.Checkpoints._clear"),
-    "state": (1, "megatron_refine.platform.rng_state"),
-    "common": (0, "megatron.core.dist_checkpointing.strategies.common.TorchCommonSaveStrategy.save_common"),
-    "payload": (1, ""),
-    "hash": (1, "megatron_refine.trainer.checkpoint.fingerprint"),
-    "complete": (0, "megatron_refine.trainer.checkpoint.seal"),
-}
-FULL = OSError(28, "No space left on device")
+LOCAL = ("prepare", "hash", "complete")  # phases after which the ranks agree whether one of them failed
 
 
-@contextmanager
-def failing(phase: str) -> Iterator[None]:
-    """On a rank: the phase fails there if it is the one."""
-    rank, target = FAILURES[phase]
-    if rank != int(os.environ["RANK"]):
-        yield
-    elif target:
-        with mock.patch(target, side_effect=FULL):
-            yield
-    else:
-        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
-        yield
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
-@contextmanager
-def full(folder: Path, free: int) -> Iterator[None]:
-    """On a rank: no more than `free` bytes of the file system can be written."""
-    import torch.distributed as dist
-
-    filler = folder / "filler"
-    if os.environ["RANK"] == "0":
-        available = shutil.disk_usage(folder).free
-        filler.write_bytes(bytes(max(0, available - free)))
-    dist.barrier()
-    yield
-    dist.barrier()
-    if os.environ["RANK"] == "0":
-        filler.unlink()
-
-
-def failed_save(config: Config, phase: str = "", free: int = 0) -> Any:
-    """On a rank: a save that fails, then one that does not. Its error, what `latest` is and holds after each."""
+def failed_saves(config: Config) -> Any:
+    """On a rank: a save that fails in each phase, then one that does not. Errors and the newest step after each."""
     from megatron_refine.trainer.checkpoint import Progress
     from megatron_refine.trainer.errors import CheckpointError
 
     step, checkpoints = start(config)
     step(part(0, step), 0, refine=False)
-    found: list[Any] = []
-    with failing(phase) if phase else full(Path(config.run.dir), free):
-        try:
+    found = []
+    for phase in LOCAL:
+        with failing(phase), pytest.raises(CheckpointError) as error:
             checkpoints.save(Progress(4, 16, "rows"), step.updater)
-        except CheckpointError as error:
-            found.append(str(error))
-    for i in range(2):
-        folder = checkpoints.latest()
-        assert folder
-        found += [folder.name, checkpoints.load(folder, step.updater).step]
-        if i == 0:
-            checkpoints.save(Progress(6, 24, "rows"), step.updater)
-    return found
+        found.append((str(error.value), newest(checkpoints, step)))
+    checkpoints.save(Progress(6, 24, "rows"), step.updater)
+    return found, newest(checkpoints, step)
 
 
-def check_failure(found: list[Any], where: str, phase: str) -> None:
-    """The same error on both ranks; the earlier checkpoint stays, the next save succeeds."""
-    (message, *after), other = found
-    assert other == [message, *after], "the ranks disagree"
-    assert re.fullmatch(rf".*{where}.*: {phase} failed: .*; earlier checkpoints are intact \(rank \d\)", message)
-    assert after == ["step_0000002", 2, "step_0000006", 6]
+def newest(checkpoints: Any, step: Any) -> int:
+    return checkpoints.load(checkpoints.latest(), step.updater).step
 
 
-@pytest.mark.parametrize("phase", FAILURES)
-def test_a_rank_that_fails_alone_in_a_save_fails_it_on_all(
-    ranks: Any, tmp_path: Path, saved: Any, phase: str
-) -> None:
+def test_a_rank_that_fails_alone_in_a_save_fails_it_on_all(ranks: Any, tmp_path: Path, saved: Any) -> None:
+    """The earlier checkpoint stays, and the next save succeeds. (Failures inside Megatron: test_bad_input.py.)"""
     config = config_at("tp2", tmp_path)
     shutil.copytree(saved[0].parent, Path(config.run.dir) / "checkpoints")
-    found = ranks(2, failed_save, timeout=30, config=config, phase=phase)
-    check_failure(found, "step_0000004", {"common": "save", "payload": "save"}.get(phase, phase))
-    assert re.search(f"(No space left on device|File too large).*rank {FAILURES[phase][0]}", found[0][0])
+    (found, last), other = ranks(2, failed_saves, timeout=30, config=config)
+    assert other == (found, last), "the ranks disagree"
+    for phase, (message, step) in zip(LOCAL, found, strict=True):
+        reason = f"{phase} failed: OSError: .*No space left on device; earlier checkpoints are intact"
+        assert re.fullmatch(rf".*step_0000004: {reason} \(rank {FAILURES[phase][0]}\)", message)
+        assert step == 2, phase
+    assert last == 6
 
 
 @pytest.fixture
@@ -299,8 +245,26 @@ def disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-@pytest.mark.parametrize("free", [0, 500_000], ids=["at once", "in the middle"])
-def test_a_full_disk_loses_no_checkpoint(ranks: Any, disk: Path, saved: Any, free: int) -> None:
+def save_on_a_full_disk(config: Config) -> tuple[str, int]:
+    """On a rank: the error, and the newest step."""
+    import torch.distributed as dist
+
+    from megatron_refine.trainer.checkpoint import Progress
+    from megatron_refine.trainer.errors import CheckpointError
+
+    step, checkpoints = start(config)
+    step(part(0, step), 0, refine=False)
+    if step.ranks.is_main:
+        (checkpoints.root / "filler").write_bytes(bytes(shutil.disk_usage(checkpoints.root).free))
+    dist.barrier()
+    with pytest.raises(CheckpointError) as error:
+        checkpoints.save(Progress(4, 16, "rows"), step.updater)
+    return str(error.value), newest(checkpoints, step)
+
+
+def test_a_full_disk_loses_no_checkpoint(ranks: Any, disk: Path, saved: Any) -> None:
     config = config_at("tp2", disk)
     shutil.copytree(saved[0].parent, Path(config.run.dir) / "checkpoints")
-    check_failure(ranks(2, failed_save, timeout=30, config=config, free=free), "step_0000004", "save")
+    for message, step in ranks(2, save_on_a_full_disk, timeout=30, config=config):
+        assert re.search(r"step_0000004: disk full: .*, 0 MiB are free; earlier checkpoints are intact", message)
+        assert step == 2

@@ -13,6 +13,7 @@ import psutil  # noqa: F401  without it Megatron's writer hangs: fail at import 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_refine import platform
 from megatron_refine.config import Config
@@ -175,8 +176,8 @@ class Checkpoints:
         """
         try:
             return action()
-        except Exception as error:
-            raise CheckpointError(f"{_explain(phase, where, error)} (rank {self.ranks.rank})") from None
+        except (Exception, CheckpointException) as error:  # torch's is no Exception
+            raise CheckpointError(f"{_explain(phase, where, error)} (rank {self.ranks.rank})", alone=True) from None
 
     def _gather(self, value: Any) -> list[Any]:
         """The value of every rank, in rank order."""
@@ -189,6 +190,9 @@ def _explain(phase: str, where: Path, error: BaseException) -> str:
     """What failed, on one line: the innermost cause."""
     if isinstance(error, CheckpointError):
         return str(error)
+    if isinstance(error, CheckpointException):
+        failed = [f"rank {rank}: {' '.join(str(cause).split())}" for rank, (cause, _) in error.failures.items()]
+        return f"{where}: {phase} failed: {'; '.join(failed) or 'on another rank'}; earlier checkpoints are intact"
     while error.__cause__ or error.__context__:
         error = error.__cause__ or error.__context__  # type: ignore[assignment]
     cause = f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -6,4 +6,11 @@ class NonFiniteError(RuntimeError):
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be written or must not be read: which file, what is wrong, what to do."""
+    """A checkpoint that cannot be written or must not be read: which file, what is wrong, what to do.
+
+    alone: raised by this rank without the others' knowledge, so that it must speak for itself.
+    """
+
+    def __init__(self, message: str, alone: bool = False):
+        super().__init__(message)
+        self.alone = alone
