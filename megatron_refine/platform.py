@@ -6,6 +6,7 @@ CPU; nothing in Megatron itself is copied or edited.
 """
 
 import contextlib
+import ctypes
 import functools
 import os
 import resource
@@ -54,6 +55,7 @@ def install() -> None:
         )  # Megatron overlaps collectives by the order of launches
         torch.cuda.set_device(local_rank())
     else:
+        _keep_freed_memory()
         _patch_torch()
         _patch_megatron_jit()
         _patch_megatron_rng()
@@ -138,6 +140,15 @@ def set_rng_state(state: dict[str, Any]) -> None:
     get_cuda_rng_tracker().set_states(state["tracker"])
     if has_gpu() and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"])
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc reuse large blocks: by default each large tensor is mapped and cleared by the kernel anew."""
+    trim_threshold, mmap_threshold = -1, -3  # parameters of mallopt(3)
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(mmap_threshold, 1 << 25)  # glibc's maximum
+        libc.mallopt(trim_threshold, (1 << 31) - 1)
 
 
 def _patch_torch() -> None:

@@ -82,25 +82,24 @@ def sample(model: RefineModel, rows: Tensor, uniform: Tensor, temperature: float
     Returns: tokens [R], their log-probabilities [R] at temperature 1.
     """
     logits, group = model.logits(rows), model.pg_collection.tp
-    rank, size = group.rank(), group.size()
+    rank = group.rank()
     highest, first = logits.max(-1)  # the first of equal ones
     shifted = (logits - highest[:, None]).double()
     cumulative = (shifted / (temperature or 1.0)).exp().cumsum(-1)
-    shards = cumulative.new_zeros(3, size, len(rows))  # one exchange: each rank's highest logit and two sums
-    shards[:, rank] = torch.stack([highest.double(), cumulative[:, -1], shifted.exp().sum(-1)])
-    _reduce(shards, group, dist.ReduceOp.SUM)
-    offsets = shards[0] - shards[0].amax(0)  # of each shard's highest logit below the highest of all, [tp, R]
+    mine = torch.stack([highest.double(), cumulative[:, -1], shifted.exp().sum(-1)])
+    tops, sums, plain_sums = _gather(mine, group).unbind(1)  # of each rank's logits, [tp, R]
+    offsets = tops - tops.amax(0)  # of each rank's highest logit below the highest of all
     if temperature == 0:
         owner, index = (offsets == 0).int().argmax(0), first
     else:
         scales = (offsets / temperature).exp()
-        owner, index = _invert_cdf(cumulative * scales[rank, :, None], shards[1] * scales, uniform.double(), rank)
+        owner, index = _invert_cdf(cumulative * scales[rank, :, None], sums * scales, uniform.double(), rank)
     drawn = shifted.gather(1, index[:, None])[:, 0] + offsets[rank]
     token = (index + rank * logits.shape[1]).clamp(max=model.real_vocab - 1)
-    found = torch.stack([token.double(), drawn]) * (owner == rank)  # ids are exact in fp64
-    _reduce(found, group, dist.ReduceOp.SUM)
-    total = (shards[2] * offsets.exp()).sum(0)
-    return found[0].long(), (found[1] - total.log()).to(logits.dtype)
+    candidates = _gather(torch.stack([token.double(), drawn]), group)  # ids are exact in fp64
+    token, drawn = candidates[owner, :, torch.arange(len(owner), device=owner.device)].unbind(-1)
+    total = (plain_sums * offsets.exp()).sum(0)
+    return token.long(), (drawn - total.log()).to(logits.dtype)
 
 
 def _invert_cdf(cumulative: Tensor, sums: Tensor, uniform: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -116,3 +115,10 @@ def _invert_cdf(cumulative: Tensor, sums: Tensor, uniform: Tensor, rank: int) ->
 def _reduce(values: Tensor, group: Any, op: Any) -> None:
     if group.size() > 1:
         dist.all_reduce(values, op=op, group=group)
+
+
+def _gather(values: Tensor, group: Any) -> Tensor:
+    """Every rank's values, in rank order: [...] -> [tp, ...]."""
+    gathered = values.new_empty(group.size(), *values.shape)
+    dist.all_gather_into_tensor(gathered, values.contiguous(), group=group)
+    return gathered
