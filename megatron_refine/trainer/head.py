@@ -119,6 +119,6 @@ def _reduce(values: Tensor, group: Any, op: Any) -> None:
 
 def _gather(values: Tensor, group: Any) -> Tensor:
     """Every rank's values, in rank order: [...] -> [tp, ...]."""
-    gathered = values.new_empty(group.size(), *values.shape)
+    gathered = values.new_empty(group.size() * len(values), *values.shape[1:])
     dist.all_gather_into_tensor(gathered, values.contiguous(), group=group)
-    return gathered
+    return gathered.unflatten(0, (group.size(), -1))
