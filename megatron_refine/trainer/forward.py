@@ -72,7 +72,8 @@ def branch_pass(model: nn.Module, tokens: Tensor, previous: Tensor, states: dict
     batch, chunks, rollouts, length = tokens.shape
     layout = Branches(num_positions=chunks, num_rollouts=rollouts, branch_len=length, states=states)
     _check_graph(states)
-    rows = layout.branches(_rows(model, tokens.flatten(1), layout)).unflatten(0, (-1, rollouts))
+    with whole_rows(unwrap(model)):
+        rows = layout.branches(_rows(model, tokens.flatten(1), layout)).unflatten(0, (-1, rollouts))
     return BranchPass(rows, _branch_logprobs(model, rows, previous, tokens))
 
 
@@ -106,7 +107,7 @@ def packed_pass(
 def decode_step(model: nn.Module, tokens: Tensor, states: dict[int, Any]) -> tuple[Tensor, dict[int, Any]]:
     """Feed one token to each of N states, without gradient: tokens [N] -> hidden [N, h], the N states after it."""
     layout = Branches(num_positions=tokens.shape[0], branch_len=1, states=states, final_states={})
-    with whole_rows(model):
+    with whole_rows(unwrap(model)):
         rows = _rows(model, tokens[None], layout)
     assert layout.final_states is not None
     return rows[:, 0], layout.final_states
