@@ -119,7 +119,7 @@ def logits(config: Config) -> float:
         main_len=192, num_positions=4, num_rollouts=2, branch_len=5, sequences=sequences, positions=positions
     )
     with torch.no_grad():
-        rows = layout.branches(_rows(model, torch.cat([b.tokens, e.tokens.flatten(1)], 1), layout)).view(2, 4, 2, 5, -1)
+        rows = layout.split(_rows(model, torch.cat([b.tokens, e.tokens.flatten(1)], 1), layout))[1].view(2, 4, 2, 5, -1)
         for i, j, r in torch.cartesian_prod(*(torch.arange(s) for s in e.tokens.shape[:3])).tolist():
             p = int(e.positions[i, j])
             text = torch.cat([b.tokens[i, :p], e.tokens[i, j, r]])[None]

@@ -94,14 +94,13 @@ def packed_pass(
     output = _forward(model, torch.cat([tokens, branches.flatten(1)], 1), layout)
     if not isinstance(output, dict):
         return output
-    rows = output["rows"]
-    main = rows[: layout.main_len]
-    forked = layout.branches(rows).unflatten(0, (-1, rollouts))
-    branch_rows, branch_targets = _branch_rows(forked, main[positions - 1, sequences], branches)
-    targets = torch.cat([tokens[:, 1:].T.flatten(), branch_targets])
-    scored = head.score(unwrap(model), torch.cat([main[:-1].flatten(0, 1), branch_rows]), targets).logprobs
+    main, forked = layout.split(output["rows"])
+    previous = main[sequences, positions - 1]
+    branch_rows, branch_targets = _branch_rows(forked.unflatten(0, (-1, rollouts)), previous, branches)
+    targets = torch.cat([tokens[:, 1:].flatten(), branch_targets])
+    scored = head.score(unwrap(model), torch.cat([main[:, :-1].flatten(0, 1), branch_rows]), targets).logprobs
     main_logprobs, branch_logprobs = scored.split([targets.numel() - branches.numel(), branches.numel()])
-    return main_logprobs.view(-1, batch).T, branch_logprobs.view(branches.shape)
+    return main_logprobs.view(batch, -1), branch_logprobs.view(branches.shape)
 
 
 def decode_step(model: nn.Module, tokens: Tensor, states: dict[int, Any]) -> tuple[Tensor, dict[int, Any]]:

@@ -86,7 +86,8 @@ def sample(model: RefineModel, rows: Tensor, uniform: Tensor, temperature: float
     highest, first = logits.max(-1)  # the first of equal ones
     shifted = (logits - highest[:, None]).double()
     cumulative = (shifted / (temperature or 1.0)).exp().cumsum(-1)
-    mine = torch.stack([highest.double(), cumulative[:, -1], shifted.exp().sum(-1)])
+    plain = cumulative[:, -1] if temperature == 1 else shifted.exp().sum(-1)
+    mine = torch.stack([highest.double(), cumulative[:, -1], plain])
     tops, sums, plain_sums = _gather(mine, group).unbind(1)  # of each rank's logits, [tp, R]
     offsets = tops - tops.amax(0)  # of each rank's highest logit below the highest of all
     if temperature == 0:

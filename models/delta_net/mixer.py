@@ -94,14 +94,14 @@ class DeltaNetMixer(Mixer):
 
     def _inputs(self, rows: Tensor, tail: Tensor | None) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor]:
         """[N, m, H, 2K+V+1] -> (q, k, v [N, m, H, *], beta [N, m, H]) and the rows before the convolution."""
-        before, beta = rows[..., :-1], rows[..., -1]
+        before, beta = rows.split([self.channels, 1], -1)
         mixed = short_conv(before, self.conv.view(self.heads, self.channels, -1), tail)
         q, k, v = mixed.split([self.key_dim, self.key_dim, self.value_dim], -1)
         return (
             l2_normalize(q),
             l2_normalize(k),
             v,
-            beta.to(torch.promote_types(beta.dtype, torch.float32)).sigmoid(),
+            beta[..., 0].to(torch.promote_types(beta.dtype, torch.float32)).sigmoid(),
         ), before
 
     def output(self, mixed: Tensor, rows: Tensor) -> tuple[Tensor, Tensor | None]:
