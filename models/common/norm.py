@@ -20,7 +20,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight: Tensor = self.weight
-        if self.weight.sequence_parallel and not self.config.sequence_parallel and torch.is_grad_enabled():
+        marked = self.weight.sequence_parallel  # type: ignore[attr-defined]
+        if marked and not self.config.sequence_parallel and torch.is_grad_enabled():
             # a pass over whole rows: every rank has the whole gradient, and the sum over tp is still to come
             weight = weight.view_as(weight)
             weight.register_hook(lambda grad: grad / self.config.tensor_model_parallel_size)
