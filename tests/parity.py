@@ -21,7 +21,7 @@ MODELS: dict[str, dict[str, Any]] = {
     | _GATED
     | {"num_v_heads": 8, "expand_v": 1.0, "use_gate": False, "allow_neg_eigval": True},
     "lact": _COMMON | _LACT | {"w0_w2_low_rank": 8},
-    "lact muon": _COMMON | _LACT | {"w0_w2_low_rank": 8, "use_muon": True},
+    "lact muon": _COMMON | _LACT | {"w0_w2_low_rank": 8, "use_muon": True, "lact_chunk_size": 32},
     "lact variant": _COMMON
     | _LACT
     | {"w0_w2_low_rank": -1, "inter_multi": 1.5, "ttt_nope": True, "ttt_prenorm": True, "use_momentum": False}

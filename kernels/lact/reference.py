@@ -27,7 +27,8 @@ def recurrent_lact(
     step, kept, outputs = [torch.zeros_like(w) for w in initial], [], []
     for t in range(q.shape[0]):
         outputs.append(_read(weights, q[t]))
-        leaves = tuple(w if w.requires_grad else w.detach().requires_grad_() for w in weights)
+        w0, w1, w2 = (w if w.requires_grad else w.detach().requires_grad_() for w in weights)
+        leaves = (w0, w1, w2)
         agreement = (_read(leaves, k[t]) * v[t]).sum()
         slopes = torch.autograd.grad(agreement, leaves, create_graph=True)
         step = [s + g * rates[t, :, i, None, None] for i, (s, g) in enumerate(zip(step, slopes, strict=True))]

@@ -16,9 +16,9 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
         return _attend(q, k, v, None)
     q, k, v = (F.pad(x, (0, 0, 0, 0, 0, -length % window)).unflatten(1, (-1, window)) for x in (q, k, v))
     first = _attend(q[:, 0], k[:, 0], v[:, 0], None)
-    pairs = [torch.cat([x[:, :-1], x[:, 1:]], 2).flatten(0, 1) for x in (k, v)]
+    keys, values = (torch.cat([x[:, :-1], x[:, 1:]], 2).flatten(0, 1) for x in (k, v))
     ago = torch.arange(window, device=q.device)[:, None] - torch.arange(-window, window, device=q.device)
-    later = _attend(q[:, 1:].flatten(0, 1), *pairs, (ago >= 0) & (ago < window))
+    later = _attend(q[:, 1:].flatten(0, 1), keys, values, (ago >= 0) & (ago < window))
     return torch.cat([first, later.unflatten(0, (q.shape[0], -1)).flatten(1, 2)], 1)[:, :length]
 
 

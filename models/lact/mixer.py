@@ -51,8 +51,8 @@ class LactHandle:
     def at(self, sequences: Tensor, positions: Tensor) -> LactState:
         rows, places = sequences.tolist(), positions.tolist()
         length = min(self.window - 1, max(places))
-        index = positions[:, None] + torch.arange(-length, 0, device=positions.device)
-        index = sequences[:, None], index.clamp(min=0)
+        before = positions[:, None] + torch.arange(-length, 0, device=positions.device)
+        index = sequences[:, None], before.clamp(min=0)
         # at the very end of a full last chunk the update is still to come
         chunks = [min(p // self.chunk, len(self.weights) - 1) for p in places]
         begun = [(c, row, p - c * self.chunk) for c, row, p in zip(chunks, rows, places, strict=True)]
