@@ -16,10 +16,9 @@ _GATED = {"family": "gated_delta_net", "num_heads": 4, "head_dim": 16}
 MODELS: dict[str, dict[str, Any]] = {
     "delta_net": _COMMON | {"family": "delta_net", "num_heads": 4},
     "gated_delta_net": _COMMON | _GATED,
-    # two value heads a key head, wider eigenvalues, no gate
-    "gated_delta_net variant": _COMMON
-    | _GATED
-    | {"num_v_heads": 8, "expand_v": 1.0, "use_gate": False, "allow_neg_eigval": True},
+    # two value heads a key head, wider eigenvalues
+    "gated_delta_net variant": _COMMON | _GATED | {"num_v_heads": 8, "expand_v": 1.0, "allow_neg_eigval": True},
+    "gated_delta_net no gate": _COMMON | _GATED | {"use_gate": False},
     "lact": _COMMON | _LACT | {"w0_w2_low_rank": 8},
     "lact muon": _COMMON | _LACT | {"w0_w2_low_rank": 8, "use_muon": True, "lact_chunk_size": 32},
     "lact variant": _COMMON

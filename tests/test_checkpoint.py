@@ -168,11 +168,13 @@ def decayed(config: Config) -> Any:
     return before, {n: p.detach() for n, p in unwrap(step.model).named_parameters()}
 
 
-def test_norms_do_not_decay(ranks: Any, tmp_path: Path) -> None:
+# three norms a layer, the final one; A_log and dt_bias; the biases of LaCT's projections
+@pytest.mark.parametrize(("model", "vectors"), [("delta_net", 7), ("gated_delta_net", 11), ("lact", 9)])
+def test_norms_and_other_vectors_do_not_decay(ranks: Any, tmp_path: Path, model: str, vectors: int) -> None:
     """A learning rate too small to see times a weight decay that makes it 0.1."""
-    config = config_at("dp2", tmp_path, "optimizer.lr=1e-9", "optimizer.weight_decay=1e8")
+    config = small_config(tmp_path, "optimizer.lr=1e-9", "optimizer.weight_decay=1e8", model=model)
     before, after = ranks(2, decayed, config=config)[0]
-    assert sum(w.dim() == 1 for w in before.values()) == 2 * 3 + 1  # three norms a layer, the final one
+    assert sum(w.dim() == 1 for w in before.values()) == vectors
     for name, weight in before.items():
         kept = 1.0 if weight.dim() == 1 else 0.9
         assert torch.allclose(after[name], kept * weight, rtol=1e-5, atol=2e-9), name  # Adam itself moves by 1e-9

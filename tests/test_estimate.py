@@ -35,6 +35,9 @@ SMALL = DeltaNetConfig(
     family="delta_net", vocab_size=1024, hidden_size=256, num_layers=4, intermediate_size=688, num_heads=4
 )
 WEIGHTS = ("in_proj", "out_proj", "mlp")
+GATED = GatedDeltaNetConfig(
+    family="gated_delta_net", vocab_size=32000, hidden_size=2048, num_layers=21, intermediate_size=5632, num_heads=6
+)
 LARGE = DeltaNetConfig(
     family="delta_net", vocab_size=32000, hidden_size=2048, num_layers=24, intermediate_size=5632, num_heads=16
 )
@@ -68,12 +71,14 @@ def test_step_flops_scale_with_the_batch_and_match_6n_per_token() -> None:
     assert step_flops(ntp_only).refine == step_flops(ntp_only).ntp == work.ntp
 
 
-def test_delta_rule_flops_equal_those_torch_counts() -> None:
-    heads, length, k, v = 4, 256, SMALL.head_dim_k, SMALL.head_dim_v
+@pytest.mark.parametrize("model", [SMALL, GATED.model_copy(update={"num_v_heads": 12})], ids=["delta", "gated"])
+def test_delta_rule_flops_equal_those_torch_counts(model: ModelConfig) -> None:
+    gate = isinstance(model, GatedDeltaNetConfig)
+    heads, k, v = (12, 256, 512) if gate else (4, 64, 64)
+    length, matmuls = 128, family.flops(model.family).layer_flops(model, 128)
     q, keys, values = (torch.randn(1, length, heads, width) for width in (k, k, v))
     with FlopCounterMode(display=False) as counter:
-        chunk_delta_rule(q, keys, values, torch.rand(1, length, heads))
-    matmuls = flops.layer_flops(SMALL, length)
+        chunk_delta_rule(q, keys, values, torch.rand(1, length, heads), -torch.rand(1, length, heads) if gate else None)
     rule = sum(matmuls[name] for name in ("k k^T", "q k^T", "W S", "q S", "(q k^T) u", "k^T u"))
     assert counter.get_total_flops() == length * rule
     assert matmuls["solve"] > 0  # no counter sees it
@@ -102,11 +107,6 @@ def test_parameters_of_delta_net_1_3b() -> None:
     mixer = 4 * hidden * hidden + heads * hidden + 3 * hidden * 4 + 128  # q, k, v, o; beta; three convolutions; o_norm
     layer = mixer + 3 * hidden * ffn + 2 * hidden
     assert flops.parameters(LARGE) == 2 * 32000 * hidden + hidden + layers * layer == 1_365_677_056
-
-
-GATED = GatedDeltaNetConfig(
-    family="gated_delta_net", vocab_size=32000, hidden_size=2048, num_layers=21, intermediate_size=5632, num_heads=6
-)
 
 
 def test_parameters_of_gated_delta_net_1_3b() -> None:
@@ -200,3 +200,52 @@ def test_head_widths_are_whole_numbers(tmp_path: Path) -> None:
         load(path, [], family.FAMILIES)
     assert load(path, ["model.num_heads=8"], family.FAMILIES).model.tp_limit() == 8
     assert issubclass(family.FAMILIES["delta_net"], ModelConfig)
+
+
+def initial_decay(config: Config) -> dict[str, Any]:
+    """On a rank: A_log and dt_bias of the first layer, whole."""
+    import torch.distributed as dist
+
+    from megatron_refine.trainer.model import build_model, unwrap
+    from megatron_refine.trainer.parallel import init_parallel
+
+    mixer = unwrap(build_model(config, init_parallel(config))).decoder.layers[0].self_attention
+    found = {}
+    for name in ("A_log", "dt_bias"):
+        parts = [torch.empty(mixer.heads) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, getattr(mixer, name).data)
+        found[name] = torch.cat(parts)
+    return found
+
+
+def test_gated_delta_net_starts_with_mamba2s_decay(ranks: Any, tmp_path: Path) -> None:
+    wide = ["model.num_heads=16", "model.num_v_heads=64"]
+    one = ranks(1, initial_decay, config=small_config(tmp_path, *wide, model="gated_delta_net"))[0]
+    two = ranks(2, initial_decay, config=small_config(tmp_path, "parallel.tp=2", *wide, model="gated_delta_net"))[0]
+    assert all(one[name].equal(two[name]) for name in one)
+    decay, step = one["A_log"].exp(), torch.nn.functional.softplus(one["dt_bias"])
+    assert 1e-3 <= decay.min() < 2 and 14 < decay.max() <= 16
+    assert 0.99e-3 <= step.min() < 2e-3 and 5e-2 < step.max() <= 0.101
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("model.num_v_heads=6", "model.num_v_heads=6: must be a multiple of model.num_heads=4"),
+        ("model.expand_v=1.3", "head_dim*expand_v = 20.8, the width of a value head, must be whole"),
+        ("model.num_v_head=4", "did you mean model.num_v_heads?"),
+    ],
+)
+def test_shapes_that_a_gated_delta_net_cannot_have(tmp_path: Path, override: str, says: str) -> None:
+    small_config(tmp_path, model="gated_delta_net")
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path / "small.yaml", [override], family.FAMILIES)
+    assert says in str(caught.value)
+
+
+def test_tensor_parallel_sizes_of_the_default_gated_delta_net(tmp_path: Path) -> None:
+    small_config(tmp_path, model="gated_delta_net")
+    with pytest.raises(
+        ConfigError, match="parallel.tp=4: must divide the 6 heads of the model; choose one of 1, 2, 3, 6"
+    ):
+        load(tmp_path / "small.yaml", ["model.num_heads=6", "parallel.tp=4"], family.FAMILIES)

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_refine.config import Config, ConfigError, load
 from megatron_refine.kernels.lact import Rule, Tokens, chunk_lact
@@ -13,6 +14,8 @@ from megatron_refine.kernels.lact.reference import recurrent_lact
 from megatron_refine.kernels.window_attention import branch_attention, window_attention
 from megatron_refine.kernels.window_attention.reference import full_window_attention
 from megatron_refine.models.family import FAMILIES
+from megatron_refine.models.lact import flops
+from megatron_refine.models.lact.config import LactConfig
 from tests.parity import batch, build, small_config
 
 # fp64 rounds at 1e-16; Newton-Schulz multiplies small singular values, and their rounding, by up to 500
@@ -159,3 +162,18 @@ def test_heads_that_do_not_fit(tmp_path: Path, override: str, says: str) -> None
     with pytest.raises(ConfigError) as caught:
         load(tmp_path / "small.yaml", [override], FAMILIES)
     assert says in str(caught.value)
+
+
+@pytest.mark.parametrize("muon", [False, True])
+def test_fast_weight_flops_equal_those_torch_counts(muon: bool) -> None:
+    sizes = {"vocab_size": 128, "hidden_size": 96, "num_layers": 1, "intermediate_size": 96, "num_attn_heads": 4}
+    shape = {"num_lact_heads": 2, "inter_multi": 1.5, "lact_chunk_size": 32, "use_muon": muon}
+    model = LactConfig.model_validate({"family": "lact"} | sizes | shape)
+    length, rows = 128, (1, 128, 2)
+    q, k, v = (torch.randn(*rows, 48) for _ in range(3))
+    initial = torch.randn(2, 72, 48), torch.randn(2, 48, 72), torch.randn(2, 72, 48)
+    with FlopCounterMode(display=False) as counter:
+        chunk_lact(initial, q, Tokens(k, v, torch.rand(*rows, 3), torch.rand(*rows)), Rule(32, muon=muon))
+    matmuls = flops.layer_flops(model, length)
+    counted = sum(matmuls[name] for name in ("read", "update", "muon"))
+    assert counter.get_total_flops() == pytest.approx(length * counted, rel=1e-3)  # a token's share is rounded

@@ -44,5 +44,7 @@ class GatedDeltaNetConfig(ModelConfig):
     def _whole_width(cls, expand: float, info: ValidationInfo) -> float:
         width = info.data.get("head_dim", 1) * expand
         if width < 0.5 or abs(width - round(width)) > 1e-6:
-            raise ValueError(f"head_dim*expand_v = {width:.4g} is the width of a value head and must be whole")
+            raise ValueError(
+                f"head_dim*expand_v = {width:.4g}, the width of a value head, must be whole; change either"
+            )
         return expand

@@ -19,7 +19,8 @@ from megatron_refine.kernels.delta_rule import l2_normalize
 from megatron_refine.models.common.delta import DeltaMixer
 from megatron_refine.models.gated_delta_net.config import GatedDeltaNetConfig
 
-DT_MIN, DT_MAX, DT_FLOOR, A_MAX = 1e-3, 1e-1, 1e-4, 16.0  # of the initial decay, as in Mamba2
+DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4  # of the initial decay, as in Mamba2
+A_MIN, A_MAX = 1e-3, 16.0  # Mamba2 draws from 0, whose logarithm is not finite
 
 
 class GatedDeltaNetMixer(DeltaMixer):
@@ -60,7 +61,7 @@ class GatedDeltaNetMixer(DeltaMixer):
 
 
 def _initial_decay(full: Tensor, generator: torch.Generator) -> Tensor:
-    return full.uniform_(1e-3, A_MAX, generator=generator).log_()
+    return full.uniform_(A_MIN, A_MAX, generator=generator).log_()
 
 
 def _initial_step(full: Tensor, generator: torch.Generator) -> Tensor:
