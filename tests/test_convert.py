@@ -124,8 +124,9 @@ def started(config: Config, source: Path | None, hf: Path | None = None, steps: 
     updater = Updater(config, build_model(config, ranks), ranks)
     checkpoints = Checkpoints(Path(config.run.dir) / "checkpoints", config, ranks)
     different, sums = [], [0.0, 0.0]
-    if source and hf:
+    if source:
         checkpoints.load_weights(source, updater)
+    if hf:
         read, converter = tensors(hf), Converter(config.model)
         for name, p in global_parameters(updater.model):
             expected = shard(converter.to_megatron(name, read), p, ranks.tp_rank, ranks.tp).to(p.dtype)
@@ -223,6 +224,24 @@ def test_a_checkpoint_of_a_run_at_tp2_pp2_becomes_a_complete_model(ranks: Any, t
         assert (logits - expected).abs().max() < 1e-5 * max(1.0, float(expected.abs().max()))
 
 
+def refused_load(config: Config, source: Path) -> str:
+    """On a rank: the error of a run that starts from a conversion of another model."""
+    from megatron_refine.trainer.errors import CheckpointError
+
+    with pytest.raises(CheckpointError) as error:
+        started(config, source)
+    return str(error.value)
+
+
+def test_a_configuration_of_another_model_is_refused_by_key(ranks: Any, tmp_path: Path) -> None:
+    source, megatron = hf_folder(tmp_path / "source"), tmp_path / "megatron"
+    done(ranks, to_megatron(source, megatron))
+    config = run_config(tmp_path, "delta_net")
+    other = config.model_copy(update={"model": config.model.model_copy(update={"norm_eps": 1e-5})})
+    message = ranks(1, refused_load, config=other, source=megatron)[0]
+    assert "checkpoint of another model: model.norm_eps is 1e-06, the configuration says 1e-05; change" in message
+
+
 def swap_parts() -> None:
     """On a rank: a mapping that takes q for k and k for q, in both directions."""
     original = family.hf_format("delta_net")
@@ -264,16 +283,18 @@ def test_verify_sees_a_wrong_tensor(ranks: Any, tmp_path: Path) -> None:
 
 
 MEASURED = """
-    import resource, sys
+    import re, sys
     from pathlib import Path
     from megatron_refine import platform
     platform.install()
     import torch
     from megatron_refine.trainer import conversion
+    def peak():  # ru_maxrss would begin with that of the parent process
+        return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) // 1024
     torch.save(torch.ones(2), sys.argv[1] + "/warm")  # what torch itself keeps for a first file
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak()
     getattr(conversion, sys.argv[2])(Path(sys.argv[3]), Path(sys.argv[4]))
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+    print(peak() - before)
 """
 
 
@@ -285,7 +306,10 @@ def growth(folder: Path, direction: str, source: Path, target: Path) -> int:
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
-    """A model of 400 MiB whose largest tensor has 16 MiB: a few of these are held, never the model."""
+    """A model of 350 MiB whose largest tensor has 16 MiB: a few of these are held, never the model.
+
+    Code loaded on the way takes some 70 MiB.
+    """
     from megatron_refine.convert.fields import fresh_config
     from megatron_refine.models.delta_net.config import DeltaNetConfig
 
@@ -297,8 +321,8 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     (source / "config.json").write_text(json.dumps(fresh_config(model, "float32")))
     save_file({n: torch.randn(shape) for n, shape in Converter(model).hf_shapes.items()}, source / "model.safetensors")
     assert (source / "model.safetensors").stat().st_size > 350 * 2**20
-    assert growth(tmp_path, "hf_to_megatron", source, megatron) < 120
-    assert growth(tmp_path, "megatron_to_hf", megatron, back) < 120
+    assert growth(tmp_path, "hf_to_megatron", source, megatron) < 200
+    assert growth(tmp_path, "megatron_to_hf", megatron, back) < 200
     assert (back / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
 
 

@@ -58,6 +58,7 @@ def run(options: argparse.Namespace) -> None:
 
     from megatron_refine.convert.hf_writer import size_in_bytes
     from megatron_refine.trainer.conversion import MODEL, hf_to_megatron, megatron_to_hf
+    from megatron_refine.trainer.manifest import ORIGIN
 
     dtype = getattr(torch, DTYPES[options.dtype]) if options.dtype else None
     to_hf = options.direction == "megatron-to-hf"
@@ -67,7 +68,10 @@ def run(options: argparse.Namespace) -> None:
         print(f"wrote {options.hf}")
     else:
         hf_to_megatron(options.hf, options.megatron, dtype)
-        print(f"wrote {options.megatron}: start training from it with checkpoint.load={options.megatron} and")
+        tokenizer = options.megatron / ORIGIN / "tokenizer.json"
+        with_tokenizer = f" data.tokenizer={tokenizer}" if tokenizer.exists() else ""
+        print(f"wrote {options.megatron}: start training from it with checkpoint.load={options.megatron}"
+              f"{with_tokenizer} and")  # fmt: skip
         print((options.megatron / MODEL).read_text(), end="")
     if options.verify:
         from megatron_refine.trainer.verify import verify
