@@ -43,7 +43,11 @@ class Vocab:
 
 @dataclass(frozen=True)
 class Heads:
-    """Several of their tensors in one of ours, head by head: for each head its rows of every part in turn."""
+    """Several of their tensors in one of ours, head by head: for each head its rows of every part in turn.
+
+    A name that stands several times is one tensor with those parts one below the other, each with all heads, as a
+    fused [q | k | v].
+    """
 
     ours: str
     parts: tuple[tuple[str, int], ...]  # their name, rows a head
@@ -55,28 +59,13 @@ class Heads:
         return self.heads * sum(rows for _, rows in self.parts), *self.rest
 
     def sources(self) -> dict[str, Shape]:
-        return {name: (self.heads * rows, *self.rest) for name, rows in self.parts}
+        total: dict[str, int] = {}
+        for name, rows in self.parts:
+            total[name] = total.get(name, 0) + self.heads * rows
+        return {name: (rows, *self.rest) for name, rows in total.items()}
 
 
-@dataclass(frozen=True)
-class Thirds:
-    """Their [q | k | v], all heads of each in turn, against ours head by head [q | k | v]."""
-
-    ours: str
-    theirs: str
-    heads: int
-    rows: int  # of a third, a head
-    rest: Shape
-
-    @property
-    def shape(self) -> Shape:
-        return 3 * self.heads * self.rows, *self.rest
-
-    def sources(self) -> dict[str, Shape]:
-        return {self.theirs: self.shape}
-
-
-Mapping = Same | Vocab | Heads | Thirds
+Mapping = Same | Vocab | Heads
 
 
 def stack(ours: str, theirs: tuple[str, ...], rows: int, *rest: int) -> Heads:

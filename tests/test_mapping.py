@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_refine.convert.mapping import Converter, _views, common_dtype
-from megatron_refine.models.hf import Heads, Mapping, Same, Thirds, Vocab, at_layer, stack
+from megatron_refine.models.hf import Heads, Mapping, Same, Vocab, at_layer, stack
 from tests.test_golden import FOLDERS, golden_model
 
 
@@ -43,9 +43,11 @@ def test_one_below_the_other() -> None:
     assert order(to_megatron(stack("o", ("gate", "up"), 2, 2), rows(1, 2), rows(3, 4))) == [1, 2, 3, 4]
 
 
-def test_thirds() -> None:
-    mapping = Thirds("o", "t", heads=2, rows=2, rest=(2,))
-    assert order(to_megatron(mapping, rows(*range(12)))) == [0, 1, 4, 5, 8, 9, 2, 3, 6, 7, 10, 11]
+def test_a_fused_tensor_is_split_third_by_third() -> None:
+    mapping = Heads("o", (("qkv", 2), ("qkv", 2), ("qkv", 2), ("lr", 1)), heads=2, rest=(2,))
+    assert mapping.sources() == {"qkv": (12, 2), "lr": (2, 2)} and mapping.shape == (14, 2)
+    full = to_megatron(mapping, rows(*range(12)), rows(20, 21))
+    assert order(full) == [0, 1, 4, 5, 8, 9, 20, 2, 3, 6, 7, 10, 11, 21]
 
 
 def test_layers() -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megatron_refine.config import ModelConfig
 from megatron_refine.models import family
-from megatron_refine.models.hf import Heads, Mapping, Same, Shape, Thirds, Vocab, at_layer
+from megatron_refine.models.hf import Heads, Mapping, Same, Shape, Vocab, at_layer
 
 
 class Converter:
@@ -77,8 +77,8 @@ def _views(mapping: Mapping, full: Tensor, parts: dict[str, Tensor]) -> Iterator
             yield full[: mapping.rows], parts[mapping.theirs]
         case Heads():
             blocks = full.unflatten(0, (mapping.heads, -1)).split([rows for _, rows in mapping.parts], 1)
+            used = dict.fromkeys(parts, 0)
             for block, (name, rows) in zip(blocks, mapping.parts, strict=True):
-                yield block, parts[name].unflatten(0, (mapping.heads, rows))
-        case Thirds():
-            ours = full.unflatten(0, (mapping.heads, 3, mapping.rows)).transpose(0, 1)
-            yield ours, parts[mapping.theirs].unflatten(0, (3, mapping.heads, mapping.rows))
+                theirs = parts[name].narrow(0, used[name], mapping.heads * rows)
+                yield block, theirs.unflatten(0, (mapping.heads, rows))
+                used[name] += mapping.heads * rows

@@ -20,8 +20,8 @@ from megatron_refine.trainer.model import build_module
 from megatron_refine.trainer.parallel import init_parallel
 
 PROBE = 48  # tokens
-# of the largest logit. Both compute in fp32 in another order: two layers differ by 2e-6, with Newton-Schulz by 3e-5, and
-# layers add up; what stands in a wrong place differs by about 1. Values are compared before, bit by bit.
+# of the largest logit. Both compute in fp32 in another order: two layers differ by 2e-6, with Newton-Schulz by 3e-5,
+# and layers add up; what stands in a wrong place differs by about 1. Values are compared before, bit by bit.
 TOLERANCE = 1e-3
 
 
