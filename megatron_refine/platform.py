@@ -56,6 +56,7 @@ def install() -> None:
         torch.cuda.set_device(local_rank())
     else:
         _keep_freed_memory()
+        _run_as_batch()
         _patch_torch()
         _patch_megatron_jit()
         _patch_megatron_rng()
@@ -149,6 +150,17 @@ def _keep_freed_memory() -> None:
     if hasattr(libc, "mallopt"):
         libc.mallopt(mmap_threshold, 1 << 25)  # glibc's maximum
         libc.mallopt(trim_threshold, (1 << 31) - 1)
+
+
+def _run_as_batch() -> None:
+    """Tell Linux that this is a batch job, so that a woken thread does not push another one of its rank off the core.
+
+    gloo wakes three threads for every exchange. Where ranks fill all cores, they pre-empt one another and the rank that
+    everyone waits for sits out a scheduler tick: exchanges take half the time this way.
+    """
+    if hasattr(os, "SCHED_BATCH"):
+        with contextlib.suppress(OSError):  # a sandbox may forbid it; it changes speed alone
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 def _patch_torch() -> None:

@@ -9,10 +9,11 @@ from typing import Any, Protocol, cast
 
 from megatron_refine.config import ModelConfig
 from megatron_refine.models.delta_net.config import DeltaNetConfig
+from megatron_refine.models.gated_delta_net.config import GatedDeltaNetConfig
 from megatron_refine.models.hf import Format
 
-FAMILIES: dict[str, type[ModelConfig]] = {"delta_net": DeltaNetConfig}
-_MIXERS = {"delta_net": "DeltaNetMixer"}
+FAMILIES: dict[str, type[ModelConfig]] = {"delta_net": DeltaNetConfig, "gated_delta_net": GatedDeltaNetConfig}
+_MIXERS = {"delta_net": "DeltaNetMixer", "gated_delta_net": "GatedDeltaNetMixer"}
 
 
 @dataclass(frozen=True)

@@ -90,6 +90,7 @@ class Key:
 
     ours: str
     default: Any = REQUIRED  # what a config.json without the field means
+    null: Any = None  # what null means
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,7 @@ class Format:
     ignored: dict[str, Any]  # no part of the maths, with what we write (ABSENT: nothing)
     tensors: Callable[[Any], list[Mapping]]
     renamed: dict[str, str] = field(default_factory=dict)  # a name in old checkpoints -> today's
+    not_written: tuple[str, ...] = ("quantization_config",)  # constants of some checkpoints only
     unused: tuple[str, ...] = ()  # tensors in some checkpoints that no computation reads
     probe: Callable[[Any], Any] = lambda model: model  # the model at a size of chunk or window that a short text fills
 

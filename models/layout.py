@@ -42,15 +42,24 @@ class Branches(PackedSeqParams):
         """Rows a sequence, without padding."""
         return self.main_len + self.branch_rows
 
-    def main(self, rows: Tensor) -> Tensor:
-        """[S, B, ...] -> main rows [B, T, ...]."""
-        return rows[: self.main_len].transpose(0, 1)
+    def split(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """[S, B, ...] -> main rows [B, T, ...] and branch rows [P * n, k, ...], sequence-major.
+
+        One split, so that the backward pass writes one gradient of all rows instead of padding and adding two.
+        """
+        padding = rows.shape[0] - self.num_rows
+        main, branches, _ = rows.split([self.main_len, self.branch_rows, padding])
+        return main.transpose(0, 1), self._fold(branches)
 
     def branches(self, rows: Tensor) -> Tensor:
-        """[S, B, ...] -> branch rows [P * n, k, ...], sequence-major."""
-        rows = rows[self.main_len : self.num_rows].transpose(0, 1)
-        return rows.unflatten(1, (-1, self.branch_len)).flatten(0, 1)
+        """Branch rows of a pass without main rows: [S, B, ...] -> [P * n, k, ...], sequence-major."""
+        assert not self.main_len
+        return self._fold(rows[: self.branch_rows])
+
+    def _fold(self, branches: Tensor) -> Tensor:
+        rows = branches.transpose(0, 1)
+        return rows.unflatten(1, (-1, max(self.branch_len, 1))).flatten(0, 1)
 
     def to_rows(self, branches: Tensor, num_sequences: int) -> Tensor:
-        """The inverse of `branches`: [P * n, k, ...] -> [c * n * k, B, ...]."""
+        """The inverse, for B sequences: [P * n, k, ...] -> [c * n * k, B, ...]."""
         return branches.unflatten(0, (num_sequences, -1)).flatten(1, 2).transpose(0, 1)

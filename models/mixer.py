@@ -65,28 +65,30 @@ class Mixer(MegatronModule):
         layout = packed_seq_params
         assert isinstance(layout, Branches), "pass the layout of the rows as packed_seq_params="
         rows = self.project(hidden_states)
+        main, branches = layout.split(rows)
         parts, handle = [], None
         if layout.main_len:
-            mixed, handle = self.main(layout.main(rows))
+            mixed, handle = self.main(main)
             parts.append(mixed.transpose(0, 1))
             if layout.handles is not None:
                 layout.handles[self.layer_number] = handle
         if layout.branch_rows:
-            parts.append(self._branches(rows, layout, handle))
+            mixed = self._branches(branches, layout, handle)
+            parts.append(layout.to_rows(mixed, rows.shape[1]))
         padding = rows.shape[0] - layout.num_rows
         if padding:
             parts.append(parts[0].new_zeros(padding, *parts[0].shape[1:]))
         return self.output(torch.cat(parts) if len(parts) > 1 else parts[0], rows)
 
     def _branches(self, rows: Tensor, layout: Branches, handle: Handle | None) -> Tensor:
-        """Branch outputs as rows [c * n * k, B, local], from the main stream of this pass or from forked states."""
+        """Outputs of branch rows [P * n, k, *local], from the main stream of this pass or from forked states."""
         if handle is not None:
             assert layout.sequences is not None and layout.positions is not None
             state: Any = handle.at(layout.sequences, layout.positions)
         else:
             assert layout.states is not None, "branches without a main stream need states"
             state = layout.states[self.layer_number]
-        mixed, final = self.branch(layout.branches(rows), state)
+        mixed, final = self.branch(rows, state)
         if layout.final_states is not None:
             layout.final_states[self.layer_number] = final
-        return layout.to_rows(mixed, rows.shape[1])
+        return mixed

@@ -10,22 +10,28 @@ from megatron_refine.config import Config, load
 from megatron_refine.models.family import FAMILIES
 from megatron_refine.records import Batch, Experience
 
-MODEL = {
-    "family": "delta_net", "vocab_size": 97, "hidden_size": 64, "num_layers": 2, "num_heads": 4,
-    "intermediate_size": 96, "init_std": 0.1,
-}  # fmt: skip
+_COMMON = {"vocab_size": 97, "hidden_size": 64, "num_layers": 2, "intermediate_size": 96, "init_std": 0.1}
+_GATED = {"family": "gated_delta_net", "num_heads": 4, "head_dim": 16}
+MODELS: dict[str, dict[str, Any]] = {
+    "delta_net": _COMMON | {"family": "delta_net", "num_heads": 4},
+    "gated_delta_net": _COMMON | _GATED,
+    # two value heads a key head, wider eigenvalues, no gate
+    "gated_delta_net variant": _COMMON
+    | _GATED
+    | {"num_v_heads": 8, "expand_v": 1.0, "use_gate": False, "allow_neg_eigval": True},
+}
 REFINE = {"num_chunks": 4, "num_rollouts": 2, "rollout_len": 5, "margin": 6, "nsp_coef": 0.7}
 
 
-def small_config(tmp_path: Any, *overrides: str) -> Config:
-    """A config of the small model; written to a file, as a user's would be."""
+def small_config(tmp_path: Any, *overrides: str, model: str = "delta_net") -> Config:
+    """A config of a small model of MODELS; written to a file, as a user's would be."""
     import yaml
 
     path = tmp_path / "small.yaml"
     train = {"precision": "fp32", "global_batch_size": 4, "micro_batch_size": 2, "steps": 10}
     tree = {
-        "run": {"dir": str(tmp_path / "run"), "timeout_minutes": 1.0}, "model": MODEL, "refine": REFINE, "train": train,
-        "data": {"seq_length": 192}, "optimizer": {"lr": 1e-2}, "eval": {"sequences": 0},
+        "run": {"dir": str(tmp_path / "run"), "timeout_minutes": 1.0}, "model": MODELS[model], "refine": REFINE,
+        "train": train, "data": {"seq_length": 192}, "optimizer": {"lr": 1e-2}, "eval": {"sequences": 0},
     }  # fmt: skip
     path.write_text(yaml.safe_dump(tree))
     return load(path, list(overrides), FAMILIES)
@@ -84,11 +90,12 @@ def relative(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str,
 
 
 def build(config: Config, dtype: torch.dtype) -> tuple[Any, Any]:
-    """(model, ranks) with norm weights away from one, the same at any layout."""
+    """(model, ranks) with norm weights away from one and other vectors moved, the same at any layout."""
     import zlib
 
     from megatron_refine.trainer.model import build_model, global_parameters
     from megatron_refine.trainer.parallel import init_parallel
+    from megatron_refine.trainer.shards import full_shape, shard
 
     ranks = init_parallel(config)
     model = build_model(config, ranks, dtype)
@@ -96,5 +103,6 @@ def build(config: Config, dtype: torch.dtype) -> tuple[Any, Any]:
         for name, parameter in global_parameters(model):
             if parameter.dim() == 1:
                 generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator).to(dtype))
+                noise = 0.2 * torch.randn(full_shape(parameter, ranks.tp), generator=generator).to(dtype)
+                parameter.add_(shard(noise, parameter, ranks.tp_rank, ranks.tp))
     return model, ranks

@@ -4,6 +4,8 @@ Logits, log-probabilities and every parameter's gradient, in fp64 and fp32, at t
 and off, with activation recomputation, for the packed pass (two-pass update) and for main + branch pass (fused update).
 """
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,13 @@ import pytest
 import torch
 
 from megatron_refine.config import Config
-from tests.parity import batch, build, experience, full_gradients, relative, small_config
+from tests.parity import MODELS, batch, build, experience, full_gradients, relative, small_config
 
 LAYOUTS = {
     "tp1": (1, []),
     "tp2": (2, ["parallel.tp=2"]),
     "tp2 sp": (2, ["parallel.tp=2", "parallel.sp=true"]),
+    "tp4": (4, ["parallel.tp=4"]),
     "tp4 sp": (4, ["parallel.tp=4", "parallel.sp=true"]),
     "tp2 sp recompute": (2, ["parallel.tp=2", "parallel.sp=true", "train.recompute=full"]),
 }
@@ -74,33 +77,37 @@ def run(config: Config, dtype: torch.dtype, names: list[str]) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def reference(ranks: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[torch.dtype, Any]:
-    """One rank, separate forwards, plain backward."""
-    config = small_config(tmp_path_factory.mktemp("reference"))
-    dtypes = (torch.float64, torch.float32)
-    return {dtype: ranks(1, run, config=config, dtype=dtype, names=["separate"])[0]["separate"] for dtype in dtypes}
+def reference(ranks: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, torch.dtype], Any]:
+    """One rank, separate forwards, plain backward; by model and dtype."""
+
+    @functools.cache
+    def compute(model: str, dtype: torch.dtype) -> Any:
+        config = small_config(tmp_path_factory.mktemp("reference"), model=model)
+        return ranks(1, run, config=config, dtype=dtype, names=["separate"])[0]["separate"]
+
+    return compute
 
 
 # fp64: a few hundred roundings of 1e-16 each; fp32: 1e-7 each, and the same sums in another order
 TOLERANCES = {torch.float64: (1e-10, 1e-10), torch.float32: (2e-5, 1e-4)}
 
 
+@pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_branches_equal_separate_forwards(
-    ranks: Any, reference: Any, tmp_path: Path, layout: str, dtype: torch.dtype
+    ranks: Any, reference: Any, tmp_path: Path, layout: str, dtype: torch.dtype, model: str
 ) -> None:
     world, overrides = LAYOUTS[layout]
-    config = small_config(tmp_path, *overrides)
-    names = ["packed", "fused"]
+    config = small_config(tmp_path, *overrides, model=model)
     value_tolerance, gradient_tolerance = TOLERANCES[dtype]
-    for result in ranks(world, run, config=config, dtype=dtype, names=names):
-        for name in names:
-            main, branch, gradients = result[name]
-            largest = max(1.0, float(reference[dtype][1].abs().max()))
-            assert (main - reference[dtype][0]).abs().max() < value_tolerance * largest, name
-            assert (branch - reference[dtype][1]).abs().max() < value_tolerance * largest, name
-            errors = relative(gradients, reference[dtype][2])
+    main_expected, branch_expected, gradients_expected = reference(model, dtype)
+    largest = max(1.0, float(branch_expected.abs().max()))
+    for result in ranks(world, run, config=config, dtype=dtype, names=["packed", "fused"]):
+        for name, (main, branch, gradients) in result.items():
+            assert (main - main_expected).abs().max() < value_tolerance * largest, name
+            assert (branch - branch_expected).abs().max() < value_tolerance * largest, name
+            errors = relative(gradients, gradients_expected)
             worst = max(errors, key=lambda key: errors[key])
             assert errors[worst] < gradient_tolerance, (name, worst, errors[worst])
 
@@ -119,7 +126,7 @@ def logits(config: Config) -> float:
         main_len=192, num_positions=4, num_rollouts=2, branch_len=5, sequences=sequences, positions=positions
     )
     with torch.no_grad():
-        rows = layout.branches(_rows(model, torch.cat([b.tokens, e.tokens.flatten(1)], 1), layout)).view(2, 4, 2, 5, -1)
+        rows = layout.split(_rows(model, torch.cat([b.tokens, e.tokens.flatten(1)], 1), layout))[1].view(2, 4, 2, 5, -1)
         for i, j, r in torch.cartesian_prod(*(torch.arange(s) for s in e.tokens.shape[:3])).tolist():
             p = int(e.positions[i, j])
             text = torch.cat([b.tokens[i, :p], e.tokens[i, j, r]])[None]
@@ -130,10 +137,12 @@ def logits(config: Config) -> float:
     return worst
 
 
+@pytest.mark.parametrize("model", ["delta_net", "gated_delta_net"])
 @pytest.mark.parametrize("layout", ["tp1", "tp2", "tp2 sp"])
-def test_branch_logits_equal_separate_forwards(ranks: Any, tmp_path: Path, layout: str) -> None:
+def test_branch_logits_equal_separate_forwards(ranks: Any, tmp_path: Path, layout: str, model: str) -> None:
     world, overrides = LAYOUTS[layout]
-    assert max(ranks(world, logits, config=small_config(tmp_path, *overrides))) < 2e-5  # fp32, of max(1, largest logit)
+    config = small_config(tmp_path, *overrides, model=model)
+    assert max(ranks(world, logits, config=config)) < 2e-5  # fp32, of max(1, largest logit)
 
 
 def detached(config: Config) -> tuple[str, float]:

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,8 +24,12 @@ from megatron_refine.estimate import estimate, render, step_flops
 from megatron_refine.estimate.memory import rank_memory
 from megatron_refine.kernels.delta_rule.chunk import chunk_delta_rule
 from megatron_refine.models import family
+from megatron_refine.models.common.delta_cost import rule_elements
 from megatron_refine.models.delta_net import flops
 from megatron_refine.models.delta_net.config import DeltaNetConfig
+from megatron_refine.models.gated_delta_net import flops as gated
+from megatron_refine.models.gated_delta_net.config import GatedDeltaNetConfig
+from tests.parity import MODELS, small_config
 
 SMALL = DeltaNetConfig(
     family="delta_net", vocab_size=1024, hidden_size=256, num_layers=4, intermediate_size=688, num_heads=4
@@ -74,9 +79,11 @@ def test_delta_rule_flops_equal_those_torch_counts() -> None:
     assert matmuls["solve"] > 0  # no counter sees it
 
 
-def test_saved_bytes_cover_what_autograd_keeps_of_the_delta_rule() -> None:
+@pytest.mark.parametrize("decay", [False, True])
+def test_saved_bytes_cover_what_autograd_keeps_of_the_delta_rule(decay: bool) -> None:
     heads, length, k, v = 4, 256, SMALL.head_dim_k, SMALL.head_dim_v
     q, keys, values = (torch.randn(1, length, heads, width, requires_grad=True) for width in (k, k, v))
+    beta, g = torch.rand(1, length, heads, requires_grad=True), torch.zeros(1, length, heads, requires_grad=True)
     storages: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -85,11 +92,9 @@ def test_saved_bytes_cover_what_autograd_keeps_of_the_delta_rule() -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = chunk_delta_rule(q, keys, values, torch.rand(1, length, heads, requires_grad=True))
+        output = chunk_delta_rule(q, keys, values, beta, g if decay else None)
     assert output[0].requires_grad
-    around = 3 * heads * (2 * k + v) + heads * 2 * (k + v) + 4 * SMALL.intermediate_size
-    rule = flops.saved_bytes(SMALL, itemsize=4).heads - 4 * around
-    assert sum(storages.values()) / length == pytest.approx(rule, rel=0.2)
+    assert sum(storages.values()) / length == pytest.approx(4 * heads * rule_elements(k, v, decay), rel=0.2)
 
 
 def test_parameters_of_delta_net_1_3b() -> None:
@@ -97,6 +102,36 @@ def test_parameters_of_delta_net_1_3b() -> None:
     mixer = 4 * hidden * hidden + heads * hidden + 3 * hidden * 4 + 128  # q, k, v, o; beta; three convolutions; o_norm
     layer = mixer + 3 * hidden * ffn + 2 * hidden
     assert flops.parameters(LARGE) == 2 * 32000 * hidden + hidden + layers * layer == 1_365_677_056
+
+
+GATED = GatedDeltaNetConfig(
+    family="gated_delta_net", vocab_size=32000, hidden_size=2048, num_layers=21, intermediate_size=5632, num_heads=6
+)
+
+
+def test_parameters_of_gated_delta_net_1_3b() -> None:
+    hidden, heads, key, value = 2048, 6, 256, 512
+    widths = 2 * heads * key + 2 * heads * value + 2 * heads  # q, k; v, gate; a, beta
+    mixer = hidden * (widths + heads * value) + 4 * heads * (2 * key + value) + 2 * heads + value
+    layer = mixer + 3 * hidden * 5632 + 2 * hidden
+    assert gated.parameters(GATED) == 2 * 32000 * hidden + hidden + 21 * layer
+    assert gated.parameters(GATED) == pytest.approx(1.3873e9, rel=1e-4)  # flash-linear-attention's default model
+
+
+def parameters_of(config: Config) -> int:
+    """On a rank: parameters that the model really has there."""
+    from megatron_refine.trainer.model import build_model
+    from megatron_refine.trainer.parallel import init_parallel
+
+    return sum(p.numel() for p in build_model(config, init_parallel(config)).parameters())
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_rank_parameters_are_those_of_the_model(ranks: Any, tmp_path: Path, model: str) -> None:
+    for tp in (1, 2):
+        config = small_config(tmp_path, f"parallel.tp={tp}", model=model)
+        cost = family.flops(config.model.family)
+        assert ranks(tp, parameters_of, config=config) == [cost.rank_parameters(config.model, tp, 1, 0)] * tp
 
 
 @pytest.mark.parametrize("tied", [False, True])

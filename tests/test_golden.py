@@ -21,7 +21,7 @@ from tests.parity import full_gradients
 from tests.zygote import Zygote
 
 GOLDEN = Path(__file__).parent / "golden"
-FOLDERS = ["delta_net"]
+FOLDERS = ["delta_net", "gated_delta_net"]
 VOCAB = 97
 PADDED_ROWS = ("embedding.word_embeddings.weight", "output_layer.weight")
 LAYOUTS: dict[str, tuple[dict[str, Any], str]] = {  # parallel.*, train.recompute

@@ -58,6 +58,8 @@ def scored(config: Config, chunk_rows: int) -> dict[str, Any]:
     model.zero_grad_buffer()
     (scores.logprobs * weights).sum().backward()
     finalize_gradients([model])
+    assert rows.grad is not None
+    dist.all_reduce(rows.grad, group=inner.pg_collection.tp)  # partial over tp: the model sums where it hands out rows
     return {
         "logprobs": scores.logprobs.detach(), "entropy": scores.entropy, "correct": scores.correct, "weight": weight,
         "rows_grad": rows.grad, "weight_grad": full_gradients(model)["output_layer.weight"],

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -126,6 +127,15 @@ def test_children_of_a_rank_end_with_it(ranks: Zygote) -> None:
     assert not any(psutil.pid_exists(pid) for pid in ranks(2, leave_a_child))
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """A shell starts background jobs with SIGINT ignored, and Python then leaves it so."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_interrupted_job_is_killed_and_the_next_one_starts_anew(ranks: Zygote) -> None:
     ranks(1, initialize_megatron)
     assert ranks._process is not None

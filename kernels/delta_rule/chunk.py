@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_refine.kernels.pick import pick
+
 CHUNK = 64
 
 
@@ -36,25 +38,24 @@ class ChunkTrace:
 
     def state_at(self, rows: Tensor, positions: Tensor) -> Tensor:
         """The states after `positions[i]` tokens of sequence `rows[i]`: [P], [P] -> [P, H, K, V]."""
-        chunks, inside = (positions // self.chunk).tolist(), positions % self.chunk
-        where = list(zip(rows.tolist(), chunks, strict=True))
+        inside = positions % self.chunk
+        starts = list(zip((positions // self.chunk).tolist(), rows.tolist(), strict=True))
         last = len(self.keys) - 1  # a position at the very end reads no row of the (absent) next chunk
-        state = torch.stack([self._start(row, chunk) for row, chunk in where])
-        keys = torch.stack([self.keys[min(chunk, last)][row] for row, chunk in where])
-        writes = torch.stack([self.writes[min(chunk, last)][row] for row, chunk in where])
+        where = [(min(chunk, last), row) for chunk, row in starts]
+        state = pick(self.states, [(chunk, self._start_row(chunk, row)) for chunk, row in starts])
+        keys, writes = pick(self.keys, where), pick(self.writes, where)
         mask = (torch.arange(self.chunk, device=inside.device) < inside[:, None])[:, None]  # [P, 1, C]
         if self.decays is None:
             return state + (keys * mask[..., None]).mT @ writes
-        decay = torch.stack([self.decays[min(chunk, last)][row] for row, chunk in where])
+        decay = pick(self.decays, where)
         before = (inside - 1).clamp(min=0)[:, None, None].expand(*decay.shape[:2], 1)
         total = decay.gather(-1, before) * (inside > 0)[:, None, None]  # G_r, [P, H, 1]
         weight = torch.where(mask, total - decay, -torch.inf).exp()
         return state * total[..., None].exp() + (keys * weight[..., None]).mT @ writes
 
-    def _start(self, row: int, chunk: int) -> Tensor:
-        """A sequence's state before a chunk. Before the first one, consecutive sequences may share theirs."""
-        states = self.states[chunk]
-        return states[row * states.shape[0] // self.keys[0].shape[0]]
+    def _start_row(self, chunk: int, row: int) -> int:
+        """Where a sequence's state stands. Before the first chunk, consecutive sequences may share theirs."""
+        return row * self.states[chunk].shape[0] // self.keys[0].shape[0]
 
 
 def chunk_delta_rule(

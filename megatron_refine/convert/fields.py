@@ -17,8 +17,9 @@ def model_of(config: dict[str, Any], where: str) -> ModelConfig:
     problems = [*_unknown(config, described), *_differing(config, described)]
     section: dict[str, Any] = {"family": name, "intermediate_size": _width(config, problems)}
     for field, key in described.fields.items():
-        section[key.ours] = config.get(field, key.default)
-        if section[key.ours] is REQUIRED:
+        value = config.get(field, key.default)
+        section[key.ours] = key.null if value is None else value
+        if value is REQUIRED:
             problems.append(f"{field}: missing; it says the model's {key.ours}")
     if problems:
         raise ConfigError("\n".join(f"{where}: {problem}" for problem in problems))
@@ -34,9 +35,10 @@ def fresh_config(model: ModelConfig, dtype: str) -> dict[str, Any]:
     """A complete config.json of a model that came from none. `dtype`: as torch_dtype, e.g. bfloat16."""
     described = family.hf_format(model.family)
     tree: dict[str, Any] = {"architectures": [described.architecture], "model_type": described.model_type}
-    tree |= {field: getattr(model, key.ours) for field, key in described.fields.items()}
+    values = {field: (getattr(model, key.ours), key.null) for field, key in described.fields.items()}
+    tree |= {field: None if value == null else value for field, (value, null) in values.items()}
     tree["intermediate_size"] = model.intermediate_size
-    tree |= {field: values[0] for field, values in described.constants.items() if field != "quantization_config"}
+    tree |= {name: allowed[0] for name, allowed in described.constants.items() if name not in described.not_written}
     tree |= {field: value for field, value in described.ignored.items() if value is not ABSENT}
     return tree | {"torch_dtype": dtype}
 

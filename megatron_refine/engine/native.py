@@ -30,10 +30,11 @@ class NativeEngine:
         samples, positions = request.sample_ids[:, None, None], request.positions[..., None]
         # two chunks may start at one position: the rollouts of a sequence are counted over all of its chunks
         rollouts = torch.arange(positions.shape[1] * n, device=positions.device).view(-1, n)
+        places = torch.arange(request.rollout_len, device=positions.device).view(-1, 1, 1, 1)
+        draws = uniform(request.seed, ROLLOUT, request.step, samples, positions, rollouts, places)  # [k, B, c, n]
         tokens, logprobs = [], []
-        for j in range(request.rollout_len):
-            u = uniform(request.seed, ROLLOUT, request.step, samples, positions, rollouts, j).expand(shape)
-            token, logprob = head.sample(unwrap(self.model), hidden, u.flatten(), request.temperature)
+        for j, u in enumerate(draws.flatten(1)):
+            token, logprob = head.sample(unwrap(self.model), hidden, u, request.temperature)
             tokens.append(token)
             logprobs.append(logprob)
             if j + 1 < request.rollout_len:

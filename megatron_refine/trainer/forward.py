@@ -72,7 +72,8 @@ def branch_pass(model: nn.Module, tokens: Tensor, previous: Tensor, states: dict
     batch, chunks, rollouts, length = tokens.shape
     layout = Branches(num_positions=chunks, num_rollouts=rollouts, branch_len=length, states=states)
     _check_graph(states)
-    rows = layout.branches(_rows(model, tokens.flatten(1), layout)).unflatten(0, (-1, rollouts))
+    with whole_rows(unwrap(model)):
+        rows = layout.branches(_rows(model, tokens.flatten(1), layout)).unflatten(0, (-1, rollouts))
     return BranchPass(rows, _branch_logprobs(model, rows, previous, tokens))
 
 
@@ -93,20 +94,19 @@ def packed_pass(
     output = _forward(model, torch.cat([tokens, branches.flatten(1)], 1), layout)
     if not isinstance(output, dict):
         return output
-    rows = output["rows"]
-    main = rows[: layout.main_len]
-    forked = layout.branches(rows).unflatten(0, (-1, rollouts))
-    branch_rows, branch_targets = _branch_rows(forked, main[positions - 1, sequences], branches)
-    targets = torch.cat([tokens[:, 1:].T.flatten(), branch_targets])
-    scored = head.score(unwrap(model), torch.cat([main[:-1].flatten(0, 1), branch_rows]), targets).logprobs
+    main, forked = layout.split(output["rows"])
+    previous = main[sequences, positions - 1]
+    branch_rows, branch_targets = _branch_rows(forked.unflatten(0, (-1, rollouts)), previous, branches)
+    targets = torch.cat([tokens[:, 1:].flatten(), branch_targets])
+    scored = head.score(unwrap(model), torch.cat([main[:, :-1].flatten(0, 1), branch_rows]), targets).logprobs
     main_logprobs, branch_logprobs = scored.split([targets.numel() - branches.numel(), branches.numel()])
-    return main_logprobs.view(-1, batch).T, branch_logprobs.view(branches.shape)
+    return main_logprobs.view(batch, -1), branch_logprobs.view(branches.shape)
 
 
 def decode_step(model: nn.Module, tokens: Tensor, states: dict[int, Any]) -> tuple[Tensor, dict[int, Any]]:
     """Feed one token to each of N states, without gradient: tokens [N] -> hidden [N, h], the N states after it."""
     layout = Branches(num_positions=tokens.shape[0], branch_len=1, states=states, final_states={})
-    with whole_rows(model):
+    with whole_rows(unwrap(model)):
         rows = _rows(model, tokens[None], layout)
     assert layout.final_states is not None
     return rows[:, 0], layout.final_states

@@ -48,20 +48,20 @@ class _VocabParallelScores(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, group: Any) -> tuple[Tensor, Tensor, Tensor]:
-        width = logits.shape[1]
+        width, rank = logits.shape[1], group.rank()
         highest = logits.amax(-1)
-        _reduce(highest, group, dist.ReduceOp.MAX)
         weights = (logits - highest[:, None]).exp_()
-        local = targets - group.rank() * width
+        local = targets - rank * width
         here = (local >= 0) & (local < width)
         local = local.clamp(0, width - 1)
         target = logits.gather(1, local[:, None])[:, 0] * here
-        sums = torch.stack([weights.sum(-1), torch.linalg.vecdot(weights, logits), target])
-        _reduce(sums, group, dist.ReduceOp.SUM)
-        total, weighted, target = sums.unbind(0)
-        log_total = highest + total.log()
-        ctx.save_for_backward(weights.div_(total[:, None]), local, here)
-        entropy, correct = log_total - weighted / total, target >= highest
+        mine = torch.stack([highest, weights.sum(-1), torch.linalg.vecdot(weights, logits), target])
+        tops, totals, weighted, targeted = _gather(mine, group).unbind(1)  # of each rank's logits, [tp, R]
+        scales = (tops - tops.amax(0)).exp()
+        total, target = (totals * scales).sum(0), targeted.sum(0)
+        log_total = tops.amax(0) + total.log()
+        entropy, correct = log_total - (weighted * scales).sum(0) / total, target >= tops.amax(0)
+        ctx.save_for_backward(weights.mul_((scales[rank] / total)[:, None]), local, here)
         ctx.mark_non_differentiable(entropy, correct)
         return target - log_total, entropy, correct
 
@@ -86,7 +86,8 @@ def sample(model: RefineModel, rows: Tensor, uniform: Tensor, temperature: float
     highest, first = logits.max(-1)  # the first of equal ones
     shifted = (logits - highest[:, None]).double()
     cumulative = (shifted / (temperature or 1.0)).exp().cumsum(-1)
-    mine = torch.stack([highest.double(), cumulative[:, -1], shifted.exp().sum(-1)])
+    plain = cumulative[:, -1] if temperature == 1 else shifted.exp().sum(-1)
+    mine = torch.stack([highest.double(), cumulative[:, -1], plain])
     tops, sums, plain_sums = _gather(mine, group).unbind(1)  # of each rank's logits, [tp, R]
     offsets = tops - tops.amax(0)  # of each rank's highest logit below the highest of all
     if temperature == 0:
@@ -112,13 +113,10 @@ def _invert_cdf(cumulative: Tensor, sums: Tensor, uniform: Tensor, rank: int) ->
     return owner, index.clamp(max=cumulative.shape[1] - 1)
 
 
-def _reduce(values: Tensor, group: Any, op: Any) -> None:
-    if group.size() > 1:
-        dist.all_reduce(values, op=op, group=group)
-
-
 def _gather(values: Tensor, group: Any) -> Tensor:
     """Every rank's values, in rank order: [...] -> [tp, ...]."""
+    if group.size() == 1:
+        return values[None]
     gathered = values.new_empty(group.size() * len(values), *values.shape[1:])
     dist.all_gather_into_tensor(gathered, values.contiguous(), group=group)
     return gathered.unflatten(0, (group.size(), -1))

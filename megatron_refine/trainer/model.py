@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,10 @@ from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
-from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -42,39 +46,45 @@ class RecomputedLayer(TransformerLayer):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return super().forward(*args, **kwargs)
-        return checkpoint(super().forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)  # no dropout
+        # the backward pass runs the layer again when `whole_rows` has long been left: enter it as it is now
+        again = contextlib.nullcontext if self.config.sequence_parallel else partial(whole_rows, self)
+        return checkpoint(
+            super().forward, *args, use_reentrant=False, preserve_rng_state=False,  # no dropout
+            context_fn=lambda: (contextlib.nullcontext(), again()), **kwargs,
+        )  # fmt: skip
 
 
 class RefineModel(GPTModel):
     """GPTModel that returns its final-norm rows; trainer/head.py turns rows into log-probabilities."""
 
-    real_vocab: int  # ids at or above it only pad the vocabulary
+    def __init__(self, *args: Any, real_vocab: int, **kwargs: Any):
+        """real_vocab: ids at or above it only pad the vocabulary."""
+        super().__init__(*args, **kwargs)
+        self.real_vocab = real_vocab
+        if self.post_process:  # `_postprocess` owns the collectives around the output layer, forward and backward
+            layer = self.output_layer
+            layer.sequence_parallel, layer.allreduce_dgrad, layer.disable_grad_reduce = False, False, True
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """On the last stage {"rows": [S, B, hidden]}, all rows in order on every tp rank; before it, hidden states.
 
-        Under sequence parallelism the gather's backward sums and scatters: gradients into the rows must be partial over
-        tp, as those of the vocabulary-parallel head are.
+        Gradients into the rows must be partial over tp, as those of the vocabulary-parallel head are: the backward pass
+        sums them here, once for all uses of the rows.
         """
         if not self.post_process:
             return hidden_states
         if self.config.sequence_parallel:
-            hidden_states = gather_from_sequence_parallel_region(
+            rows = gather_from_sequence_parallel_region(
                 hidden_states, tensor_parallel_output_grad=True, group=self.pg_collection.tp
             )
-        return {"rows": hidden_states}
+        else:
+            rows = copy_to_tensor_model_parallel_region(hidden_states, group=self.pg_collection.tp)
+        return {"rows": rows}
 
     def logits(self, rows: Tensor) -> Tensor:
         """Complete rows [R, hidden] -> this rank's logits [R, V/tp], at least fp32; padding ids at a very low value."""
-        layer = self.output_layer
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        saved = layer.sequence_parallel, layer.disable_grad_reduce
-        if layer.sequence_parallel:  # `_postprocess` gathered the rows and owns both collectives
-            layer.sequence_parallel, layer.disable_grad_reduce = False, True
-        try:
-            logits = layer(rows[:, None], weight=weight)[0][:, 0]
-        finally:
-            layer.sequence_parallel, layer.disable_grad_reduce = saved
+        logits = self.output_layer(rows[:, None], weight=weight)[0][:, 0]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         real = self.real_vocab - self.pg_collection.tp.rank() * logits.shape[1]
         if real < logits.shape[1]:
@@ -147,8 +157,8 @@ def build_module(config: Config, ranks: Ranks, dtype: torch.dtype | None = None)
         post_process=ranks.is_last_stage,
         position_embedding_type="none",
         share_embeddings_and_output_weights=config.model.tie_embeddings,
+        real_vocab=config.model.vocab_size,
     )
-    module.real_vocab = config.model.vocab_size
     initialize(module, config, ranks)
     return module.to(platform.device())
 
@@ -176,13 +186,11 @@ def unwrap(model: nn.Module) -> RefineModel:
 
 @contextlib.contextmanager
 def whole_rows(module: nn.Module) -> Iterator[None]:
-    """No sequence parallelism inside: decoding feeds a few rows, whose gather and scatter would cost more than they do.
+    """No sequence parallelism inside: the few rows of branches cost less whole than their gathers and scatters would.
 
-    For passes without gradient only.
+    Exact with gradients too: each rank then holds the whole gradient of a norm's weight, and RMSNorm takes its share.
     """
-    assert not torch.is_grad_enabled(), "weights' gradients would be summed over tp in the wrong place"
-    model = unwrap(module)
-    owners = [model.config, *model.modules()]
+    owners = [module.config, *module.modules()]
     flags = [(o, name) for o in owners for name in _SEQUENCE_FLAGS if getattr(o, name, False)]
     for owner, name in flags:
         setattr(owner, name, False)

@@ -12,14 +12,20 @@ class RMSNorm(nn.Module):
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any):
         super().__init__()
-        self.eps = eps
+        self.config, self.eps = config, eps
         self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
         # a norm of sequence shards has partial gradients: Megatron's finalize_model_grads sums them over tp by this
         # mark
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        weight: Tensor = self.weight
+        marked = self.weight.sequence_parallel  # type: ignore[attr-defined]
+        if marked and not self.config.sequence_parallel and torch.is_grad_enabled():
+            # a pass over whole rows: every rank has the whole gradient, and the sum over tp is still to come
+            weight = weight.view_as(weight)
+            weight.register_hook(lambda grad: grad / self.config.tensor_model_parallel_size)
+        return F.rms_norm(x, weight.shape, weight, self.eps)
 
 
 class HeadNorm(RMSNorm):

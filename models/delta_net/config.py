@@ -16,6 +16,8 @@ class DeltaNetConfig(ModelConfig):
     expand_v: float = Field(1.0, gt=0, validate_default=True, description="width of all values / hidden_size")
     conv_size: int = Field(4, ge=2, description="taps of the short convolution on q, k and v")
 
+    allow_neg_eigval: bool = Field(False, description="beta in (0, 2) instead of (0, 1)")
+
     @property
     def head_dim_k(self) -> int:
         return round(self.hidden_size * self.expand_k / self.num_heads)

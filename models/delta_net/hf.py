@@ -31,6 +31,7 @@ FORMAT = Format(
         "expand_k": Key("expand_k", 1.0),
         "expand_v": Key("expand_v", 1.0),
         "conv_size": Key("conv_size", 4),
+        "allow_neg_eigval": Key("allow_neg_eigval", False),
     },
     constants=CONSTANTS
     | {
@@ -41,7 +42,6 @@ FORMAT = Format(
         "qk_norm": ("l2",),
         "qk_activation": ("silu",),
         "attn": (None,),
-        "allow_neg_eigval": (False,),
         "attnres_block_size": (None,),
     },
     ignored=IGNORED | {"norm_first": ABSENT},  # of an early version, read by no code

@@ -19,7 +19,7 @@ def _mixer(model: DeltaNetConfig, weights: Weights, prefix: str, x: Tensor) -> T
         )
         for part in "qkv"
     )
-    beta = (x @ weights[prefix + "b_proj.weight"].T).sigmoid()
+    beta = (x @ weights[prefix + "b_proj.weight"].T).sigmoid() * (2 if model.allow_neg_eigval else 1)
     o, _ = recurrent_delta_rule(unit(q), unit(k), v, beta)
     o = rms_norm(o, weights[prefix + "o_norm.weight"], model.norm_eps)
     return o.flatten(-2) @ weights[prefix + "o_proj.weight"].T

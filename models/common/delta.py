@@ -1,0 +1,136 @@
+"""What the mixers with a delta-rule memory share: convolution, state, main stream and branches from its positions."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from torch import Tensor, nn
+
+from megatron_refine.kernels.delta_rule import Trace, delta_rule
+from megatron_refine.models.common.conv import short_conv
+from megatron_refine.models.common.norm import HeadNorm
+from megatron_refine.models.mixer import Mixer
+
+
+@dataclass(frozen=True)
+class DeltaState:
+    """All that the mixer knows of the tokens so far, of P sequences."""
+
+    memory: Tensor  # [P, H, K, V], at least fp32
+    tail: Tensor  # [P, W-1, G, D], the last rows before the convolution
+
+    def detach(self) -> "DeltaState":
+        return DeltaState(self.memory.detach(), self.tail.detach())
+
+    def fork(self, n: int) -> "DeltaState":
+        return DeltaState(self.memory.repeat_interleave(n, 0), self.tail.repeat_interleave(n, 0))
+
+
+@dataclass(frozen=True)
+class DeltaHandle:
+    """A finished main pass."""
+
+    trace: Trace
+    rows: Tensor  # [B, T, G, D], before the convolution
+    width: int
+
+    def at(self, sequences: Tensor, positions: Tensor) -> DeltaState:
+        before = positions[:, None] + torch.arange(1 - self.width, 0, device=positions.device)  # [P, W-1]
+        tail = self.rows[sequences[:, None], before.clamp(min=0)] * (before >= 0)[..., None, None]
+        return DeltaState(self.trace.state_at(sequences, positions), tail)
+
+
+class DeltaMixer(Mixer):
+    """A delta-rule mixer as a Megatron self-attention module.
+
+    One input projection, cut into G groups of heads: D columns of a group (its queries, keys and values) pass the
+    convolution, the others do not. Group-major, so that one gather feeds it and tp shards it along axis 0.
+    A family says how many columns, and turns a group's columns into the inputs of the delta rule.
+    """
+
+    def __init__(
+        self, config: Any, layer_number: int, pg_collection: Any, *,
+        hidden: int, groups: int, channels: int, others: int, heads: int, value_dim: int, conv_size: int, eps: float,
+    ):  # fmt: skip
+        """groups G and value heads are those of all ranks; channels D and others are columns a group."""
+        super().__init__(config)
+        self.layer_number, self.tp_group = layer_number, pg_collection.tp
+        self.groups, self.channels, self.others = groups // self.tp_group.size(), channels, others
+        self.heads = heads // self.tp_group.size()
+        linear = {"config": config, "bias": False, "tp_group": self.tp_group, "skip_bias_add": True}
+        self.in_proj = ColumnParallelLinear(
+            hidden, groups * (channels + others), init_method=config.init_method, gather_output=False, **linear
+        )
+        bound = conv_size**-0.5  # torch's default for a convolution of one channel a group
+        self.conv = self.sharded(
+            torch.empty(self.groups * channels, 1, conv_size, dtype=config.params_dtype),
+            lambda full, generator: full.uniform_(-bound, bound, generator=generator),
+        )
+        self.o_norm = HeadNorm(config, value_dim, eps)
+        self.out_proj = RowParallelLinear(
+            heads * value_dim, hidden, init_method=config.output_layer_init_method, input_is_parallel=True, **linear
+        )
+
+    @staticmethod
+    def sharded(local: Tensor, initialize: Any) -> nn.Parameter:
+        """A parameter cut along axis 0 over tp; `initialize(full, generator)` fills the whole of it."""
+        parameter = nn.Parameter(local)
+        set_tensor_model_parallel_attributes(parameter, True, 0, 1)
+        parameter.initialize = initialize  # type: ignore[attr-defined]
+        return parameter
+
+    def own_parameters(self) -> dict[str, nn.Parameter]:
+        """Parameters of the mixer itself, all cut along axis 0."""
+        return {"conv": self.conv}
+
+    def rule_inputs(self, mixed: Tensor, others: Tensor) -> dict[str, Tensor | None]:
+        """Columns after the convolution [N, m, G, D] and the others [N, m, G, *] -> q, k, v, beta, g of the delta rule,
+        all with this rank's heads [N, m, H, *]."""
+        raise NotImplementedError
+
+    def project(self, hidden: Tensor) -> Tensor:
+        return self.in_proj(hidden)[0].unflatten(-1, (self.groups, self.channels + self.others))
+
+    def main(self, rows: Tensor) -> tuple[Tensor, DeltaHandle]:
+        inputs, before = self._inputs(rows, None)
+        o, _, trace = delta_rule(**inputs)
+        return o, DeltaHandle(trace, before, self.conv.shape[-1])
+
+    def branch(self, rows: Tensor, state: DeltaState) -> tuple[Tensor, DeltaState]:
+        tail = state.tail.repeat_interleave(rows.shape[0] // state.tail.shape[0], 0)
+        inputs, before = self._inputs(rows, tail)
+        o, memory, _ = delta_rule(**inputs, state=state.memory)
+        return o, DeltaState(memory, torch.cat([tail, before], 1)[:, before.shape[1] :])
+
+    def _inputs(self, rows: Tensor, tail: Tensor | None) -> tuple[dict[str, Any], Tensor]:
+        """[N, m, G, *] -> inputs of the delta rule, and the rows before the convolution."""
+        before, others = rows.split([self.channels, self.others], -1)
+        mixed = short_conv(before, self.conv.view(self.groups, self.channels, -1), tail)
+        return self.rule_inputs(mixed, others), before
+
+    def output(self, mixed: Tensor, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.out_proj(self.o_norm(mixed).to(rows.dtype).flatten(-2))
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Adds the mixer's own parameters to what Megatron's layers declare of themselves."""
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        own = self.own_parameters()
+        state.update(
+            make_sharded_tensors_for_checkpoint(
+                own,
+                prefix,
+                dict.fromkeys(own, 0),
+                sharded_offsets,
+                tp_group=self.tp_group,
+                dp_cp_group=(metadata or {}).get("dp_cp_group"),
+            )
+        )
+        return state

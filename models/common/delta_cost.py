@@ -1,0 +1,115 @@
+"""What a model with delta-rule mixers costs: parameters, matmul FLOPs, bytes. Plain arithmetic.
+
+A multiply-add counts 2 FLOPs. Norms, activations and the depthwise convolution are no matmuls and are left out.
+Letters: h hidden size, H (value) heads, K and V the widths of a head's keys and values, C the chunk of the delta rule.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_refine.config import ModelConfig
+from megatron_refine.models.family import Saved
+
+CHUNK = 64  # tokens a chunk of kernels/delta_rule
+FP32 = 4
+
+
+@dataclass(frozen=True)
+class DeltaShape:
+    """A family's mixer, over all ranks."""
+
+    heads: int  # H, of the values; keys are repeated for them
+    key_dim: int  # K
+    value_dim: int  # V
+    channels: int  # columns of the input projection that pass the convolution
+    others: int  # columns that do not
+    conv_size: int
+    vectors: int = 0  # parameters a layer that are sharded and in no matmul nor convolution
+    gated_rule: bool = False  # the delta rule with decay
+    gated_output: bool = False
+
+
+def rule_elements(k: int, v: int, decay: bool) -> int:
+    """What autograd keeps of the chunked delta rule, a token and head."""
+    kept = 7 * k + 3 * v + 2 * CHUNK + k * v // CHUNK + 1  # q, k, beta k, v, U, W, u, both [C, C], S, beta
+    return kept + (3 * k + 3 * CHUNK if decay else 0)  # k, beta k and q with decay; decays and products [C, C]
+
+
+class DeltaCost:
+    """The functions of `models/<family>/flops.py`; `shape` reads the family's configuration."""
+
+    def __init__(self, shape: Callable[[Any], DeltaShape]):
+        self.shape = shape
+
+    def parameters(self, model: ModelConfig) -> int:
+        """Trained parameters of the whole model, vocabulary padding included."""
+        return self.rank_parameters(model, tp=1, pp=1, stage=0)
+
+    def rank_parameters(self, model: ModelConfig, tp: int, pp: int, stage: int) -> int:
+        """Trained parameters of each tensor parallel rank of one pipeline stage.
+
+        Heads, MLP columns and vocabulary are sharded, norms are whole on every rank. The first stage has the embedding,
+        the last one the final norm and the output layer (tied: a copy of the embedding, unless it has that already).
+        """
+        assert 0 <= stage < pp and model.num_layers % pp == 0 and model.tp_limit() % tp == 0
+        first, last = stage == 0, stage == pp - 1
+        table, layers = model.padded_vocab * model.hidden_size, model.num_layers // pp
+        own_output = last and not (model.tie_embeddings and first)
+        sharded = layers * self._sharded_of_layer(model) + table * (first + own_output)
+        replicated = layers * (2 * model.hidden_size + self.shape(model).value_dim) + last * model.hidden_size
+        assert sharded % tp == 0, "tp divides the heads, the MLP and the padded vocabulary"
+        return sharded // tp + replicated
+
+    def layer_flops(self, model: ModelConfig, length: int) -> dict[str, int]:
+        """Forward FLOPs of a layer, a token of a stream of `length` tokens, by matmul.
+
+        The delta rule is in the chunked form of arXiv 2406.06484 section 3: [U|W] = (I + A)^-1 [beta V | beta K],
+        u = U - W S, o = q S + tril(q k^T) u, S' = S + k^T u. A stream shorter than a chunk (a branch) is one chunk.
+        """
+        s, h = self.shape(model), model.hidden_size
+        heads, k, v, chunk = s.heads, s.key_dim, s.value_dim, min(CHUNK, length)
+        return {
+            "in_proj": 2 * h * (s.channels + s.others),
+            "k k^T": 2 * heads * chunk * k,
+            "solve": heads * chunk * (k + v),  # triangular: half a matmul; counters that hook matmuls see 0
+            "W S": 2 * heads * k * v,
+            "q S": 2 * heads * k * v,
+            "q k^T": 2 * heads * chunk * k,
+            "(q k^T) u": 2 * heads * chunk * v,
+            "k^T u": 2 * heads * k * v,
+            "out_proj": 2 * heads * v * h,
+            "mlp": 6 * h * model.intermediate_size,
+        }
+
+    def fork_flops(self, model: ModelConfig) -> int:
+        """Forward FLOPs of a layer to read the state at one position: the masked product S + k[:r]^T u[:r]."""
+        s = self.shape(model)
+        return 2 * s.heads * CHUNK * s.key_dim * s.value_dim
+
+    def head_flops(self, model: ModelConfig) -> int:
+        """Forward FLOPs of the output layer, a row."""
+        return 2 * model.hidden_size * model.padded_vocab
+
+    def state_bytes(self, model: ModelConfig, itemsize: int) -> int:
+        """Bytes of a layer's state at one position: S [H, K, V] in fp32 and the tail of the convolution."""
+        s = self.shape(model)
+        return s.heads * s.key_dim * s.value_dim * FP32 + (s.conv_size - 1) * s.channels * itemsize
+
+    def saved_bytes(self, model: ModelConfig, itemsize: int) -> Saved:
+        """Bytes kept for the backward pass of a layer, a token: what autograd saves around and in the chunked delta
+        rule in torch, which computes in fp32 (`kernels/delta_rule/chunk.py`). The fla kernels keep less."""
+        s = self.shape(model)
+        heads, k, v = s.heads, s.key_dim, s.value_dim
+        rows = 4 * model.hidden_size  # input and output of both norms
+        mixer = 3 * s.channels  # before the convolution, once more with the tail in front, before SiLU
+        mixer += heads * (2 * k + 2 * v)  # q, k before their norm; o before and after its norm
+        mixer += heads * 3 * v if s.gated_output else 0  # the gate, its SiLU, the product
+        rule = rule_elements(k, v, s.gated_rule)
+        mlp = 4 * model.intermediate_size  # gate, up, SiLU(gate), their product
+        return Saved(rows=rows * itemsize, heads=(mixer + mlp) * itemsize + heads * rule * FP32)
+
+    def _sharded_of_layer(self, model: ModelConfig) -> int:
+        s, h = self.shape(model), model.hidden_size
+        projections = h * (s.channels + s.others) + s.heads * s.value_dim * h
+        return projections + s.channels * s.conv_size + s.vectors + 3 * h * model.intermediate_size
