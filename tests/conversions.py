@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from megatron_refine.convert.fields import fresh_config
+from megatron_refine.convert.mapping import Converter
 from tests.runs import End, _captured
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -49,6 +51,16 @@ def hf_folder(path: Path, name: str = "delta_net", **fields: Any) -> Path:
     for file, text in TEXTS.items():
         (path / file).write_text(text)
     return path
+
+
+def write_random(path: Path, model: Any) -> None:
+    """A model of random weights, as the library would save it."""
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(fresh_config(model, "float32")))
+    generator = torch.Generator().manual_seed(0)
+    shapes = Converter(model).hf_shapes.items()
+    tensors = {name: 0.3 * torch.randn(shape, generator=generator) for name, shape in shapes}
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
 
 
 def rewrite(path: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:

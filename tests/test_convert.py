@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_refine.config import Config, Data, Eval, Optimizer, Parallel, Refine, Run, Train
@@ -29,6 +28,7 @@ from tests.conversions import (
     tensors,
     to_hf,
     to_megatron,
+    write_random,
 )
 from tests.parity import batch
 from tests.test_golden import FOLDERS, golden_model
@@ -58,7 +58,13 @@ def test_a_round_trip_gives_every_file_back_bit_by_bit(ranks: Any, tmp_path: Pat
 def test_mixed_dtypes_and_shards_go_back_as_they_came(ranks: Any, tmp_path: Path, name: str) -> None:
     """bf16 but for the vectors of one layer: parts that share a tensor of ours, layers that share a stack."""
     source, megatron, back = hf_folder(tmp_path / "source", name), tmp_path / "megatron", tmp_path / "back"
-    odd = ("model.layers.1.attn.o_norm", "model.layers.0.attn.k_proj", "model.layers.1.attn.w0", "lm_head")
+    odd = (
+        "model.layers.1.attn.o_norm",
+        "model.layers.0.attn.k_proj",
+        "model.layers.1.attn.A_log",
+        "model.layers.1.attn.w0",
+        "lm_head",
+    )
     rewrite(source, lambda found: {n: t if n.startswith(odd) else t.to(torch.bfloat16) for n, t in found.items()})
     shard_in_two(source)
     done(ranks, to_megatron(source, megatron, "--verify"), to_hf(megatron, back, "--verify"))
@@ -69,6 +75,38 @@ def test_names_of_early_checkpoints_are_known_and_kept(ranks: Any, tmp_path: Pat
     source, megatron, back = hf_folder(tmp_path / "source"), tmp_path / "megatron", tmp_path / "back"
     rewrite(source, lambda found: {n.replace("o_norm", "norm"): t for n, t in found.items()})
     assert "model.layers.1.attn.norm.weight" in tensors(source)
+    done(ranks, to_megatron(source, megatron, "--verify"), to_hf(megatron, back, "--verify"))
+    assert contents(back) == contents(source)
+
+
+def test_a_tensor_that_nothing_reads_is_kept(ranks: Any, tmp_path: Path) -> None:
+    """Early checkpoints of Gated DeltaNet have a D."""
+    source, megatron, back = hf_folder(tmp_path / "source", "gated_delta_net"), tmp_path / "megatron", tmp_path / "back"
+    rewrite(source, lambda found: found | {f"model.layers.{i}.attn.D": torch.randn(4) for i in range(2)})
+    done(ranks, to_megatron(source, megatron, "--verify"), to_hf(megatron, back, "--verify"))
+    assert contents(back) == contents(source)
+
+
+SHAPES: dict[str, dict[str, Any]] = {  # unlike the golden checkpoints
+    "delta_net": {
+        "family": "delta_net", "num_heads": 4, "expand_k": 0.5, "expand_v": 2.0, "allow_neg_eigval": True,
+        "conv_size": 3, "tie_embeddings": True,
+    },
+    "value heads": {"family": "gated_delta_net", "num_heads": 2, "num_v_heads": 6, "head_dim": 8, "use_gate": True},
+    "no gate": {
+        "family": "gated_delta_net", "num_heads": 3, "num_v_heads": 6, "head_dim": 8, "expand_v": 1.0,
+        "use_gate": False, "allow_neg_eigval": True,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SHAPES)
+def test_other_shapes(ranks: Any, tmp_path: Path, case: str) -> None:
+    """Random weights in files as the library writes them, compared by logits in both directions."""
+    common = {"vocab_size": 130, "hidden_size": 32, "num_layers": 3, "intermediate_size": 48, "norm_eps": 1e-5}
+    model = family.FAMILIES[SHAPES[case]["family"]].model_validate(common | SHAPES[case])
+    source, megatron, back = tmp_path / "source", tmp_path / "megatron", tmp_path / "back"
+    write_random(source, model)
     done(ranks, to_megatron(source, megatron, "--verify"), to_hf(megatron, back, "--verify"))
     assert contents(back) == contents(source)
 
@@ -158,25 +196,23 @@ class Item:
     batch: Any
 
 
-LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
-    "fp32 tp2 sp": (2, {"tp": 2, "sp": True}), "fp32 pp2": (2, {"pp": 2}), "bf16 tp2 sp": (2, {"tp": 2, "sp": True}),
-    "bf16 tp1": (1, {}),
+STARTS: dict[str, tuple[str, str, dict[str, Any]]] = {  # dtype of the weights, of the training, layout
+    "fp32 to fp32 at tp2 sp": ("fp32", "fp32", {"tp": 2, "sp": True}), "bf16 to fp32 at pp2": ("bf16", "fp32", {"pp": 2}),
+    "bf16 to bf16 at tp2 sp": ("bf16", "bf16", {"tp": 2, "sp": True}), "fp32 to bf16 at tp1": ("fp32", "bf16", {}),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("start", STARTS)
 @pytest.mark.parametrize("name", FOLDERS)
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_a_run_starts_from_a_conversion_and_its_checkpoint_goes_back(
-    ranks: Any, tmp_path: Path, name: str, layout: str, dtype: str
+    ranks: Any, tmp_path: Path, name: str, start: str
 ) -> None:
-    """Weights in fp32 or bf16, training in either, at any layout."""
+    dtype, precision, parallel = STARTS[start]
     source, megatron, back = hf_folder(tmp_path / "source", name), tmp_path / "megatron", tmp_path / "back"
     rewrite(source, in_bf16 if dtype == "bf16" else lambda found: found)
     done(ranks, to_megatron(source, megatron))
-    (world, parallel), precision = LAYOUTS[layout], layout.split()[0]
     config = run_config(tmp_path, name, precision, **parallel)
-    for different, sums in ranks(world, started, config=config, source=megatron, hf=source):
+    for different, sums in ranks(config.parallel.model_size, started, config=config, source=megatron, hf=source):
         assert not different
         assert sums[0] == pytest.approx(sums[1], rel=1e-9)  # fp64 sums of the same numbers
     done(ranks, to_hf(tmp_path / "run/checkpoints/step_0000000", back, "--verify"))
@@ -310,16 +346,13 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
 
     Code loaded on the way takes some 70 MiB.
     """
-    from megatron_refine.convert.fields import fresh_config
     from megatron_refine.models.delta_net.config import DeltaNetConfig
 
     model = DeltaNetConfig(
         family="delta_net", vocab_size=4096, hidden_size=1024, num_layers=8, num_heads=8, intermediate_size=2048
     )
     source, megatron, back = tmp_path / "source", tmp_path / "megatron", tmp_path / "back"
-    source.mkdir()
-    (source / "config.json").write_text(json.dumps(fresh_config(model, "float32")))
-    save_file({n: torch.randn(shape) for n, shape in Converter(model).hf_shapes.items()}, source / "model.safetensors")
+    write_random(source, model)
     assert (source / "model.safetensors").stat().st_size > 350 * 2**20
     assert growth(tmp_path, "hf_to_megatron", source, megatron) < 200
     assert growth(tmp_path, "megatron_to_hf", megatron, back) < 200
