@@ -197,9 +197,11 @@ class Item:
 
 
 STARTS: dict[str, tuple[str, str, dict[str, Any]]] = {  # dtype of the weights, of the training, layout
-    "fp32 to fp32 at tp2 sp": ("fp32", "fp32", {"tp": 2, "sp": True}), "bf16 to fp32 at pp2": ("bf16", "fp32", {"pp": 2}),
-    "bf16 to bf16 at tp2 sp": ("bf16", "bf16", {"tp": 2, "sp": True}), "fp32 to bf16 at tp1": ("fp32", "bf16", {}),
-}  # fmt: skip
+    "fp32 to fp32 at tp2 sp": ("fp32", "fp32", {"tp": 2, "sp": True}),
+    "bf16 to fp32 at pp2": ("bf16", "fp32", {"pp": 2}),
+    "bf16 to bf16 at tp2 sp": ("bf16", "bf16", {"tp": 2, "sp": True}),
+    "fp32 to bf16 at tp1": ("fp32", "bf16", {}),
+}
 
 
 @pytest.mark.parametrize("start", STARTS)
