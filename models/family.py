@@ -11,9 +11,14 @@ from megatron_refine.config import ModelConfig
 from megatron_refine.models.delta_net.config import DeltaNetConfig
 from megatron_refine.models.gated_delta_net.config import GatedDeltaNetConfig
 from megatron_refine.models.hf import Format
+from megatron_refine.models.lact.config import LactConfig
 
-FAMILIES: dict[str, type[ModelConfig]] = {"delta_net": DeltaNetConfig, "gated_delta_net": GatedDeltaNetConfig}
-_MIXERS = {"delta_net": "DeltaNetMixer", "gated_delta_net": "GatedDeltaNetMixer"}
+FAMILIES: dict[str, type[ModelConfig]] = {
+    "delta_net": DeltaNetConfig,
+    "gated_delta_net": GatedDeltaNetConfig,
+    "lact": LactConfig,
+}
+_MIXERS = {"delta_net": "DeltaNetMixer", "gated_delta_net": "GatedDeltaNetMixer", "lact": "LactMixer"}
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,10 @@ from megatron_refine.models.layout import Branches
 class State(Protocol):
     """All that a mixer knows of the tokens so far, of P sequences."""
 
+    def tensors(self) -> list[Tensor]:
+        """What must be in the graph of the main pass when gradients are on."""
+        ...
+
     def detach(self) -> "State": ...
 
     def fork(self, n: int) -> "State":

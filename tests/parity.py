@@ -11,6 +11,7 @@ from megatron_refine.models.family import FAMILIES
 from megatron_refine.records import Batch, Experience
 
 _COMMON = {"vocab_size": 97, "hidden_size": 64, "num_layers": 2, "intermediate_size": 96, "init_std": 0.1}
+_LACT = {"family": "lact", "num_lact_heads": 4, "num_attn_heads": 8, "lact_chunk_size": 16, "window_size": 24}
 _GATED = {"family": "gated_delta_net", "num_heads": 4, "head_dim": 16}
 MODELS: dict[str, dict[str, Any]] = {
     "delta_net": _COMMON | {"family": "delta_net", "num_heads": 4},
@@ -19,6 +20,12 @@ MODELS: dict[str, dict[str, Any]] = {
     "gated_delta_net variant": _COMMON
     | _GATED
     | {"num_v_heads": 8, "expand_v": 1.0, "use_gate": False, "allow_neg_eigval": True},
+    "lact": _COMMON | _LACT | {"w0_w2_low_rank": 8},
+    "lact muon": _COMMON | _LACT | {"w0_w2_low_rank": 8, "use_muon": True, "lact_chunk_size": 32},
+    "lact variant": _COMMON
+    | _LACT
+    | {"w0_w2_low_rank": -1, "inter_multi": 1.5, "ttt_nope": True, "ttt_prenorm": True, "use_momentum": False}
+    | {"learnable_ttt_scale": False, "no_v_silu": True, "qkv_bias": True},
 }
 REFINE = {"num_chunks": 4, "num_rollouts": 2, "rollout_len": 5, "margin": 6, "nsp_coef": 0.7}
 
@@ -104,5 +111,7 @@ def build(config: Config, dtype: torch.dtype) -> tuple[Any, Any]:
             if parameter.dim() == 1:
                 generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
                 noise = 0.2 * torch.randn(full_shape(parameter, ranks.tp), generator=generator).to(dtype)
+                if name.endswith("in_bias"):  # of LaCT's learning rates: fast weights should move
+                    noise = 3 + 10 * noise
                 parameter.add_(shard(noise, parameter, ranks.tp_rank, ranks.tp))
     return model, ranks

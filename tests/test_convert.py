@@ -93,6 +93,14 @@ SHAPES: dict[str, dict[str, Any]] = {  # unlike the golden checkpoints
         "conv_size": 3, "tie_embeddings": True,
     },
     "value heads": {"family": "gated_delta_net", "num_heads": 2, "num_v_heads": 6, "head_dim": 8, "use_gate": True},
+    "lact, whole matrices": {
+        "family": "lact", "num_lact_heads": 2, "num_attn_heads": 4, "w0_w2_low_rank": -1, "inter_multi": 1.5,
+        "qkv_bias": True, "ttt_prenorm": True, "use_momentum": False, "no_v_silu": True, "tie_embeddings": True,
+    },
+    "lact, plain": {
+        "family": "lact", "num_lact_heads": 4, "num_attn_heads": 4, "w0_w2_low_rank": 3, "learnable_ttt_scale": False,
+        "qkv_silu": False, "use_muon": True, "ttt_prenorm": True, "ttt_nope": True,
+    },
     "no gate": {
         "family": "gated_delta_net", "num_heads": 3, "num_v_heads": 6, "head_dim": 8, "expand_v": 1.0,
         "use_gate": False, "allow_neg_eigval": True,

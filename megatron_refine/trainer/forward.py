@@ -138,5 +138,5 @@ def _forward(model: nn.Module, tokens: Tensor, layout: Branches) -> Any:
 def _check_graph(states: dict[int, Any]) -> None:
     """With gradients on, states must be in the graph: detached ones make gradients silently wrong, by up to 37%."""
     if torch.is_grad_enabled():
-        tensors = [value for state in states.values() for value in vars(state).values() if isinstance(value, Tensor)]
+        tensors = [tensor for state in states.values() for tensor in state.tensors()]
         assert all(t.requires_grad for t in tensors), "forked states are detached from the main pass"

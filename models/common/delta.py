@@ -22,6 +22,9 @@ class DeltaState:
     memory: Tensor  # [P, H, K, V], at least fp32
     tail: Tensor  # [P, W-1, G, D], the last rows before the convolution
 
+    def tensors(self) -> list[Tensor]:
+        return [self.memory, self.tail]
+
     def detach(self) -> "DeltaState":
         return DeltaState(self.memory.detach(), self.tail.detach())
 

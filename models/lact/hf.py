@@ -1,17 +1,15 @@
 """LaCT in Hugging Face's format, as its authors' lact_llm writes it."""
 
-from typing import Any
-
 from megatron_refine.models.hf import ABSENT, CONSTANTS, FIELDS, IGNORED, Format, Heads, Key, Mapping, Same, decoder
+from megatron_refine.models.lact.config import LactConfig
 
 OURS, THEIRS = "decoder.layers.{}.self_attention.", "model.layers.{}.attn."
 
 
-def tensors(model: Any) -> list[Mapping]:
+def tensors(model: LactConfig) -> list[Mapping]:
     """Every tensor of the model. Ours is head-major by fast-weight head: [q | k | v | lr | momentum | scale]."""
-    hidden, heads = model.hidden_size, model.num_lact_heads
-    width = hidden // heads
-    parts = [("lr_proj", 3 * model.lr_dim)]
+    hidden, heads, width = model.hidden_size, model.num_lact_heads, model.head_dim
+    parts = [("lr_proj", 3)]
     parts += [("momentum_proj.0", 1)] if model.use_momentum else []
     parts += [("ttt_scale_proj", 1)] if model.learnable_ttt_scale else []
     qkv = [("qkv", width)] * 3
@@ -22,16 +20,16 @@ def tensors(model: Any) -> list[Mapping]:
         [
             Heads(OURS + "in_proj.weight", weights, heads, (hidden,)),
             Heads(OURS + "in_bias", biases, heads, ()),
-            *_fast_weights(model, heads, width),
+            *_fast_weights(model),
             Same(OURS + "ttt_norm.weight", THEIRS + "ttt_norm.weight", (width,)),
             Same(OURS + "out_proj.weight", THEIRS + "o_proj.weight", (hidden, hidden)),
         ],
     )
 
 
-def _fast_weights(model: Any, heads: int, width: int) -> list[Mapping]:
+def _fast_weights(model: LactConfig) -> list[Mapping]:
     """The initial weights [heads, out, in], and what turns q and k into inputs of the fast-weight MLP."""
-    inner, rank = int(width * model.inter_multi), model.w0_w2_low_rank
+    heads, width, inner, rank = model.num_lact_heads, model.head_dim, model.inner_dim, model.w0_w2_low_rank
     found: list[Mapping] = [
         Same(OURS + name, THEIRS + name, (model.hidden_size, 2)) for name in ("qk_scale", "qk_offset")
     ]
@@ -45,7 +43,7 @@ def _fast_weights(model: Any, heads: int, width: int) -> list[Mapping]:
     return found
 
 
-def probe(model: Any) -> Any:
+def probe(model: LactConfig) -> LactConfig:
     """Chunks and a window that a short text fills several times."""
     return model.model_copy(update={"lact_chunk_size": 16, "window_size": 16})
 
@@ -57,7 +55,7 @@ FORMAT = Format(
     | {
         "num_attn_heads": Key("num_attn_heads"),
         "num_lact_heads": Key("num_lact_heads"),
-        "inter_multi": Key("inter_multi", 1),
+        "inter_multi": Key("inter_multi", 1.0),
         "lact_chunk_size": Key("lact_chunk_size"),
         "window_size": Key("window_size"),
         "rope_theta": Key("rope_theta"),
@@ -68,7 +66,6 @@ FORMAT = Format(
         "qkv_bias": Key("qkv_bias", False),
         "qkv_silu": Key("qkv_silu", True),
         "no_v_silu": Key("no_v_silu", False),
-        "lr_dim": Key("lr_dim", 1),
         "learnable_ttt_scale": Key("learnable_ttt_scale"),
         "w0_w2_low_rank": Key("w0_w2_low_rank"),
         "fw_init_gain": Key("fw_init_gain"),
@@ -76,6 +73,7 @@ FORMAT = Format(
     constants=CONSTANTS
     | {
         "attn_qk_norm": (False,),
+        "lr_dim": (1,),
         "lr_parameterization": ("mamba",),
         "ttt_loss_type": ("dot_product",),
         "elementwise_affine": (True,),

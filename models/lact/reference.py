@@ -5,35 +5,37 @@ trained, within the sequence, on each chunk after it was read.
 """
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_refine.models.common.reference import Weights, decoder_logits, rms_norm
+from megatron_refine.models.lact.config import LactConfig
 
 NEWTON_SCHULZ = (
     (4.0848, -6.8946, 2.9270), (3.9505, -6.3029, 2.6377), (3.7418, -5.5913, 2.3037), (2.8769, -3.1427, 1.2046),
     (2.8366, -3.0525, 1.2012),
 )  # fmt: skip
 LR_BASE = 0.001
+IDENTITY = 0.5  # of the initial W0 and W2 beside their low-rank part
 NORM_EPS = 1e-5  # of ttt_norm, whatever norm_eps is, and of the unit lengths
 Fast = tuple[Tensor, Tensor, Tensor]  # W0, W1, W2, or what is shaped as they: [B, H, out, in]
 
 
-def logits(model: Any, weights: Weights, tokens: Tensor) -> Tensor:
+def logits(model: LactConfig, weights: Weights, tokens: Tensor) -> Tensor:
     """tokens [B, T] -> logits [B, T, vocab]."""
     return decoder_logits(model, weights, tokens, _mixer)
 
 
-def _mixer(model: Any, weights: Weights, prefix: str, x: Tensor) -> Tensor:
-    q, k, v = (x @ weights[prefix + "qkv.weight"].T).chunk(3, -1)
+def _mixer(model: LactConfig, weights: Weights, prefix: str, x: Tensor) -> Tensor:
+    qkv = x @ weights[prefix + "qkv.weight"].T
+    q, k, v = (qkv + weights[prefix + "qkv.bias"] if model.qkv_bias else qkv).chunk(3, -1)
     fast = _fast_path(model, weights, prefix, x, q, k, v)
     return (_window_attention(model, q, k, v) + fast) @ weights[prefix + "o_proj.weight"].T
 
 
-def _window_attention(model: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _window_attention(model: LactConfig, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """[B, T, hidden] each -> [B, T, hidden]; a token sees itself and the window_size - 1 before it."""
     q, k, v = (z.unflatten(-1, (model.num_attn_heads, -1)) for z in (q, k, v))
     q, k = _rope(q, model.rope_theta), _rope(k, model.rope_theta)
@@ -43,24 +45,29 @@ def _window_attention(model: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.einsum("bhij,bjhd->bihd", scores.softmax(-1), v).flatten(-2)
 
 
-def _fast_path(model: Any, weights: Weights, prefix: str, x: Tensor, *qkv: Tensor) -> Tensor:
+def _fast_path(model: LactConfig, weights: Weights, prefix: str, x: Tensor, *qkv: Tensor) -> Tensor:
     """x and q, k, v [B, T, hidden] -> [B, T, hidden]."""
+
+    def affine(part: str) -> Tensor:
+        return x @ weights[f"{prefix}{part}.weight"].T + weights[f"{prefix}{part}.bias"]
+
     scale, offset = weights[prefix + "qk_scale"], weights[prefix + "qk_offset"]
-    q, k = (_fast_heads(model, F.silu(z * scale[:, i] + offset[:, i])) for i, z in enumerate(qkv[:2]))
-    v = F.silu(qkv[2]).unflatten(-1, (model.num_lact_heads, -1))
-    affine = {
-        part: x @ weights[f"{prefix}{part}.weight"].T + weights[f"{prefix}{part}.bias"]
-        for part in ("lr_proj", "momentum_proj.0", "ttt_scale_proj")
-    }
+    q, k = (_fast_heads(model, z * scale[:, i] + offset[:, i]) for i, z in enumerate(qkv[:2]))
+    v = F.silu(qkv[2]) if model.qkv_silu and not model.no_v_silu else qkv[2]
+    v = v.unflatten(-1, (model.num_lact_heads, -1))
     base = LR_BASE + math.log(-math.expm1(-LR_BASE))  # the inverse of softplus
-    rates = F.softplus(affine["lr_proj"] + base).unflatten(-1, (model.num_lact_heads, 3))
-    read = _read_and_train(model, _initial(model, weights, prefix), q, k, v, rates, affine["momentum_proj.0"].sigmoid())
-    read = rms_norm(read, weights[prefix + "ttt_norm.weight"], NORM_EPS) * F.silu(affine["ttt_scale_proj"])[..., None]
+    rates = F.softplus(affine("lr_proj") + base).unflatten(-1, (model.num_lact_heads, 3))
+    momentum = affine("momentum_proj.0").sigmoid() if model.use_momentum else torch.zeros_like(rates[..., 0])
+    read = _read_and_train(model, _initial(model, weights, prefix), q, k, v, rates, momentum)
+    read = rms_norm(read, weights[prefix + "ttt_norm.weight"], NORM_EPS)
+    if model.learnable_ttt_scale:
+        read = read * F.silu(affine("ttt_scale_proj"))[..., None]
     return read.flatten(-2)
 
 
-def _fast_heads(model: Any, z: Tensor) -> Tensor:
+def _fast_heads(model: LactConfig, z: Tensor) -> Tensor:
     """[B, T, hidden] -> [B, T, H, d]: of unit length a fast-weight head, then turned by position an attention head."""
+    z = F.silu(z) if model.qkv_silu else z
     z = z.unflatten(-1, (model.num_lact_heads, -1))
     z = z / (z.norm(dim=-1, keepdim=True) + NORM_EPS)
     if model.ttt_nope:
@@ -69,19 +76,22 @@ def _fast_heads(model: Any, z: Tensor) -> Tensor:
     return turned.flatten(-2).unflatten(-1, (model.num_lact_heads, -1))
 
 
-def _initial(model: Any, weights: Weights, prefix: str) -> Fast:
-    """[H, out, in] each; W0 and W2 are a low-rank product and a multiple of the identity."""
+def _initial(model: LactConfig, weights: Weights, prefix: str) -> Fast:
+    """[H, out, in] each; W0 and W2 are whole, or a low-rank product and a multiple of the identity."""
     w1 = weights[prefix + "w1"]
-    identity = model.fw_init_gain * torch.eye(w1.shape[1], dtype=w1.dtype)
+    if model.w0_w2_low_rank <= 0:
+        return weights[prefix + "w0"], w1, weights[prefix + "w2"]
+    identity = IDENTITY * torch.eye(w1.shape[2], w1.shape[1], dtype=w1.dtype)
     low = [weights[f"{prefix}{n}.w_left"] @ weights[f"{prefix}{n}.w_right"] + identity for n in ("w0", "w2")]
     return low[0], w1, low[1]
 
 
 def _read_and_train(
-    model: Any, initial: Fast, q: Tensor, k: Tensor, v: Tensor, rates: Tensor, momentum: Tensor
+    model: LactConfig, initial: Fast, q: Tensor, k: Tensor, v: Tensor, rates: Tensor, momentum: Tensor
 ) -> Tensor:
     """q, k, v [B, T, H, d], rates [B, T, H, 3], momentum [B, T, H] -> what each token reads [B, T, H, d]."""
     fast: Fast = tuple(w.expand(q.shape[0], *w.shape) for w in initial)  # type: ignore[assignment]
+    total = fast  # before the rows were scaled, where steps add up to that (prenorm)
     moved: Fast = tuple(torch.zeros_like(w) for w in fast)  # type: ignore[assignment]
     outputs = []
     for start in range(0, q.shape[1], model.lact_chunk_size):
@@ -92,7 +102,9 @@ def _read_and_train(
             kept = momentum[:, chunk].mean(1)[..., None, None]
             moved = tuple(g + m * kept for g, m in zip(gradient, moved, strict=True))  # type: ignore[assignment]
             step = tuple(_orthogonal(m) for m in moved) if model.use_muon else moved
-            fast = tuple(_same_row_norms(w + d, w0) for w, d, w0 in zip(fast, step, initial, strict=True))  # type: ignore
+            total = tuple(w + d for w, d in zip(total, step, strict=True))  # type: ignore[assignment]
+            fast = tuple(_same_row_norms(w, w0) for w, w0 in zip(total, initial, strict=True))  # type: ignore[assignment]
+            total = total if model.ttt_prenorm else fast
     return torch.cat(outputs, 1)
 
 

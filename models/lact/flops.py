@@ -1,0 +1,95 @@
+"""What a LaCT model costs: parameters, matmul FLOPs, bytes. Plain arithmetic.
+
+A multiply-add counts 2 FLOPs. Letters: h hidden size, H fast-weight heads, D = h/H and I their widths.
+"""
+
+from megatron_refine.models.family import Saved
+from megatron_refine.models.lact.config import LactConfig
+
+FP32 = 4
+NEWTON_SCHULZ_STEPS = 5
+
+
+def parameters(model: LactConfig) -> int:
+    """Trained parameters of the whole model, vocabulary padding included."""
+    return rank_parameters(model, tp=1, pp=1, stage=0)
+
+
+def rank_parameters(model: LactConfig, tp: int, pp: int, stage: int) -> int:
+    """Trained parameters of each tensor parallel rank of one pipeline stage.
+
+    Heads, MLP columns and vocabulary are sharded, norms are whole on every rank. The first stage has the embedding, the
+    last one the final norm and the output layer (tied: a copy of the embedding, unless it has that already).
+    """
+    assert 0 <= stage < pp and model.num_layers % pp == 0 and model.tp_limit() % tp == 0
+    first, last = stage == 0, stage == pp - 1
+    table, layers = model.padded_vocab * model.hidden_size, model.num_layers // pp
+    own_output = last and not (model.tie_embeddings and first)
+    sharded = layers * _sharded_of_layer(model) + table * (first + own_output)
+    replicated = layers * (2 * model.hidden_size + model.head_dim) + last * model.hidden_size
+    assert sharded % tp == 0, "tp divides the heads, the MLP and the padded vocabulary"
+    return sharded // tp + replicated
+
+
+def layer_flops(model: LactConfig, length: int) -> dict[str, int]:
+    """Forward FLOPs of a layer, a token of a stream of `length` tokens, by matmul.
+
+    Every chunk but the last is also an update; a stream shorter than a chunk (a branch) only reads.
+    """
+    h, window = model.hidden_size, min(model.window_size, length)
+    seen = window - window * (window - 1) // (2 * length)  # keys a query sees, on average
+    fast = model.num_lact_heads * model.head_dim * model.inner_dim
+    updates = -(-length // model.lact_chunk_size) - 1
+    trained = updates * model.lact_chunk_size / length  # share of the tokens
+    small, large = sorted((model.head_dim, model.inner_dim))
+    gram = 2 * small * small * large + 2 * small**3 + 2 * small * small * large  # X X^T, its square, times X
+    muon = 3 * NEWTON_SCHULZ_STEPS * model.num_lact_heads * gram if model.use_muon else 0
+    return {
+        "in_proj": 2 * h * _columns(model),
+        "window": 4 * seen * h,
+        "read": 6 * fast,
+        "update": round(12 * fast * trained),
+        "muon": round(muon * updates / length),
+        "out_proj": 2 * h * h,
+        "mlp": 6 * h * model.intermediate_size,
+    }
+
+
+def fork_flops(model: LactConfig) -> int:
+    """Forward FLOPs of a layer to read the state at one position: none, a branch shares the weights of its chunk."""
+    return 0
+
+
+def head_flops(model: LactConfig) -> int:
+    """Forward FLOPs of the output layer, a row."""
+    return 2 * model.hidden_size * model.padded_vocab
+
+
+def state_bytes(model: LactConfig, itemsize: int) -> int:
+    """Bytes of a layer's state at one position: the weights that it reads in fp32, the window's keys and values."""
+    fast = 3 * model.num_lact_heads * model.head_dim * model.inner_dim * FP32
+    return fast + 2 * (model.window_size - 1) * model.hidden_size * itemsize
+
+
+def saved_bytes(model: LactConfig, itemsize: int) -> Saved:
+    """Bytes kept for the backward pass of a layer, a token, around and in `kernels/lact/chunk.py`."""
+    h, inner = model.hidden_size, model.num_lact_heads * model.inner_dim
+    rows = 4 * h  # input and output of both norms
+    mixer = 17 * h  # q, k, v of both paths with what their scale, SiLU, unit length and rotation keep; both outputs
+    fast = 13 * inner + 6 * h  # gate, up and what is made of them, reading and training; operands of the gradients
+    weights = 8 * 3 * model.num_lact_heads * model.head_dim * model.inner_dim // model.lact_chunk_size  # of a chunk
+    mlp = 4 * model.intermediate_size  # gate, up, SiLU(gate), their product
+    return Saved(rows=rows * itemsize, heads=(mixer + fast + mlp) * itemsize + weights * FP32)
+
+
+def _columns(model: LactConfig) -> int:
+    extra = 3 + int(model.use_momentum) + int(model.learnable_ttt_scale)
+    return 3 * model.hidden_size + model.num_lact_heads * extra
+
+
+def _sharded_of_layer(model: LactConfig) -> int:
+    h, heads, inner, rank = model.hidden_size, model.num_lact_heads, model.inner_dim, model.w0_w2_low_rank
+    bias = _columns(model) - (0 if model.qkv_bias else 3 * h)
+    whole = h * inner  # of one matrix, all heads
+    initial = whole + 2 * (heads * rank * (inner + model.head_dim) if rank > 0 else whole)
+    return h * _columns(model) + bias + 4 * h + initial + h * h + 3 * h * model.intermediate_size

@@ -1,0 +1,250 @@
+"""LaCT's sequence mixer on Megatron-Core: fast-weight heads, with their attention heads, over tensor-parallel ranks.
+
+Per fast-weight head of width D (facts of the authors' lact_llm layer, arXiv 2505.23884):
+    q, k, v = x Wq, x Wk, x Wv;   window = softmax attention of RoPE(q), RoPE(k), v in heads of their own
+    fq, fk = RoPE(unit(SiLU(scale q + offset))), the same of k;   fv = SiLU(v)
+    rates = softplus(x Wr + br + softplus^-1(0.001)), one for each matrix;   m = sigmoid(x Wm + bm)
+    y = Wo (window + RMSNorm(f_W(fq)) SiLU(x Ws + bs)),   where f_W is trained on (fk, fv): kernels/lact
+in_proj.weight holds, head by head, the rows [q | k | v | rates (3) | momentum (1) | scale (1)]; in_bias [heads, rows]
+likewise, without q, k, v unless model.qkv_bias, flattened. Head j holds columns j D .. (j + 1) D of q, k and v: whole
+attention heads. qk_scale, qk_offset [hidden, 2] (q, k); w1 [heads, D, I]; w0, w2 [heads, I, D], or their factors
+w0_left [heads, I, rank], w0_right [heads, rank, D].
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from torch import Tensor, nn
+
+from megatron_refine.kernels.lact import Fast, Rule, Tokens, Weights, chunk_lact, join, read
+from megatron_refine.kernels.window_attention import branch_attention, window_attention
+from megatron_refine.models.common.norm import HeadNorm
+from megatron_refine.models.common.rope import rope
+from megatron_refine.models.lact.config import LactConfig
+from megatron_refine.models.lact.state import LactState
+from megatron_refine.models.mixer import Mixer
+
+UNIT_EPS, READ_EPS = 1e-5, 1e-5  # whatever norm_eps is
+IDENTITY = 0.5  # of the initial W0 and W2 beside their low-rank part
+BASE_RATE = 0.001
+BASE_RATE_INVERSE = BASE_RATE + math.log(-math.expm1(-BASE_RATE))  # softplus^-1
+
+
+@dataclass(frozen=True)
+class LactHandle:
+    """A finished main pass."""
+
+    weights: list[Weights]  # at the start of each chunk
+    chunks: list[Tokens]
+    keys: Tensor  # [B, T, h, d], turned by position
+    values: Tensor
+    chunk: int
+    window: int
+
+    def at(self, sequences: Tensor, positions: Tensor) -> LactState:
+        rows, places = sequences.tolist(), positions.tolist()
+        length = min(self.window - 1, max(places))
+        before = positions[:, None] + torch.arange(-length, 0, device=positions.device)
+        index = sequences[:, None], before.clamp(min=0)
+        # at the very end of a full last chunk the update is still to come
+        chunks = [min(p // self.chunk, len(self.weights) - 1) for p in places]
+        begun = [(c, row, p - c * self.chunk) for c, row, p in zip(chunks, rows, places, strict=True)]
+        return LactState(
+            places, self.weights, list(zip(chunks, rows, strict=True)), self.chunks, begun, [0] * len(rows), None,
+            (self.keys[index], self.values[index]), positions, None,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Of rows [N, m]: queries, keys and values of the attention, queries and tokens of the fast weights, scale."""
+
+    q: Tensor  # [N, m, h, d]
+    k: Tensor
+    v: Tensor
+    fast_q: Tensor  # [N, m, H, D]
+    tokens: Tokens
+    scale: Tensor | None  # [N, m, H]
+
+
+class LactMixer(Mixer):
+    """LaCT as a Megatron self-attention module; built by a ModuleSpec with `model` in its params."""
+
+    def __init__(self, config: Any, layer_number: int, model: LactConfig, pg_collection: Any, **_: Any):
+        super().__init__(config)
+        self.layer_number, self.tp_group, self.model = layer_number, pg_collection.tp, model
+        self.heads, self.dim = model.num_lact_heads // self.tp_group.size(), model.head_dim
+        self.attention_heads = model.num_attn_heads // self.tp_group.size()
+        self.rule = Rule(model.lact_chunk_size, model.use_muon, model.ttt_prenorm)
+        self.widths = [3 * self.dim, 3, int(model.use_momentum), int(model.learnable_ttt_scale)]
+        linear = {"config": config, "bias": False, "tp_group": self.tp_group, "skip_bias_add": True}
+        self.in_proj = ColumnParallelLinear(
+            model.hidden_size, model.num_lact_heads * sum(self.widths), init_method=config.init_method,
+            gather_output=False, **linear,
+        )  # fmt: skip
+        self.own: list[str] = []
+        self._add("in_bias", [self.heads * sum(self.widths[0 if model.qkv_bias else 1 :])], _constant(0.0))
+        for name, value in (("qk_scale", 1.0), ("qk_offset", 0.0)):
+            self._add(name, [self.heads * self.dim, 2], _constant(value))
+        self._add_fast_weights(model)
+        self.ttt_norm = HeadNorm(config, self.dim, READ_EPS)
+        self.out_proj = RowParallelLinear(
+            model.hidden_size, model.hidden_size, init_method=config.output_layer_init_method,
+            input_is_parallel=True, **linear,
+        )  # fmt: skip
+
+    def _add_fast_weights(self, model: LactConfig) -> None:
+        inner, rank, gain = model.inner_dim, model.w0_w2_low_rank, model.fw_init_gain
+        self._add("w1", [self.heads, self.dim, inner], _normal(inner**-0.5))
+        for name in ("w0", "w2"):
+            if rank <= 0:
+                self._add(name, [self.heads, inner, self.dim], _normal(self.dim**-0.5))
+                continue
+            self._add(f"{name}_left", [self.heads, inner, rank], _normal(gain * rank**-0.5))
+            self._add(f"{name}_right", [self.heads, rank, self.dim], _normal(gain * self.dim**-0.5))
+
+    def _add(self, name: str, shape: list[int], initialize: Callable[[Tensor, torch.Generator], Tensor]) -> None:
+        """A parameter cut along axis 0 over tp."""
+        parameter = nn.Parameter(torch.empty(shape, dtype=self.config.params_dtype))
+        set_tensor_model_parallel_attributes(parameter, True, 0, 1)
+        parameter.initialize = initialize  # type: ignore[attr-defined]
+        self.register_parameter(name, parameter)
+        self.own.append(name)
+
+    def project(self, hidden: Tensor) -> Tensor:
+        rows = self.in_proj(hidden)[0].unflatten(-1, (self.heads, sum(self.widths)))
+        bias = self.in_bias.view(self.heads, -1)
+        return rows + F.pad(bias, (rows.shape[-1] - bias.shape[1], 0))
+
+    def main(self, rows: Tensor) -> tuple[Tensor, LactHandle]:
+        x = self._inputs(rows, torch.arange(rows.shape[1], device=rows.device)[None])
+        attended = window_attention(x.q, x.k, x.v, self.model.window_size)
+        found, weights, chunks = chunk_lact(self.initial(), x.fast_q, x.tokens, self.rule)
+        handle = LactHandle(weights, chunks, x.k, x.v, self.rule.chunk, self.model.window_size)
+        return self._join(attended, found, x.scale), handle
+
+    def branch(self, rows: Tensor, state: LactState) -> tuple[Tensor, LactState]:
+        count, length = rows.shape[:2]
+        if state.own is not None:
+            state = state.fork(count // state.own.k.shape[0])
+        places = torch.tensor(state.positions, device=rows.device).repeat_interleave(count // len(state.positions))
+        x = self._inputs(rows, places[:, None] + torch.arange(length, device=rows.device))
+        window = x.k, x.v
+        if state.window is not None:
+            window = torch.cat([state.window[0], x.k], 1), torch.cat([state.window[1], x.v], 1)
+        attended = branch_attention(x.q, state.prefix, window, state.before, self.model.window_size)
+        found, state = self._branch_memory(x, state)
+        return self._join(attended, found, x.scale), _trimmed(state, window, self.model.window_size)
+
+    def _branch_memory(self, x: Inputs, state: LactState) -> tuple[Tensor, LactState]:
+        """Read and, at each chunk's end, update: entries reach theirs at different rows."""
+        count, length = x.fast_q.shape[:2]
+        own, earlier = x.tokens, 0
+        if state.own is not None:
+            own, earlier = join([state.own, x.tokens]), state.own.k.shape[1]
+        initial, found = self.initial(), None
+        done = [0] * len(state.where)
+        row = torch.arange(length, device=x.fast_q.device)
+        while True:
+            before = len(state.where)
+            state = state.updated(own, [earlier + d for d in done], initial, self.rule)
+            done = [d for d in done for _ in range(len(state.where) // before)]
+            now = read(state.used(), x.fast_q)
+            if found is None:
+                found = now
+            else:
+                first = torch.tensor(done, device=row.device).repeat_interleave(count // len(done))
+                found = torch.where((row >= first[:, None])[..., None, None], now, found)
+            taken = [min(self.rule.chunk - state.open(i), length - d) for i, d in enumerate(done)]
+            done = [d + t for d, t in zip(done, taken, strict=True)]
+            fresh = [f + t for f, t in zip(state.fresh, taken, strict=True)]
+            positions = [p + t for p, t in zip(state.positions, taken, strict=True)]
+            state = replace(state, positions=positions, fresh=fresh, own=own)
+            if min(done) == length:
+                return found, state
+
+    def initial(self) -> Fast:
+        """The fast weights before the first chunk, [H, ...]."""
+        if self.model.w0_w2_low_rank <= 0:
+            return self.w0, self.w1, self.w2
+        identity = IDENTITY * torch.eye(self.model.inner_dim, self.dim, device=self.w1.device, dtype=self.w1.dtype)
+        return self.w0_left @ self.w0_right + identity, self.w1, self.w2_left @ self.w2_right + identity
+
+    def _inputs(self, rows: Tensor, positions: Tensor) -> Inputs:
+        """rows [N, m, H, *], positions [N or 1, m]."""
+        m = self.model
+        qkv, rates, momentum, scale = rows.split(self.widths, -1)
+        q, k, v = qkv.split(self.dim, -1)  # [N, m, H, D]
+        factor, offset = (x.view(self.heads, self.dim, 2).unbind(-1) for x in (self.qk_scale, self.qk_offset))
+        fast_q, fast_k = (self._fast(x * f + o, positions) for x, f, o in zip((q, k), factor, offset, strict=True))
+        fast_v = F.silu(v) if m.qkv_silu and not m.no_v_silu else v
+        high = torch.promote_types(rates.dtype, torch.float32)
+        tokens = Tokens(
+            fast_k, fast_v, F.softplus(rates.to(high) + BASE_RATE_INVERSE),
+            momentum[..., 0].sigmoid() if m.use_momentum else None,
+        )  # fmt: skip
+        q, k, v = (self._attention_heads(x) for x in (q, k, v))
+        q, k = rope(q, positions, m.rope_theta), rope(k, positions, m.rope_theta)
+        return Inputs(q, k, v, fast_q, tokens, F.silu(scale[..., 0]) if m.learnable_ttt_scale else None)
+
+    def _fast(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Queries or keys of the fast weights: SiLU, unit length, position by attention head."""
+        x = F.silu(x) if self.model.qkv_silu else x
+        x = x / (x.norm(dim=-1, keepdim=True) + UNIT_EPS)
+        if self.model.ttt_nope:
+            return x
+        return rope(self._attention_heads(x), positions, self.model.rope_theta).reshape(x.shape)
+
+    def _attention_heads(self, x: Tensor) -> Tensor:
+        """[N, m, H, D] -> [N, m, h, d]."""
+        return x.flatten(-2).unflatten(-1, (self.attention_heads, -1))
+
+    def _join(self, attended: Tensor, found: Tensor, scale: Tensor | None) -> Tensor:
+        """[N, m, h, d], [N, m, H, D] -> [N, m, H D]."""
+        normed = self.ttt_norm(found)
+        if scale is not None:
+            normed = normed * scale[..., None]
+        return attended.flatten(-2) + normed.flatten(-2).to(attended.dtype)
+
+    def output(self, mixed: Tensor, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.out_proj(mixed.to(rows.dtype))
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Adds the mixer's own parameters to what Megatron's layers declare of themselves."""
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        own = {name: getattr(self, name) for name in self.own}
+        axes = dict.fromkeys(own, 0)
+        groups = {"tp_group": self.tp_group, "dp_cp_group": (metadata or {}).get("dp_cp_group")}
+        state.update(make_sharded_tensors_for_checkpoint(own, prefix, axes, sharded_offsets, **groups))
+        return state
+
+
+def _trimmed(state: LactState, window: tuple[Tensor, Tensor], size: int) -> LactState:
+    """Without what no later token needs: constant memory however long a branch grows."""
+    assert state.own is not None
+    kept, (keys, values) = max(state.fresh), window
+    own = state.own.part(slice(None), slice(state.own.k.shape[1] - kept, None))
+    if keys.shape[1] >= size - 1:  # all that is visible is a branch's own
+        keys, values = keys[:, 1 - size :], values[:, 1 - size :]
+        state = replace(state, prefix=(state.prefix[0][:, :0], state.prefix[1][:, :0]))
+    return replace(state, own=own, window=(keys, values))
+
+
+def _constant(value: float) -> Callable[[Tensor, torch.Generator], Tensor]:
+    return lambda full, generator: full.fill_(value)
+
+
+def _normal(std: float) -> Callable[[Tensor, torch.Generator], Tensor]:
+    return lambda full, generator: full.normal_(0.0, std, generator=generator)
