@@ -10,6 +10,7 @@ from typing import Any, Protocol, cast
 from megatron_refine.config import ModelConfig
 from megatron_refine.models.delta_net.config import DeltaNetConfig
 from megatron_refine.models.gated_delta_net.config import GatedDeltaNetConfig
+from megatron_refine.models.hf import Format
 from megatron_refine.models.lact.config import LactConfig
 
 FAMILIES: dict[str, type[ModelConfig]] = {
@@ -63,3 +64,15 @@ def flops(family: str) -> FamilyCost:
     """The family's cost model. Raises KeyError for an unknown family."""
     assert family in FAMILIES, family
     return cast(FamilyCost, import_module(f"megatron_refine.models.{family}.flops"))
+
+
+def hf_format(family: str) -> Format:
+    """The family in Hugging Face's format. Raises KeyError for an unknown family."""
+    assert family in FAMILIES, family
+    return cast(Format, import_module(f"megatron_refine.models.{family}.hf").FORMAT)
+
+
+def reference(family: str) -> Any:
+    """The family's slow evaluation: `logits(model, weights in Hugging Face's format, tokens [B, T])`."""
+    assert family in FAMILIES, family
+    return import_module(f"megatron_refine.models.{family}.reference")

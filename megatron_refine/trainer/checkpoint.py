@@ -19,7 +19,9 @@ from megatron_refine import platform
 from megatron_refine.config import Config
 from megatron_refine.trainer.errors import CheckpointError
 from megatron_refine.trainer.manifest import (
+    ORIGIN,
     TEMPORARY,
+    WEIGHTS_ONLY,
     check_files,
     complete_folders,
     fingerprint,
@@ -28,7 +30,7 @@ from megatron_refine.trainer.manifest import (
     seal,
     step_folder,
 )
-from megatron_refine.trainer.model import unwrap
+from megatron_refine.trainer.model import RefineModel, unwrap
 from megatron_refine.trainer.optimizer import Updater
 from megatron_refine.trainer.parallel import Ranks
 
@@ -50,6 +52,7 @@ class Checkpoints:
 
     def __init__(self, root: Path, config: Config, ranks: Ranks):
         self.root, self.config, self.ranks = root, config, ranks
+        self._origin: Path | None = None  # the checkpoint whose hf/ folder goes into the next one
 
     def latest(self) -> Path | None:
         """The newest complete checkpoint."""
@@ -73,11 +76,17 @@ class Checkpoints:
             "files": {name: value for part in self._gather(hashes) for name, value in part.items()},
         }
         self._together("complete", final, lambda: self._seal(folder, final, contents), only_main=True)
+        self._origin = final
         return final
 
     def load(self, folder: Path, updater: Updater) -> Progress:
         """Restore weights, optimizer, schedule, random streams, at any layout. Raises CheckpointError on all ranks."""
         manifest = self._verify(folder)
+        if manifest.get(WEIGHTS_ONLY):
+            raise CheckpointError(
+                f"{folder}: holds weights alone, no run to go on with; move it out of the run's folder and start from "
+                "it with checkpoint.load="
+            )
         same_layout = manifest["layout"] == self._layout()
         state = self._collective("gather", folder, lambda: self._state(updater, loading=True, rng=same_layout))
         state["progress"] = None
@@ -87,16 +96,15 @@ class Checkpoints:
         updater.scheduler.load_state_dict(state["scheduler"])
         if same_layout:
             platform.set_rng_state(state["rng"])
+        self._origin = folder
         return Progress(**state["progress"])
 
     def load_weights(self, folder: Path, updater: Updater) -> None:
         """Start a new run from a checkpoint's weights, with a fresh optimizer."""
         self._verify(folder)
-        model = unwrap(updater.model)
-        state = {"model": model.sharded_state_dict()}
-        state = self._collective("load", folder, lambda: dist_checkpointing.load(state, str(folder)))
-        model.load_state_dict(state["model"])
+        self._collective("load", folder, lambda: load_weights(unwrap(updater.model), folder))
         updater.optimizer.reload_model_params()
+        self._origin = folder
 
     def _state(self, updater: Updater, loading: bool, rng: bool = True) -> dict[str, Any]:
         model = unwrap(updater.model).sharded_state_dict()
@@ -134,6 +142,8 @@ class Checkpoints:
                 "earlier checkpoints are intact: make room and run the same command again"
             )
         folder.mkdir()
+        if self._origin and (self._origin / ORIGIN).is_dir():
+            shutil.copytree(self._origin / ORIGIN, folder / ORIGIN)
 
     def _seal(self, folder: Path, final: Path, contents: dict[str, Any]) -> None:
         seal(folder, final, contents)
@@ -184,6 +194,17 @@ class Checkpoints:
         values = [None] * self.ranks.world
         dist.all_gather_object(values, value)
         return values
+
+
+def load_weights(model: RefineModel, folder: Path) -> None:
+    """Fill this rank's part of the model from a checkpoint of any layout and dtype.
+
+    Megatron's linear layers each save an empty extra state, which weights from elsewhere lack: it is left out.
+    """
+    sharded = {name: value for name, value in model.sharded_state_dict().items() if not name.endswith("_extra_state")}
+    state = dist_checkpointing.load({"model": sharded}, str(folder))["model"]
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert not unexpected and all(name.endswith("_extra_state") for name in missing), (missing, unexpected)
 
 
 def _explain(phase: str, where: Path, error: BaseException) -> str:

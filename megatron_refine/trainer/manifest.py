@@ -15,6 +15,8 @@ from megatron_refine.trainer.errors import CheckpointError
 
 MANIFEST, COMPLETE, LATEST = "manifest.json", "COMPLETE", "latest"
 TEMPORARY = ".incomplete-"
+WEIGHTS_ONLY = "weights_only"  # key of the manifest of a converted checkpoint, which has no optimizer
+ORIGIN = "hf"  # folder in a checkpoint: what a model came with (configuration, tokenizer), to go back with it
 
 
 def step_folder(root: Path, step: int) -> Path:
@@ -39,17 +41,22 @@ def fingerprint(path: Path) -> dict[str, Any]:
 
 
 def seal(folder: Path, final: Path, contents: dict[str, Any]) -> None:
-    """Write the manifest and the marker, rename the folder to its final name, point `latest` to it."""
-    text = json.dumps(contents, indent=1, sort_keys=True)
-    write_durably(folder / MANIFEST, text)
-    write_durably(folder / COMPLETE, hashlib.sha256(text.encode()).hexdigest())
+    """Complete a run's checkpoint, rename the folder to its final name, point `latest` to it."""
+    complete(folder, contents)
     if final.exists():  # an older attempt at this step, about to be replaced by its equal
         shutil.rmtree(final)
     folder.rename(final)
     temporary = final.parent / f"{TEMPORARY}{LATEST}"
     write_durably(temporary, final.name)
     temporary.rename(final.parent / LATEST)
-    _sync_directory(final.parent)
+    sync_directory(final.parent)
+
+
+def complete(folder: Path, contents: dict[str, Any]) -> None:
+    """Write the manifest and the marker."""
+    text = json.dumps(contents, indent=1, sort_keys=True)
+    write_durably(folder / MANIFEST, text)
+    write_durably(folder / COMPLETE, hashlib.sha256(text.encode()).hexdigest())
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -89,7 +96,7 @@ def write_durably(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
-def _sync_directory(path: Path) -> None:
+def sync_directory(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

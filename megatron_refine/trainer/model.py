@@ -141,14 +141,14 @@ def block_spec(config: Config, megatron: TransformerConfig) -> TransformerBlockS
     return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(megatron), layer_norm=RMSNorm)
 
 
-def build_model(config: Config, ranks: Ranks, dtype: torch.dtype | None = None) -> DistributedDataParallel:
-    """This rank's part of the model, initialised from config.run.seed and wrapped for data parallelism.
+def build_module(config: Config, ranks: Ranks, dtype: torch.dtype | None = None) -> RefineModel:
+    """This rank's part of the model, initialised from config.run.seed: the same weights at any layout.
 
-    The same seed gives the same weights at any layout. `dtype` overrides train.precision (tests in fp64).
+    `dtype` overrides train.precision.
     """
     dtype = dtype or {"fp32": torch.float32, "bf16": torch.bfloat16}[config.train.precision]
     megatron = transformer_config(config, dtype)
-    module: nn.Module = RefineModel(
+    module = RefineModel(
         megatron,
         block_spec(config, megatron),
         vocab_size=config.model.padded_vocab,
@@ -160,13 +160,18 @@ def build_model(config: Config, ranks: Ranks, dtype: torch.dtype | None = None) 
         real_vocab=config.model.vocab_size,
     )
     initialize(module, config, ranks)
-    module.to(platform.device())
-    if megatron.bf16:
-        module = Float16Module(megatron, module)
+    return module.to(platform.device())
+
+
+def build_model(config: Config, ranks: Ranks, dtype: torch.dtype | None = None) -> DistributedDataParallel:
+    """`build_module`, wrapped for data parallelism. `dtype` overrides train.precision (tests in fp64)."""
+    module = build_module(config, ranks, dtype)
+    megatron = module.config
+    whole: nn.Module = Float16Module(megatron, module) if megatron.bf16 else module
     # one bucket: the resharding format of the optimizer's state is wrong with several padded ones in Megatron-Core
     # 0.16.1
     ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=megatron.bf16)
-    model = DistributedDataParallel(megatron, ddp, module)
+    model = DistributedDataParallel(megatron, ddp, whole)
     model.broadcast_params()
     megatron.finalize_model_grads_func = finalize_gradients
     return model

@@ -1,0 +1,129 @@
+"""A model folder in Hugging Face's format: its files are checked when it is opened, its tensors read one by one."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_refine.config import ConfigError
+from megatron_refine.convert.errors import ConversionError
+from megatron_refine.convert.tensorfile import Spec, TensorFile
+
+CONFIG, WEIGHTS, INDEX, CHECKSUMS = "config.json", "model.safetensors", "model.safetensors.index.json", "checksums.json"
+WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf"}
+
+
+class HFFolder:
+    """Reads tensors by the names they have in the folder. Raises ConfigError for config.json, ConversionError for
+    weights."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        if not path.is_dir():
+            raise ConfigError(f"{path}: no such folder; name a folder with {CONFIG} and safetensors files")
+        self.config = _read_config(path / CONFIG)
+        _check_checksums(path)
+        self.index = path / INDEX if (path / INDEX).exists() and not (path / WEIGHTS).exists() else None
+        names = self._index_files() if self.index else [WEIGHTS]
+        self._check_strays(names)
+        self.files = {name: TensorFile(path / name) for name in names}
+        self._owner: dict[str, TensorFile] = {}
+        for file in self.files.values():
+            for name in file.places:
+                if name in self._owner:
+                    raise ConversionError(f"{file.path}: {name}: stands in {self._owner[name].path.name} too")
+                self._owner[name] = file
+        if self.index:
+            self._check_index()
+
+    @property
+    def specs(self) -> dict[str, Spec]:
+        """Dtype and shape of every tensor."""
+        return {name: file.places[name].spec for name, file in self._owner.items()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The tensor `name`. Raises ConversionError where it has values that are not finite."""
+        tensor = self._owner[name].read(name)
+        if not torch.isfinite(tensor).all():
+            raise ConversionError(f"{self._owner[name].path}: {name}: has NaN or infinite values; fetch the file again")
+        return tensor
+
+    def other_files(self) -> list[Path]:
+        """config.json, tokenizer, code: what belongs to the model beside weights."""
+        files = sorted(p for p in self.path.iterdir() if p.is_file() and not p.name.startswith("."))
+        return [
+            p for p in files if p.suffix not in WEIGHT_SUFFIXES and not p.name.endswith(".index.json")
+            and p.name != CHECKSUMS
+        ]  # fmt: skip
+
+    def _index_files(self) -> list[str]:
+        assert self.index
+        try:
+            weight_map = json.loads(self.index.read_text())["weight_map"]
+            return sorted(set(weight_map.values()))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            raise ConversionError(f"{self.index}: damaged: no weight_map; fetch it again") from None
+
+    def _check_index(self) -> None:
+        assert self.index
+        weight_map = json.loads(self.index.read_text())["weight_map"]
+        for name in sorted(weight_map.keys() ^ self._owner.keys()):
+            where = f"listed for {weight_map[name]}, not there" if name in weight_map else "not listed"
+            raise ConversionError(f"{self.index}: {name}: {where}; fetch the folder again")
+        for name, file in self._owner.items():
+            if weight_map[name] != file.path.name:
+                raise ConversionError(f"{self.index}: {name}: listed for {weight_map[name]}, is in {file.path.name}")
+
+    def _check_strays(self, names: list[str]) -> None:
+        present = {p.name for p in self.path.glob("*.safetensors")}
+        if not present:
+            raise ConversionError(
+                f"{self.path}: no safetensors files; save the model with save_pretrained(safe_serialization=True)"
+            )
+        for name in sorted(present - set(names)):
+            raise ConversionError(f"{self.path / name}: belongs to no {WEIGHTS} or index; move it away")
+        for name in sorted(set(names) - present):
+            raise ConversionError(f"{self.path / name}: missing; fetch it again")
+
+
+def checksum(path: Path) -> dict[str, Any]:
+    """Size in bytes and sha256 of a file."""
+    with path.open("rb") as file:
+        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def write_checksums(folder: Path) -> None:
+    """Hashes of the folder's files, which a later reader checks."""
+    found = {p.name: checksum(p) for p in sorted(folder.iterdir()) if p.name != CHECKSUMS}
+    (folder / CHECKSUMS).write_text(json.dumps(found, indent=1))
+
+
+def _check_checksums(folder: Path) -> None:
+    """Against the hashes that a conversion wrote; a folder from elsewhere has none."""
+    if not (folder / CHECKSUMS).exists():
+        return
+    for name, wanted in sorted(json.loads((folder / CHECKSUMS).read_text()).items()):
+        path = folder / name
+        if not path.exists():
+            raise ConversionError(f"{path}: missing; {CHECKSUMS} lists it")
+        found = checksum(path)
+        if found != wanted:
+            what = "truncated" if found["size"] < wanted["size"] else "damaged"
+            raise ConversionError(
+                f"{path}: {what}: not what {CHECKSUMS} says; convert again, or delete {CHECKSUMS} if you changed it"
+            )
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        tree = json.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: must hold an object")
+    return tree
