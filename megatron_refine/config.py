@@ -210,8 +210,7 @@ def load(path: str | Path, overrides: list[str], families: dict[str, type[ModelC
         config = full.model_validate(tree)
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(e, str(path), full) for e in error.errors())) from None
-    _cross_check(config)
-    return config
+    return cross_check(config)
 
 
 @functools.cache
@@ -310,11 +309,12 @@ def _keys(schema: type[BaseModel], prefix: str = "") -> list[str]:
     return names
 
 
-def _cross_check(c: Config) -> None:
-    """Contradictions between keys."""
+def cross_check(c: Config) -> Config:
+    """The configuration itself. Raises ConfigError for contradictions between its keys."""
     found = [message for wrong, message in (*_layout_problems(c), *_training_problems(c)) if wrong]
     if found:
         raise ConfigError("\n".join(found))
+    return c
 
 
 def _layout_problems(c: Config) -> Iterator[tuple[bool, str]]:

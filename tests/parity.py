@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_refine.config import Config, load
@@ -64,29 +63,10 @@ def experience(size: int, dtype: torch.dtype, length: int = 192) -> Experience:
 
 def full_gradients(model: Any) -> dict[str, Tensor]:
     """Every parameter's whole gradient under its global name, on every rank: of the last reduced backward pass."""
-    from megatron_refine.trainer.model import global_parameters
+    from megatron_refine.trainer import parity
     from megatron_refine.trainer.parallel import current_ranks
-    from megatron_refine.trainer.shards import unshard
 
-    ranks = current_ranks()
-    _gather_data_parallel(model, ranks)
-    grads: dict[str, Tensor] = {}
-    for name, parameter in global_parameters(model):
-        parts = [torch.empty_like(parameter.main_grad) for _ in range(ranks.tp)]
-        dist.all_gather(parts, parameter.main_grad.contiguous(), group=ranks.tp_group)
-        grads[name] = unshard(parts, parameter)
-    everyone: list[Any] = [None] * ranks.world
-    dist.all_gather_object(everyone, grads)
-    return {name: grad for part in everyone for name, grad in part.items()}
-
-
-def _gather_data_parallel(model: Any, ranks: Any) -> None:
-    """The distributed optimizer leaves each rank its shard of the summed gradient: put the shards together."""
-    for buffer in model.buffers:
-        for bucket in buffer.buckets:
-            size = bucket.grad_data.numel() // ranks.dp
-            mine = bucket.grad_data[ranks.dp_rank * size : (ranks.dp_rank + 1) * size].clone()
-            dist.all_gather_into_tensor(bucket.grad_data, mine, group=ranks.dp_group)
+    return parity.full_gradients(model, current_ranks())
 
 
 def relative(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:

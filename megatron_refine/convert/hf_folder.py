@@ -78,7 +78,8 @@ class HFFolder:
                 raise ConversionError(f"{self.index}: {name}: listed for {weight_map[name]}, is in {file.path.name}")
 
     def _check_strays(self, names: list[str]) -> None:
-        present = {p.name for p in self.path.glob("*.safetensors")}
+        """Weights beside the model's are a mistake; safetensors of another name are somebody's own."""
+        present = {p.name for p in self.path.glob("model*.safetensors")}
         if not present:
             raise ConversionError(
                 f"{self.path}: no safetensors files; save the model with save_pretrained(safe_serialization=True)"

@@ -1,0 +1,121 @@
+"""Hold a model in Hugging Face's format, at a layout, to what its original implementation computed.
+
+    parity.py DIR [--tp N] [--sp] [--pp N] [--cp N]
+
+DIR holds config.json, safetensors and expected.safetensors, as the folders of tests/golden do. Starts a rank a process
+on this machine, on CPU in fp32. Exit codes: 0 equal, 1 not, 2 a model or a layout that cannot be, 4 files.
+"""
+
+import argparse
+import os
+import socket
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_refine.config import Config, ConfigError, Data, Eval, Parallel, Refine, Train, cross_check
+
+if TYPE_CHECKING:
+    from megatron_refine.trainer.parity import Errors
+
+EXIT_DIFFERENT, EXIT_CONFIG, EXIT_FILES = 1, 2, 4
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The command line; ends the process with 2 where it is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("folder", type=Path, metavar="DIR", help="config.json, safetensors, expected.safetensors")
+    for name, what in (("tp", "tensor"), ("pp", "pipeline"), ("cp", "context")):
+        parser.add_argument(f"--{name}", type=int, default=1, metavar="N", help=f"{what} parallel size")
+    parser.add_argument("--sp", action="store_true", help="sequence parallelism")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str]) -> int:
+    """Check the layout, start its ranks, print the errors of each case. Returns the exit code."""
+    options = parse(arguments)
+    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    from megatron_refine import platform
+
+    platform.install()
+    from megatron_refine.convert.errors import ConversionError
+
+    try:
+        config = layout(options)
+        found = on_ranks(options.folder, config)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return EXIT_CONFIG
+    except ConversionError as error:
+        print(error, file=sys.stderr)
+        return EXIT_FILES
+    for case, errors in found.items():
+        print(f"{case}: {describe(errors)}")
+    return 0 if all(errors.passed for errors in found.values()) else EXIT_DIFFERENT
+
+
+def layout(options: argparse.Namespace) -> Config:
+    """The model of the folder at the layout asked for. Raises ConfigError where it cannot be."""
+    from megatron_refine.convert.source import HFSource
+    from megatron_refine.trainer.parity import cases
+
+    for name in ("tp", "pp", "cp"):
+        if getattr(options, name) < 1:
+            raise ConfigError(f"--{name} {getattr(options, name)}: must be 1 or more")
+    model = HFSource(options.folder).model
+    cases(options.folder)
+    return cross_check(
+        Config(
+            model=model,
+            data=Data(seq_length=1 << 20),
+            parallel=Parallel(tp=options.tp, sp=options.sp, pp=options.pp, cp=options.cp),
+            train=Train(precision="fp32", global_batch_size=1),
+            refine=Refine(enabled=False),
+            eval=Eval(sequences=0),
+        )
+    )
+
+
+def on_ranks(folder: Path, config: Config) -> dict[str, "Errors"]:
+    """`compare` on a process a rank; a rank that fails ends them all with its traceback."""
+    import torch
+    import torch.multiprocessing as mp
+
+    world = config.parallel.model_size
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with tempfile.TemporaryDirectory() as results:
+        output = Path(results) / "errors"
+        mp.start_processes(_rank, (world, port, folder, config, output), nprocs=world, start_method="spawn")
+        return torch.load(output, weights_only=False)
+
+
+def _rank(rank: int, world: int, port: int, folder: Path, config: Config, output: Path) -> None:
+    """One rank's part; the first writes the errors."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    import torch
+    import torch.distributed as dist
+
+    from megatron_refine import platform
+
+    platform.install()
+    from megatron_refine.trainer.parity import compare
+
+    found = compare(folder, config)
+    if rank == 0:
+        torch.save(found, output)
+    dist.destroy_process_group()
+
+
+def describe(e: "Errors") -> str:
+    """A line of one case."""
+    return (
+        f"{'ok' if e.passed else 'DIFFERENT'}  max |dlogit| {e.logits:.1e} (limit {e.logit_limit:.1e})  "
+        f"|dloss| {e.loss:.1e}  gradients {e.gradient:.1e} (limit {e.gradient_limit:.1e}), worst {e.worst}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
