@@ -254,6 +254,7 @@ def logits_at(config: Config, folder: Path, tokens: Tensor) -> Tensor:
     return torch.cat(parts, 1)[:, : config.model.vocab_size]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FOLDERS)
 def test_a_checkpoint_of_a_run_at_tp2_pp2_becomes_a_complete_model(ranks: Any, tmp_path: Path, name: str) -> None:
     """Trained here from random weights; the model folder is evaluated in plain torch."""
