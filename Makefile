@@ -1,5 +1,6 @@
 # `make train` and `make test` do all set-up. Needs Python 3.11 or newer, with venv and pip; nothing else.
 #   make train ARGS="train.steps=20"      overrides of configs/quickstart.yaml
+#   make train MODEL=lact_tiny            another model of configs/models/
 #   make test TORCH_INDEX=<url>           take PyTorch from this wheel index
 #   make test PYTHON=/path/to/python3.11
 
@@ -10,14 +11,18 @@ BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 export OMP_NUM_THREADS := 1
 
-.PHONY: help train test test-fast test-gpu lint clean
+.PHONY: help train bench test test-fast test-gpu lint clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
-train: .venv/ready ## train a tiny DeltaNet with REFINE on two CPU ranks
-	@$(BIN)/torchrun --standalone --nproc-per-node 2 -m megatron_refine.train --config configs/quickstart.yaml $(ARGS)
+train: .venv/ready ## train a tiny model with REFINE on two CPU ranks; MODEL=a file of configs/models
+	@$(BIN)/torchrun --standalone --nproc-per-node 2 -m megatron_refine.train --config configs/quickstart.yaml \
+		$(if $(MODEL),--config configs/models/$(MODEL).yaml run.dir=runs/quickstart_$(MODEL)) $(ARGS)
+
+bench: .venv/ready ## time steps of the quickstart: NTP-only, fused and two-pass in turn
+	@$(BIN)/torchrun --standalone --nproc-per-node 2 tools/bench.py step --config configs/quickstart.yaml $(ARGS)
 
 test: .venv/ready ## all tests; those that need a GPU skip where there is none
 	@$(BIN)/python -m pytest tests -q -rs --durations=15 $(ARGS)

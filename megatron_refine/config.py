@@ -189,12 +189,13 @@ class Config(Section):
         return yaml.safe_dump(self.model_dump(serialize_as_any=True), sort_keys=False)
 
 
-def load(path: str | Path, overrides: list[str], families: dict[str, type[ModelConfig]]) -> Config:
-    """Read `path`, apply `key.sub=value` overrides, validate. `families` maps model.family to its schema.
+def load(paths: str | Path | list[str], overrides: list[str], families: dict[str, type[ModelConfig]]) -> Config:
+    """Read a file, or several of which later ones win, apply `key.sub=value` overrides, validate.
 
-    Raises ConfigError with one line a problem.
+    `families` maps model.family to its schema. Raises ConfigError with one line a problem.
     """
-    tree = _read(Path(path))
+    files = paths if isinstance(paths, list) else [str(paths)]
+    path, tree = " + ".join(files), _overlay([_read(Path(file)) for file in files])
     for override in overrides:
         _override(tree, override)
     model = tree.get("model")
@@ -209,8 +210,19 @@ def load(path: str | Path, overrides: list[str], families: dict[str, type[ModelC
     try:
         config = full.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(e, str(path), full) for e in error.errors())) from None
+        raise ConfigError("\n".join(_explain(e, path, full) for e in error.errors())) from None
     return cross_check(config)
+
+
+def _overlay(trees: list[dict[str, Any]]) -> dict[str, Any]:
+    """Sections merged key by key; a model section that names its family is a whole model and replaces the other."""
+    merged: dict[str, Any] = {}
+    for tree in trees:
+        for name, section in tree.items():
+            old = merged.get(name)
+            partial = isinstance(section, dict) and isinstance(old, dict) and "family" not in section
+            merged[name] = old | section if partial and old else section
+    return merged
 
 
 @functools.cache

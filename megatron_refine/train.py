@@ -53,7 +53,7 @@ def _due(step: int, every: int) -> bool:
 def main(arguments: list[str] | None = None) -> int:
     """Parse, check, then dry-run or train. Every failure ends in one line."""
     parser = argparse.ArgumentParser(prog="python -m megatron_refine.train", description=__doc__.split("\n")[0])
-    parser.add_argument("--config", required=True, help="a YAML file of configs/")
+    parser.add_argument("--config", required=True, action="append", help="a YAML file; several: later ones win")
     parser.add_argument("--dry-run", action="store_true", help="print configuration, memory and FLOPs; start nothing")
     parser.add_argument("--gpus", type=int, help="world size of the dry run (default: that of the environment)")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override a key of the configuration")

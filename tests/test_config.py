@@ -149,6 +149,30 @@ def test_bad_file(path: Path, content: bytes, says: str) -> None:
     assert message.startswith(f"{path}: ") and says in message
 
 
+def test_later_files_win(path: Path, tmp_path: Path) -> None:
+    """Key by key; a model that names its family is a whole one."""
+    longer, model = tmp_path / "longer.yaml", tmp_path / "model.yaml"
+    longer.write_text("train: {steps: 7}\nmodel: {num_layers: 4}\n")
+    other = {"family": "gated_delta_net", "vocab_size": 128, "hidden_size": 32, "num_layers": 1}
+    model.write_text(yaml.safe_dump({"model": other | {"num_heads": 2, "intermediate_size": 64}}))
+    config = load([str(path), str(longer)], [], FAMILIES)
+    assert (config.train.steps, config.train.global_batch_size, config.model.num_layers) == (7, 8, 4)
+    config = load([str(path), str(longer), str(model)], ["train.steps=9"], FAMILIES)
+    assert config.model.family == "gated_delta_net" and config.model.num_layers == 1 and config.train.steps == 9
+    with pytest.raises(ConfigError, match=r"run\.yaml \+ .*longer\.yaml: train\.stepz: unknown key"):
+        load([str(path), str(longer)], ["train.stepz=9"], FAMILIES)
+
+
+PRESETS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda p: p.stem)
+def test_presets_are_valid(preset: Path) -> None:
+    base = preset.parents[1] / "midtrain_delta_net_1.3b.yaml"
+    files = [str(base), str(preset)] if preset.parent.name == "models" else [str(preset)]
+    assert load(files, [], FAMILIES).model.num_layers >= 4
+
+
 def test_missing_file(tmp_path: Path) -> None:
     assert problem(tmp_path / "none.yaml") == f"{tmp_path / 'none.yaml'}: cannot be read: No such file or directory"
 

@@ -100,8 +100,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "offsets": (in_header(b'"shape":[97,64]', b'"shape":[96,64]'), r"weight: damaged: its shape and offsets do not"),
     "no weights": (change_file("model.safetensors", Path.unlink), r"no safetensors files; save the model with"),
     "stray": (
-        lambda folder: shutil.copy(folder / "model.safetensors", folder / "other.safetensors") and None,
-        r"other\.safetensors: belongs to no model\.safetensors or index; move it away",
+        lambda folder: shutil.copy(folder / "model.safetensors", folder / "model-00002-of-00002.safetensors") and None,
+        r"model-00002-of-00002\.safetensors: belongs to no model\.safetensors or index; move it away",
     ),
     "no shard": (two(lambda folder: (folder / SECOND).unlink()), rf"{SECOND}: missing; fetch it again"),
     "not listed": (with_index(lambda m: m.pop(DOWN)), rf"index\.json: {DOWN}: not listed"),

@@ -172,7 +172,7 @@ def test_first_pipeline_stage_holds_most_activations() -> None:
 
 def test_render_names_layout_memory_and_work() -> None:
     text = render(estimate(small("two_pass"), world_size=1))
-    assert text.startswith("delta_net, 3.705 M parameters, on 1 rank: tp 1, pp 1, dp 1\n")
+    assert text.startswith("delta_net, 3.7053 M parameters, on 1 rank: tp 1, pp 1, dp 1\n")
     for line in ("weights, fp32 ", "activations, 1 x 4096 tokens + 1 x 40 ", "total ", "REFINE step, two-pass "):
         assert f"\n  {line}" in text
     assert "1.35" in text.splitlines()[-1]

@@ -4,20 +4,22 @@ How the files were made is in tests/golden/README.md.
 """
 
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from megatron_refine.config import Config, Data, Parallel, Train
 from megatron_refine.convert.fields import model_of
 from megatron_refine.convert.mapping import Converter
+from megatron_refine.convert.source import HFSource
 from megatron_refine.models import family
-from tests.parity import full_gradients
 from tests.zygote import Zygote
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -36,6 +38,7 @@ LAYOUTS: dict[str, tuple[dict[str, Any], str]] = {  # parallel.*, train.recomput
     "tp2": ({"tp": 2}, "none"),
     "tp2-sp": ({"tp": 2, "sp": True}, "none"),
     "tp2-sp-recompute": ({"tp": 2, "sp": True}, "full"),
+    "tp2-sp-pp2": ({"tp": 2, "sp": True, "pp": 2}, "none"),
 }
 
 
@@ -51,33 +54,19 @@ def golden_config(name: str, layout: str) -> Config:
 
 
 def compute(name: str, case: str, layout: str) -> dict[str, Any]:
-    """On a rank: what the Megatron model makes of the golden weights and tokens; gathered over tp."""
-    from megatron_refine.trainer.forward import main_pass
-    from megatron_refine.trainer.gradients import finalize_gradients
-    from megatron_refine.trainer.model import build_model, global_parameters, unwrap
+    """On a rank: what the Megatron model makes of the golden weights and tokens."""
+    from megatron_refine.trainer import parity
+    from megatron_refine.trainer.model import build_model, global_parameters
     from megatron_refine.trainer.parallel import init_parallel
-    from megatron_refine.trainer.shards import full_shape, shard
 
     config = golden_config(name, layout)
-    ranks = init_parallel(config)
+    ranks, source = init_parallel(config), HFSource(GOLDEN / name)
     model = build_model(config, ranks)
-    converter, hf = Converter(config.model), load_file(GOLDEN / name / "model.safetensors")
-    left = dict(converter.megatron_shapes)
-    with torch.no_grad():
-        for own, parameter in global_parameters(model):
-            assert left.pop(own) == full_shape(parameter, ranks.tp), own
-            parameter.copy_(shard(converter.to_megatron(own, hf), parameter, ranks.tp_rank, ranks.tp))
+    parity.load(model, source, ranks)
     tokens = load_file(GOLDEN / name / "expected.safetensors")[f"{case}.input_ids"]
-    done = main_pass(model, tokens)
-    local = unwrap(model).logits(done.rows.detach().flatten(0, 1)).detach()
-    parts = [torch.empty_like(local) for _ in range(ranks.tp)]
-    dist.all_gather(parts, local, group=ranks.tp_group)
-    loss = -done.scores.logprobs[:, :-1].mean()
-    model.zero_grad_buffer()
-    loss.backward()
-    finalize_gradients([model])
-    logits = torch.cat(parts, 1).unflatten(0, tokens.T.shape).transpose(0, 1)
-    return {"logits": logits, "loss": loss.detach(), "gradients": full_gradients(model), "left": sorted(left)}
+    logits, loss, gradients = parity.evaluate(model, tokens, ranks)
+    here = {own for own, _ in global_parameters(model)}
+    return {"logits": logits, "loss": loss, "gradients": gradients, "here": here}
 
 
 def check(name: str, case: str, logits: torch.Tensor, loss: float, gradients: dict[str, torch.Tensor]) -> None:
@@ -108,11 +97,53 @@ def test_the_slow_evaluation_equals_the_original_implementation(name: str, case:
 def test_equals_the_original_implementation(name: str, case: str, layout: str, ranks: Zygote) -> None:
     config = golden_config(name, layout)
     converter = Converter(config.model)
-    for found in ranks(config.parallel.tp, compute, name=name, case=case, layout=layout):
-        assert not found["left"], "weights without a parameter"
+    everywhere = ranks(config.parallel.model_size, compute, name=name, case=case, layout=layout)
+    here = set().union(*(found["here"] for found in everywhere))
+    assert here == set(converter.megatron_shapes), "a weight without a parameter, or the other way round"
+    for found in everywhere:
         assert (found["logits"][..., VOCAB:] < -1e30).all()  # ids of the padding can never be drawn
         for own in PADDED_ROWS:
             assert not found["gradients"][own][VOCAB:].any()
         full = found["gradients"].items()
         gradients = {theirs: part for own, grad in full for theirs, part in converter.to_hf(own, grad)}
-        check(name, case, found["logits"], float(found["loss"]), gradients)
+        check(name, case, found["logits"], found["loss"], gradients)
+
+
+def run_tool(*arguments: str) -> tuple[int, str, str]:
+    done = subprocess.run(
+        [sys.executable, "tools/parity.py", *arguments],
+        cwd=GOLDEN.parents[1],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_the_command_line_compares_on_its_own_ranks(tmp_path: Path) -> None:
+    code, out, err = run_tool(str(GOLDEN / "lact"), "--tp", "2", "--sp")
+    assert code == 0, err
+    assert [line.split()[:2] for line in out.splitlines()] == [["case0:", "ok"], ["case1:", "ok"]]
+    assert "gradients" in out and "worst model." in out
+    shutil.copytree(GOLDEN / "delta_net", tmp_path / "wrong")
+    weights = load_file(tmp_path / "wrong" / "model.safetensors")
+    weights["model.layers.1.attn.b_proj.weight"] *= 1.01
+    save_file(weights, tmp_path / "wrong" / "model.safetensors")
+    code, out, _ = run_tool(str(tmp_path / "wrong"))
+    assert code == 1 and "DIFFERENT" in out
+
+
+@pytest.mark.parametrize(
+    ("folder", "arguments", "code", "says"),
+    [
+        ("lact_muon_nope", ["--tp", "4"], 2, "parallel.tp=4: must divide the 2 heads of the model; choose one of 1, 2"),
+        ("delta_net", ["--cp", "2"], 2, "parallel.cp=2: context parallelism is not available"),
+        ("delta_net", ["--sp"], 2, "parallel.sp=true: sequence parallelism needs parallel.tp > 1"),
+        ("delta_net", ["--pp", "3"], 2, "parallel.pp=3: must divide model.num_layers=2"),
+        ("delta_net", ["--tp", "0"], 2, "--tp 0: must be 1 or more"),
+        ("nowhere", [], 2, "no such folder"),
+    ],
+)
+def test_the_command_line_refuses(folder: str, arguments: list[str], code: int, says: str) -> None:
+    found, out, err = run_tool(str(GOLDEN / folder), *arguments)
+    assert found == code and says in err and len(err.splitlines()) == 1 and not out

@@ -27,7 +27,7 @@ def main(arguments: list[str]) -> int:
     """Run a benchmark. Returns the exit code: 0, or 2 where the configuration or the data are wrong."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("benchmark", choices=["step"], help="step: NTP-only, fused and two-pass steps")
-    parser.add_argument("--config", required=True, metavar="FILE", help="the YAML file")
+    parser.add_argument("--config", required=True, action="append", metavar="FILE", help="a YAML file; later ones win")
     parser.add_argument("--rounds", type=int, default=12, help="steps of each kind (default: 12)")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="values that replace the file's")
     options = parser.parse_intermixed_args(arguments)

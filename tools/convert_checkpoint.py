@@ -1,7 +1,7 @@
 """Convert a model between Hugging Face's format and a checkpoint of this trainer.
 
-    convert_checkpoint.py hf-to-megatron --hf DIR --megatron DIR [--verify] [--dtype bf16]
-    convert_checkpoint.py megatron-to-hf --megatron DIR --hf DIR [--verify] [--dtype bf16] [--max-shard-size 5GB]
+convert_checkpoint.py hf-to-megatron --hf DIR --megatron DIR [--verify] [--dtype bf16]
+convert_checkpoint.py megatron-to-hf --megatron DIR --hf DIR [--verify] [--dtype bf16] [--max-shard-size 5GB]
 """
 
 import argparse

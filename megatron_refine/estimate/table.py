@@ -55,7 +55,7 @@ def _work(e: Estimate) -> list[str]:
 
 def _amount(count: int) -> str:
     scale, unit = _unit(count, _COUNT)
-    return f"{count / scale:.4g}{unit}"
+    return f"{count / scale:.5g}{unit}"
 
 
 def _unit(value: int, units: tuple[tuple[int, str], ...]) -> tuple[int, str]:

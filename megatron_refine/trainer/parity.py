@@ -101,6 +101,7 @@ def evaluate(model: Any, tokens: Tensor, ranks: Ranks) -> tuple[Tensor, float, d
     whole = next(part[0] for part in everyone if part)
     return whole.unflatten(0, tokens.T.shape).transpose(0, 1), float(value), full_gradients(model, ranks)
 
+
 def full_gradients(model: Any, ranks: Ranks) -> dict[str, Tensor]:
     """Every parameter's whole gradient of the last reduced backward pass, by global name, on every rank.
 
@@ -113,8 +114,9 @@ def full_gradients(model: Any, ranks: Ranks) -> dict[str, Tensor]:
             dist.all_gather_into_tensor(bucket.grad_data, mine, group=ranks.dp_group)
     grads: dict[str, Tensor] = {}
     for name, parameter in global_parameters(model):
-        parts = [torch.empty_like(parameter.main_grad) for _ in range(ranks.tp)]
-        dist.all_gather(parts, parameter.main_grad.contiguous(), group=ranks.tp_group)
+        grad: Tensor = parameter.main_grad  # type: ignore[attr-defined]
+        parts = [torch.empty_like(grad) for _ in range(ranks.tp)]
+        dist.all_gather(parts, grad.contiguous(), group=ranks.tp_group)
         grads[name] = unshard(parts, parameter)
     everyone: list[Any] = [None] * ranks.world
     dist.all_gather_object(everyone, grads)
