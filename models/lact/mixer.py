@@ -171,11 +171,13 @@ class LactMixer(Mixer):
                 return found, state
 
     def initial(self) -> Fast:
-        """The fast weights before the first chunk, [H, ...]."""
+        """The fast weights before the first chunk, [H, ...], at least fp32."""
+        high = torch.promote_types(self.w1.dtype, torch.float32)
         if self.model.w0_w2_low_rank <= 0:
-            return self.w0, self.w1, self.w2
-        identity = IDENTITY * torch.eye(self.model.inner_dim, self.dim, device=self.w1.device, dtype=self.w1.dtype)
-        return self.w0_left @ self.w0_right + identity, self.w1, self.w2_left @ self.w2_right + identity
+            return self.w0.to(high), self.w1.to(high), self.w2.to(high)
+        identity = IDENTITY * torch.eye(self.model.inner_dim, self.dim, device=self.w1.device, dtype=high)
+        w0 = self.w0_left.to(high) @ self.w0_right.to(high) + identity
+        return w0, self.w1.to(high), self.w2_left.to(high) @ self.w2_right.to(high) + identity
 
     def _inputs(self, rows: Tensor, positions: Tensor) -> Inputs:
         """rows [N, m, H, *], positions [N or 1, m]."""
@@ -197,7 +199,8 @@ class LactMixer(Mixer):
     def _fast(self, x: Tensor, positions: Tensor) -> Tensor:
         """Queries or keys of the fast weights: SiLU, unit length, position by attention head."""
         x = F.silu(x) if self.model.qkv_silu else x
-        x = x / (x.norm(dim=-1, keepdim=True) + UNIT_EPS)
+        high = x.to(torch.promote_types(x.dtype, torch.float32))
+        x = (high / (high.norm(dim=-1, keepdim=True) + UNIT_EPS)).to(x.dtype)
         if self.model.ttt_nope:
             return x
         return rope(self._attention_heads(x), positions, self.model.rope_theta).reshape(x.shape)

@@ -30,7 +30,8 @@ class LactState:
 
     def tensors(self) -> list[Tensor]:
         """What must be in the graph of the main pass when gradients are on."""
-        return [w.used[0] for w in self.weights] + [x for x in self.prefix if x.numel()]
+        fast = [matrix for w in self.weights for matrix in (*w.used, *w.total)]
+        return fast + [x for x in self.prefix if x.numel()] + [x for c in self.chunks for x in (c.k, c.v, c.rates)]
 
     def detach(self) -> "LactState":
         return replace(
