@@ -31,6 +31,7 @@ setup(
         "pydantic>=2",
         "pyyaml",
         "safetensors",
+        "sentencepiece>=0.2",
         "tokenizers",
         "tqdm",
         "wandb",

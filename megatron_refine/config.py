@@ -62,7 +62,9 @@ class Data(Section):
     )
     valid_fraction: float = Field(0.05, gt=0, lt=1, description="of the documents, when valid_paths is empty")
     tokenizer: str = Field(
-        "", description="a tokenizer.json; empty: a BPE of model.vocab_size is trained on the corpus"
+        "",
+        description="a tokenizer.json, a sentencepiece tokenizer.model, or a folder with one; empty: a BPE of "
+        "model.vocab_size is trained on the corpus",
     )
     cache_dir: str = Field(".cache/data", description="tokenizer and packed .bin/.idx files")
     seq_length: int = Field(16384, ge=8, description="tokens a row, T")

@@ -57,6 +57,7 @@ def run(options: argparse.Namespace) -> None:
     import torch
 
     from megatron_refine.convert.hf_writer import size_in_bytes
+    from megatron_refine.data.tokenizer import FILES
     from megatron_refine.trainer.conversion import MODEL, hf_to_megatron, megatron_to_hf
     from megatron_refine.trainer.manifest import ORIGIN
 
@@ -68,8 +69,8 @@ def run(options: argparse.Namespace) -> None:
         print(f"wrote {options.hf}")
     else:
         hf_to_megatron(options.hf, options.megatron, dtype)
-        tokenizer = options.megatron / ORIGIN / "tokenizer.json"
-        with_tokenizer = f" data.tokenizer={tokenizer}" if tokenizer.exists() else ""
+        names = (options.megatron / ORIGIN / name for name in FILES)
+        with_tokenizer = next((f" data.tokenizer={path}" for path in names if path.exists()), "")
         print(f"wrote {options.megatron}: start training from it with checkpoint.load={options.megatron}"
               f"{with_tokenizer} and")  # fmt: skip
         print((options.megatron / MODEL).read_text(), end="")

@@ -1,7 +1,7 @@
 """From text files to batches.
 
 corpus.py     which files, their documents and fingerprint;  readers.py  text, jsonl and parquet
-tokenizer.py  load or train one, encode, decode
+tokenizer.py  load or train one, encode, decode;  sentencepiece_model.py  a tokenizer.model
 packing.py    a document's rows, written once as Megatron .bin/.idx;  packed.py  opens and checks them
 order.py      which row is sample i of the run
 prepare.py    the configuration -> packed rows

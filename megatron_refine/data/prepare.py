@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,10 +15,14 @@ from megatron_refine.data.files import digest, temporary
 from megatron_refine.data.packed import Rows
 from megatron_refine.data.packing import SIDES, Record, RowRule, pack
 from megatron_refine.data.split import adjusted_threshold, share, threshold_of
-from megatron_refine.data.tokenizer import bos_id, encode_all, load_tokenizer, train_tokenizer
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+from megatron_refine.data.tokenizer import (
+    Tokenizer,
+    bos_id,
+    encode_all,
+    find_tokenizer,
+    load_tokenizer,
+    train_tokenizer,
+)
 
 _FORMAT = 1  # raise it when the same configuration gives other tokens or files
 
@@ -47,7 +50,7 @@ class _Sources:
     valid: Corpus | None  # None: documents of `train` whose share is below the threshold are held out
     threshold: int
 
-    def sided(self, tokenizer: "Tokenizer", threshold: int) -> Iterator[tuple[str, np.ndarray]]:
+    def sided(self, tokenizer: Tokenizer, threshold: int) -> Iterator[tuple[str, np.ndarray]]:
         """Every document as (side, token ids [length])."""
         for text, ids in encode_all(tokenizer, _progress(self.train)):
             yield "valid" if share(text) < threshold else "train", ids
@@ -89,12 +92,15 @@ def _find_sources(config: Config) -> _Sources:
     return _Sources(train, find_corpus(data.valid_paths, data.text_column, "data.valid_paths"), 0)
 
 
-def _get_tokenizer(config: Config, sources: _Sources, identity: str) -> tuple[Path, "Tokenizer"]:
+def _get_tokenizer(config: Config, sources: _Sources, identity: str) -> tuple[Path, Tokenizer]:
     """The configured tokenizer, or the one trained on this corpus, with its path."""
     data, vocab_size = config.data, config.model.vocab_size
-    path = Path(data.tokenizer or Path(data.cache_dir, f"tokenizer-{vocab_size}-{identity[:16]}.json"))
-    if not data.tokenizer and not path.exists():
-        train_tokenizer(_training_texts(sources), vocab_size, path)
+    if data.tokenizer:
+        path = find_tokenizer(Path(data.tokenizer), "data.tokenizer")
+    else:
+        path = Path(data.cache_dir, f"tokenizer-{vocab_size}-{identity[:16]}.json")
+        if not path.exists():
+            train_tokenizer(_training_texts(sources), vocab_size, path)
     return path, load_tokenizer(path, vocab_size, "data.tokenizer")
 
 
@@ -111,7 +117,7 @@ def _training_texts(sources: _Sources) -> Iterable[str]:
 
 
 def _write_folder(
-    folder: Path, sources: _Sources, tokenizer: "Tokenizer", rule: RowRule, vocab_size: int, fingerprint: str
+    folder: Path, sources: _Sources, tokenizer: Tokenizer, rule: RowRule, vocab_size: int, fingerprint: str
 ) -> None:
     """Pack into a folder of our own, then rename it: `folder` is absent or complete."""
     unfinished = temporary(folder)

@@ -1,42 +1,86 @@
-"""The tokenizer: a tokenizer.json of the user's, or a byte-level BPE trained on the corpus."""
+"""The tokenizer: a tokenizer.json or tokenizer.model of the user's, or a byte-level BPE trained on the corpus."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 
 from megatron_refine.config import ConfigError
 from megatron_refine.data.files import write_atomically
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+from megatron_refine.data.sentencepiece_model import SentencePieceModel
 
 BOS, EOS = "<bos>", "<eos>"
+FILES = ("tokenizer.json", "tokenizer.model")  # what a model's folder calls it, the preferred one first
 _BOS_NAMES = (BOS, "<s>", "<|begin_of_text|>", "<|bos|>", "[BOS]")  # what published tokenizers call it
 _SMALLEST_BPE = 256 + 2  # every byte, BOS and EOS
 _BATCH_CHARS = 1 << 20  # text encoded at once: bounds memory, keeps the threads busy
 
 
-def load_tokenizer(path: Path, vocab_size: int, key: str) -> "Tokenizer":
-    """The tokenizer at `path`. Raises ConfigError where it is missing, damaged or knows ids >= vocab_size."""
-    from tokenizers import Tokenizer
+class Tokenizer(Protocol):
+    """What is asked of a tokenizer. Text never becomes a special token: "<s>" in a document is three characters."""
 
+    largest_id: int
+    bos_id: int | None  # None: it has no such token
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Ids of each text, without special tokens."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, special tokens included."""
+
+
+class JsonTokenizer:
+    """The tokenizer of a tokenizer.json, as the `tokenizers` library reads it."""
+
+    def __init__(self, path: Path, key: str) -> None:
+        from tokenizers import Tokenizer
+
+        try:
+            self._tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises nothing more specific
+            raise ConfigError(f"{key}: {path}: no valid tokenizer.json: {error}; replace or delete it") from None
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = True
+        self.largest_id: int = max(self._tokenizer.get_vocab().values(), default=-1)
+        found = (self._tokenizer.token_to_id(name) for name in _BOS_NAMES)
+        self.bos_id: int | None = next((token for token in found if token is not None), None)
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=False)
+
+
+def find_tokenizer(path: Path, key: str) -> Path:
+    """`path`, or in a folder its tokenizer.json or else tokenizer.model. Raises ConfigError where there is none."""
+    if path.is_dir():
+        for name in FILES:
+            if (path / name).is_file():
+                return path / name
+        raise ConfigError(f"{key}: {path}: has neither {' nor '.join(FILES)}; name a tokenizer's file")
     if not path.is_file():
-        raise ConfigError(f"{key}: {path}: no such file; name a tokenizer.json, or leave it empty to train one")
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing more specific
-        raise ConfigError(f"{key}: {path}: no valid tokenizer.json: {error}; replace or delete it") from None
-    largest = max(tokenizer.get_vocab().values(), default=-1)
-    if largest >= vocab_size:
         raise ConfigError(
-            f"{key}: {path}: has token ids up to {largest}, model.vocab_size={vocab_size} allows {vocab_size - 1}; "
-            f"set model.vocab_size={largest + 1} or more"
+            f"{key}: {path}: no such file; name a {', a '.join(FILES)} or their folder, or leave it empty to train one"
         )
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    tokenizer.encode_special_tokens = True  # "<bos>" in a document is five characters, not the token
+    return path
+
+
+def load_tokenizer(path: Path, vocab_size: int, key: str) -> Tokenizer:
+    """The tokenizer at `path`, a file or a folder. A name in .json is a tokenizer.json, others a sentencepiece model.
+
+    Raises ConfigError where it is missing, damaged or knows ids >= vocab_size.
+    """
+    path = find_tokenizer(path, key)
+    tokenizer = _read(path, key)
+    if tokenizer.largest_id >= vocab_size:
+        raise ConfigError(
+            f"{key}: {path}: has token ids up to {tokenizer.largest_id}, model.vocab_size={vocab_size} allows "
+            f"{vocab_size - 1}; set model.vocab_size={tokenizer.largest_id + 1} or more"
+        )
     return tokenizer
 
 
@@ -68,29 +112,39 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path) -> None:
     write_atomically(path, tokenizer.to_str(pretty=True))
 
 
-def bos_id(tokenizer: "Tokenizer", path: Path) -> int:
+def bos_id(tokenizer: Tokenizer, path: Path) -> int:
     """The id of the BOS token. Raises ConfigError where the vocabulary has none."""
-    for name in _BOS_NAMES:
-        token = tokenizer.token_to_id(name)
-        if token is not None:
-            return token
-    names = ", ".join(_BOS_NAMES)
-    raise ConfigError(f"data.add_bos=true: {path} has none of the tokens {names}; set data.add_bos=false")
+    if tokenizer.bos_id is not None:
+        return tokenizer.bos_id
+    names = f"has none of the tokens {', '.join(_BOS_NAMES)}" if _is_json(path) else "has no BOS piece"
+    raise ConfigError(f"data.add_bos=true: {path} {names}; set data.add_bos=false")
 
 
-def encode_all(tokenizer: "Tokenizer", texts: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
+def encode_all(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
     """Each text with its token ids ([length] int64, no special tokens), in order."""
     for batch in _batches(texts):
-        encodings = tokenizer.encode_batch_fast(batch, add_special_tokens=False)
-        for text, encoding in zip(batch, encodings, strict=True):
-            yield text, np.array(encoding.ids, np.int64)
+        for text, ids in zip(batch, tokenizer.encode(batch), strict=True):
+            yield text, np.array(ids, np.int64)
 
 
 def decode(tokenizer_path: Path | str, ids: Sequence[int] | np.ndarray) -> str:
     """The text of token ids, special tokens included."""
-    from tokenizers import Tokenizer
+    path = Path(tokenizer_path)
+    return _read_once(path, path.stat().st_mtime_ns).decode([int(i) for i in ids])
 
-    return Tokenizer.from_file(str(tokenizer_path)).decode([int(i) for i in ids], skip_special_tokens=False)
+
+def _is_json(path: Path) -> bool:
+    return path.suffix == ".json"
+
+
+def _read(path: Path, key: str) -> Tokenizer:
+    return JsonTokenizer(path, key) if _is_json(path) else SentencePieceModel(path, key)
+
+
+@lru_cache(maxsize=1)
+def _read_once(path: Path, changed: int) -> Tokenizer:
+    """As it was at `changed`: many short texts are decoded in a row, and reading takes longer than they do."""
+    return _read(path, "data.tokenizer")
 
 
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
