@@ -7,11 +7,14 @@
 Everything else in the model is row-wise and does not know of branches. See docs/branch-packing.md.
 """
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.module import MegatronModule
-from torch import Tensor
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from torch import Tensor, nn
 
 from megatron_refine.models.layout import Branches
 
@@ -46,6 +49,11 @@ class Mixer(MegatronModule):
     """
 
     layer_number: int
+    tp_group: Any
+
+    def own_parameters(self) -> dict[str, nn.Parameter]:
+        """Parameters of the mixer itself, not of the layers in it; all `sharded`."""
+        raise NotImplementedError
 
     def project(self, hidden: Tensor) -> Tensor:
         """[S (/tp), B, hidden] -> projected rows [S, B, *local]."""
@@ -96,3 +104,24 @@ class Mixer(MegatronModule):
         if layout.final_states is not None:
             layout.final_states[self.layer_number] = final
         return mixed
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Adds the mixer's own parameters to what Megatron's layers declare of themselves."""
+        state: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        own = self.own_parameters()
+        axes = dict.fromkeys(own, 0)
+        groups = {"tp_group": self.tp_group, "dp_cp_group": (metadata or {}).get("dp_cp_group")}
+        return state | make_sharded_tensors_for_checkpoint(own, prefix, axes, sharded_offsets, **groups)
+
+
+def sharded(local: Tensor, initialize: Callable[[Tensor, torch.Generator], Tensor]) -> nn.Parameter:
+    """A parameter cut along axis 0 over tp; `initialize(full, generator)` fills the whole of it."""
+    parameter = nn.Parameter(local)
+    set_tensor_model_parallel_attributes(parameter, True, 0, 1)
+    parameter.initialize = initialize  # type: ignore[attr-defined]
+    return parameter

@@ -133,6 +133,13 @@ def test_the_command_line_compares_on_its_own_ranks(tmp_path: Path) -> None:
     assert code == 1 and "DIFFERENT" in out
 
 
+def test_the_command_line_names_damaged_files(tmp_path: Path) -> None:
+    shutil.copytree(GOLDEN / "delta_net", tmp_path / "cut")
+    (tmp_path / "cut" / "expected.safetensors").unlink()
+    code, out, err = run_tool(str(tmp_path / "cut"))
+    assert code == 4 and not out and "expected.safetensors: cannot be read" in err
+
+
 @pytest.mark.parametrize(
     ("folder", "arguments", "code", "says"),
     [
@@ -142,6 +149,7 @@ def test_the_command_line_compares_on_its_own_ranks(tmp_path: Path) -> None:
         ("delta_net", ["--pp", "3"], 2, "parallel.pp=3: must divide model.num_layers=2"),
         ("delta_net", ["--tp", "0"], 2, "--tp 0: must be 1 or more"),
         ("nowhere", [], 2, "no such folder"),
+        ("mistral_v1", [], 2, "config.json: cannot be read: No such file or directory"),
     ],
 )
 def test_the_command_line_refuses(folder: str, arguments: list[str], code: int, says: str) -> None:

@@ -12,9 +12,10 @@ import socket
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_refine.config import Config, ConfigError, Data, Eval, Parallel, Refine, Train, cross_check
+from megatron_refine.convert.fields import CONFIG, model_of, read_config
 
 if TYPE_CHECKING:
     from megatron_refine.trainer.parity import Errors
@@ -36,19 +37,14 @@ def main(arguments: list[str]) -> int:
     """Check the layout, start its ranks, print the errors of each case. Returns the exit code."""
     options = parse(arguments)
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    from megatron_refine import platform
-
-    platform.install()
-    from megatron_refine.convert.errors import ConversionError
-
     try:
         config = layout(options)
-        found = on_ranks(options.folder, config)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return EXIT_CONFIG
-    except ConversionError as error:
-        print(error, file=sys.stderr)
+    found = on_ranks(options.folder, config)
+    if isinstance(found, str):
+        print(found, file=sys.stderr)
         return EXIT_FILES
     for case, errors in found.items():
         print(f"{case}: {describe(errors)}")
@@ -57,17 +53,12 @@ def main(arguments: list[str]) -> int:
 
 def layout(options: argparse.Namespace) -> Config:
     """The model of the folder at the layout asked for. Raises ConfigError where it cannot be."""
-    from megatron_refine.convert.source import HFSource
-    from megatron_refine.trainer.parity import cases
-
     for name in ("tp", "pp", "cp"):
         if getattr(options, name) < 1:
             raise ConfigError(f"--{name} {getattr(options, name)}: must be 1 or more")
-    model = HFSource(options.folder).model
-    cases(options.folder)
     return cross_check(
         Config(
-            model=model,
+            model=model_of(read_config(options.folder), str(options.folder / CONFIG)),
             data=Data(seq_length=1 << 20),
             parallel=Parallel(tp=options.tp, sp=options.sp, pp=options.pp, cp=options.cp),
             train=Train(precision="fp32", global_batch_size=1),
@@ -77,8 +68,8 @@ def layout(options: argparse.Namespace) -> Config:
     )
 
 
-def on_ranks(folder: Path, config: Config) -> dict[str, "Errors"]:
-    """`compare` on a process a rank; a rank that fails ends them all with its traceback."""
+def on_ranks(folder: Path, config: Config) -> dict[str, "Errors"] | str:
+    """`compare` on a process a rank, or what is wrong with the files; any other failure of a rank ends them all."""
     import torch
     import torch.multiprocessing as mp
 
@@ -101,12 +92,18 @@ def _rank(rank: int, world: int, port: int, folder: Path, config: Config, output
     from megatron_refine import platform
 
     platform.install()
+    from megatron_refine.convert.errors import ConversionError
     from megatron_refine.trainer.parity import compare
 
-    found = compare(folder, config)
+    found: Any
+    try:
+        found = compare(folder, config)
+    except (ConfigError, ConversionError) as error:  # the same on all ranks: they read the same files
+        found = str(error)
     if rank == 0:
         torch.save(found, output)
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def describe(e: "Errors") -> str:

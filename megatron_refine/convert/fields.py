@@ -1,5 +1,7 @@
 """config.json <-> the model section of a configuration. Every field is honoured, or refused by name."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -8,7 +10,24 @@ from megatron_refine.config import ConfigError, ModelConfig
 from megatron_refine.models import family
 from megatron_refine.models.hf import ABSENT, REQUIRED, WIDTH, Format, mlp_width
 
+CONFIG = "config.json"
 ALWAYS = ("model_type", "architectures")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config.json of a folder. Raises ConfigError."""
+    path = folder / CONFIG
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: no such folder; name a folder with {CONFIG} and safetensors files")
+    try:
+        tree = json.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: must hold an object")
+    return tree
 
 
 def model_of(config: dict[str, Any], where: str) -> ModelConfig:

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_refine.config import ConfigError
 from megatron_refine.convert.errors import ConversionError
+from megatron_refine.convert.fields import read_config
 from megatron_refine.convert.tensorfile import Spec, TensorFile
 
-CONFIG, WEIGHTS, INDEX, CHECKSUMS = "config.json", "model.safetensors", "model.safetensors.index.json", "checksums.json"
+WEIGHTS, INDEX, CHECKSUMS = "model.safetensors", "model.safetensors.index.json", "checksums.json"
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf"}
 
 
@@ -22,9 +22,7 @@ class HFFolder:
 
     def __init__(self, path: Path):
         self.path = path
-        if not path.is_dir():
-            raise ConfigError(f"{path}: no such folder; name a folder with {CONFIG} and safetensors files")
-        self.config = _read_config(path / CONFIG)
+        self.config = read_config(path)
         _check_checksums(path)
         self.index = path / INDEX if (path / INDEX).exists() and not (path / WEIGHTS).exists() else None
         names = self._index_files() if self.index else [WEIGHTS]
@@ -116,15 +114,3 @@ def _check_checksums(folder: Path) -> None:
             raise ConversionError(
                 f"{path}: {what}: not what {CHECKSUMS} says; convert again, or delete {CHECKSUMS} if you changed it"
             )
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        tree = json.loads(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise ConfigError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: must hold an object")
-    return tree

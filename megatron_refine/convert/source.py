@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from megatron_refine.convert import inventory
-from megatron_refine.convert.fields import model_of
-from megatron_refine.convert.hf_folder import CONFIG, HFFolder
+from megatron_refine.convert.fields import CONFIG, model_of
+from megatron_refine.convert.hf_folder import HFFolder
 from megatron_refine.convert.mapping import Converter, common_dtype
 from megatron_refine.convert.tensorfile import Spec
 

@@ -20,8 +20,8 @@ from tqdm import tqdm
 from megatron_refine.config import ConfigError, ModelConfig
 from megatron_refine.convert import inventory
 from megatron_refine.convert.errors import ConversionError
-from megatron_refine.convert.fields import fresh_config
-from megatron_refine.convert.hf_folder import CONFIG, INDEX, write_checksums
+from megatron_refine.convert.fields import CONFIG, fresh_config
+from megatron_refine.convert.hf_folder import INDEX, write_checksums
 from megatron_refine.convert.hf_writer import HFWriter, Origin, sharded
 from megatron_refine.convert.mapping import Converter
 from megatron_refine.convert.source import HFSource, megatron_specs

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -42,31 +43,29 @@ class Errors:
         return self.logits <= self.logit_limit and self.gradient <= self.gradient_limit
 
 
-def cases(folder: Path) -> list[str]:
-    """The cases of `folder`/expected.safetensors. Raises ConversionError where there are none."""
-    try:
-        names = load_file(folder / EXPECTED)
-    except OSError as error:
-        raise ConversionError(f"{folder / EXPECTED}: cannot be read: {error.strerror or error}") from None
-    found = sorted(name.removesuffix(".input_ids") for name in names if name.endswith(".input_ids"))
-    if not found:
-        raise ConversionError(f"{folder / EXPECTED}: holds no caseN.input_ids; see tests/golden/README.md")
-    return found
-
-
 def compare(folder: Path, config: Config) -> dict[str, Errors]:
     """On each of the layout's ranks: the model of `folder`, loaded through the converter, on every case.
 
     The errors are the same on every rank. Raises ConfigError, ConversionError.
     """
-    ranks, source = init_parallel(config), HFSource(folder)
+    expected, found = _read_expected(folder / EXPECTED), {}
+    source, ranks = HFSource(folder), init_parallel(config)
     model = build_model(config, ranks)
     load(model, source, ranks)
-    expected, found = load_file(folder / EXPECTED), {}
-    for case in cases(folder):
+    for case in sorted(name.removesuffix(".input_ids") for name in expected if name.endswith(".input_ids")):
         logits, loss, gradients = evaluate(model, expected[f"{case}.input_ids"], ranks)
         found[case] = _errors(config, source, case, expected, logits, loss, gradients)
     return found
+
+
+def _read_expected(path: Path) -> dict[str, Tensor]:
+    try:
+        expected = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ConversionError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
+    if not any(name.endswith(".input_ids") for name in expected):
+        raise ConversionError(f"{path}: holds no caseN.input_ids; see tests/golden/README.md")
+    return expected
 
 
 @torch.no_grad()

@@ -5,14 +5,12 @@ from typing import Any
 
 import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
-from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
-from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
 from megatron_refine.kernels.delta_rule import Trace, delta_rule
 from megatron_refine.models.common.conv import short_conv
 from megatron_refine.models.common.norm import HeadNorm
-from megatron_refine.models.mixer import Mixer
+from megatron_refine.models.mixer import Mixer, sharded
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,7 @@ class DeltaMixer(Mixer):
             hidden, groups * (channels + others), init_method=config.init_method, gather_output=False, **linear
         )
         bound = conv_size**-0.5  # torch's default for a convolution of one channel a group
-        self.conv = self.sharded(
+        self.conv = sharded(
             torch.empty(self.groups * channels, 1, conv_size, dtype=config.params_dtype),
             lambda full, generator: full.uniform_(-bound, bound, generator=generator),
         )
@@ -77,16 +75,7 @@ class DeltaMixer(Mixer):
             heads * value_dim, hidden, init_method=config.output_layer_init_method, input_is_parallel=True, **linear
         )
 
-    @staticmethod
-    def sharded(local: Tensor, initialize: Any) -> nn.Parameter:
-        """A parameter cut along axis 0 over tp; `initialize(full, generator)` fills the whole of it."""
-        parameter = nn.Parameter(local)
-        set_tensor_model_parallel_attributes(parameter, True, 0, 1)
-        parameter.initialize = initialize  # type: ignore[attr-defined]
-        return parameter
-
     def own_parameters(self) -> dict[str, nn.Parameter]:
-        """Parameters of the mixer itself, all cut along axis 0."""
         return {"conv": self.conv}
 
     def rule_inputs(self, mixed: Tensor, others: Tensor) -> dict[str, Tensor | None]:
@@ -116,24 +105,3 @@ class DeltaMixer(Mixer):
 
     def output(self, mixed: Tensor, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         return self.out_proj(self.o_norm(mixed).to(rows.dtype).flatten(-2))
-
-    def sharded_state_dict(
-        self,
-        prefix: str = "",
-        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
-        metadata: dict[str, Any] | None = None,
-    ) -> dict[str, Any]:
-        """Adds the mixer's own parameters to what Megatron's layers declare of themselves."""
-        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        own = self.own_parameters()
-        state.update(
-            make_sharded_tensors_for_checkpoint(
-                own,
-                prefix,
-                dict.fromkeys(own, 0),
-                sharded_offsets,
-                tp_group=self.tp_group,
-                dp_cp_group=(metadata or {}).get("dp_cp_group"),
-            )
-        )
-        return state

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from megatron_refine.kernels.delta_rule import l2_normalize
 from megatron_refine.models.common.delta import DeltaMixer
 from megatron_refine.models.gated_delta_net.config import GatedDeltaNetConfig
+from megatron_refine.models.mixer import sharded
 
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4  # of the initial decay, as in Mamba2
 A_MIN, A_MAX = 1e-3, 16.0  # Mamba2 draws from 0, whose logarithm is not finite
@@ -37,8 +38,8 @@ class GatedDeltaNetMixer(DeltaMixer):
             channels=sum(self.widths), others=sum(self.other_widths), heads=model.value_heads,
             value_dim=model.head_dim_v, conv_size=model.conv_size, eps=model.norm_eps,
         )  # fmt: skip
-        self.A_log = self.sharded(torch.empty(self.heads, dtype=config.params_dtype), _initial_decay)
-        self.dt_bias = self.sharded(torch.empty(self.heads, dtype=config.params_dtype), _initial_step)
+        self.A_log = sharded(torch.empty(self.heads, dtype=config.params_dtype), _initial_decay)
+        self.dt_bias = sharded(torch.empty(self.heads, dtype=config.params_dtype), _initial_step)
 
     def own_parameters(self) -> dict[str, nn.Parameter]:
         return super().own_parameters() | {"A_log": self.A_log, "dt_bias": self.dt_bias}

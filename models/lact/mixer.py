@@ -19,8 +19,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
-from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
-from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
 from megatron_refine.kernels.lact import Fast, Rule, Tokens, Weights, chunk_lact, join, read
@@ -29,7 +27,7 @@ from megatron_refine.models.common.norm import HeadNorm
 from megatron_refine.models.common.rope import rope
 from megatron_refine.models.lact.config import LactConfig
 from megatron_refine.models.lact.state import LactState
-from megatron_refine.models.mixer import Mixer
+from megatron_refine.models.mixer import Mixer, sharded
 
 UNIT_EPS, READ_EPS = 1e-5, 1e-5  # whatever norm_eps is
 IDENTITY = 0.5  # of the initial W0 and W2 beside their low-rank part
@@ -111,12 +109,11 @@ class LactMixer(Mixer):
             self._add(f"{name}_right", [self.heads, rank, self.dim], _normal(gain * self.dim**-0.5))
 
     def _add(self, name: str, shape: list[int], initialize: Callable[[Tensor, torch.Generator], Tensor]) -> None:
-        """A parameter cut along axis 0 over tp."""
-        parameter = nn.Parameter(torch.empty(shape, dtype=self.config.params_dtype))
-        set_tensor_model_parallel_attributes(parameter, True, 0, 1)
-        parameter.initialize = initialize  # type: ignore[attr-defined]
-        self.register_parameter(name, parameter)
+        self.register_parameter(name, sharded(torch.empty(shape, dtype=self.config.params_dtype), initialize))
         self.own.append(name)
+
+    def own_parameters(self) -> dict[str, nn.Parameter]:
+        return {name: getattr(self, name) for name in self.own}
 
     def project(self, hidden: Tensor) -> Tensor:
         rows = self.in_proj(hidden)[0].unflatten(-1, (self.heads, sum(self.widths)))
@@ -218,20 +215,6 @@ class LactMixer(Mixer):
 
     def output(self, mixed: Tensor, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         return self.out_proj(mixed.to(rows.dtype))
-
-    def sharded_state_dict(
-        self,
-        prefix: str = "",
-        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
-        metadata: dict[str, Any] | None = None,
-    ) -> dict[str, Any]:
-        """Adds the mixer's own parameters to what Megatron's layers declare of themselves."""
-        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        own = {name: getattr(self, name) for name in self.own}
-        axes = dict.fromkeys(own, 0)
-        groups = {"tp_group": self.tp_group, "dp_cp_group": (metadata or {}).get("dp_cp_group")}
-        state.update(make_sharded_tensors_for_checkpoint(own, prefix, axes, sharded_offsets, **groups))
-        return state
 
 
 def _trimmed(state: LactState, window: tuple[Tensor, Tensor], size: int) -> LactState:
