@@ -49,16 +49,8 @@ class Branches(PackedSeqParams):
         """
         padding = rows.shape[0] - self.num_rows
         main, branches, _ = rows.split([self.main_len, self.branch_rows, padding])
-        return main.transpose(0, 1), self._fold(branches)
-
-    def branches(self, rows: Tensor) -> Tensor:
-        """Branch rows of a pass without main rows: [S, B, ...] -> [P * n, k, ...], sequence-major."""
-        assert not self.main_len
-        return self._fold(rows[: self.branch_rows])
-
-    def _fold(self, branches: Tensor) -> Tensor:
-        rows = branches.transpose(0, 1)
-        return rows.unflatten(1, (-1, max(self.branch_len, 1))).flatten(0, 1)
+        folded = branches.transpose(0, 1).unflatten(1, (-1, max(self.branch_len, 1)))
+        return main.transpose(0, 1), folded.flatten(0, 1)
 
     def to_rows(self, branches: Tensor, num_sequences: int) -> Tensor:
         """The inverse, for B sequences: [P * n, k, ...] -> [c * n * k, B, ...]."""

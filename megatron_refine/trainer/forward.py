@@ -73,7 +73,7 @@ def branch_pass(model: nn.Module, tokens: Tensor, previous: Tensor, states: dict
     layout = Branches(num_positions=chunks, num_rollouts=rollouts, branch_len=length, states=states)
     _check_graph(states)
     with whole_rows(unwrap(model)):
-        rows = layout.branches(_rows(model, tokens.flatten(1), layout)).unflatten(0, (-1, rollouts))
+        rows = layout.split(_rows(model, tokens.flatten(1), layout))[1].unflatten(0, (-1, rollouts))
     return BranchPass(rows, _branch_logprobs(model, rows, previous, tokens))
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_refine.config import ModelConfig
+from megatron_refine.models.common.cost import head_flops, rank_parameters
 from megatron_refine.models.family import Saved
 
 CHUNK = 64  # tokens a chunk of kernels/delta_rule
@@ -47,19 +48,9 @@ class DeltaCost:
         return self.rank_parameters(model, tp=1, pp=1, stage=0)
 
     def rank_parameters(self, model: ModelConfig, tp: int, pp: int, stage: int) -> int:
-        """Trained parameters of each tensor parallel rank of one pipeline stage.
-
-        Heads, MLP columns and vocabulary are sharded, norms are whole on every rank. The first stage has the embedding,
-        the last one the final norm and the output layer (tied: a copy of the embedding, unless it has that already).
-        """
-        assert 0 <= stage < pp and model.num_layers % pp == 0 and model.tp_limit() % tp == 0
-        first, last = stage == 0, stage == pp - 1
-        table, layers = model.padded_vocab * model.hidden_size, model.num_layers // pp
-        own_output = last and not (model.tie_embeddings and first)
-        sharded = layers * self._sharded_of_layer(model) + table * (first + own_output)
-        replicated = layers * (2 * model.hidden_size + self.shape(model).value_dim) + last * model.hidden_size
-        assert sharded % tp == 0, "tp divides the heads, the MLP and the padded vocabulary"
-        return sharded // tp + replicated
+        """Trained parameters of each tensor parallel rank of one pipeline stage."""
+        shape, sharded = self.shape(model), self._sharded_of_layer(model)
+        return rank_parameters(model, tp, pp, stage, sharded=sharded, head_norm=shape.value_dim)
 
     def layer_flops(self, model: ModelConfig, length: int) -> dict[str, int]:
         """Forward FLOPs of a layer, a token of a stream of `length` tokens, by matmul.
@@ -89,7 +80,7 @@ class DeltaCost:
 
     def head_flops(self, model: ModelConfig) -> int:
         """Forward FLOPs of the output layer, a row."""
-        return 2 * model.hidden_size * model.padded_vocab
+        return head_flops(model)
 
     def state_bytes(self, model: ModelConfig, itemsize: int) -> int:
         """Bytes of a layer's state at one position: S [H, K, V] in fp32 and the tail of the convolution."""

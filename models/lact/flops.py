@@ -3,6 +3,7 @@
 A multiply-add counts 2 FLOPs. Letters: h hidden size, H fast-weight heads, D = h/H and I their widths.
 """
 
+from megatron_refine.models.common import cost
 from megatron_refine.models.family import Saved
 from megatron_refine.models.lact.config import LactConfig
 
@@ -16,19 +17,8 @@ def parameters(model: LactConfig) -> int:
 
 
 def rank_parameters(model: LactConfig, tp: int, pp: int, stage: int) -> int:
-    """Trained parameters of each tensor parallel rank of one pipeline stage.
-
-    Heads, MLP columns and vocabulary are sharded, norms are whole on every rank. The first stage has the embedding, the
-    last one the final norm and the output layer (tied: a copy of the embedding, unless it has that already).
-    """
-    assert 0 <= stage < pp and model.num_layers % pp == 0 and model.tp_limit() % tp == 0
-    first, last = stage == 0, stage == pp - 1
-    table, layers = model.padded_vocab * model.hidden_size, model.num_layers // pp
-    own_output = last and not (model.tie_embeddings and first)
-    sharded = layers * _sharded_of_layer(model) + table * (first + own_output)
-    replicated = layers * (2 * model.hidden_size + model.head_dim) + last * model.hidden_size
-    assert sharded % tp == 0, "tp divides the heads, the MLP and the padded vocabulary"
-    return sharded // tp + replicated
+    """Trained parameters of each tensor parallel rank of one pipeline stage."""
+    return cost.rank_parameters(model, tp, pp, stage, sharded=_sharded_of_layer(model), head_norm=model.head_dim)
 
 
 def layer_flops(model: LactConfig, length: int) -> dict[str, int]:
@@ -62,7 +52,7 @@ def fork_flops(model: LactConfig) -> int:
 
 def head_flops(model: LactConfig) -> int:
     """Forward FLOPs of the output layer, a row."""
-    return 2 * model.hidden_size * model.padded_vocab
+    return cost.head_flops(model)
 
 
 def state_bytes(model: LactConfig, itemsize: int) -> int:
