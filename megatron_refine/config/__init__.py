@@ -1,0 +1,28 @@
+"""The typed configuration: YAML files plus `key.sub=value` overrides.
+
+Nothing here imports torch, so `--help`, `--dry-run` and every configuration error are instant.
+"""
+
+from megatron_refine.config.checks import check_world_size, cross_check
+from megatron_refine.config.load import load
+from megatron_refine.config.schema import (
+    Checkpoint,
+    Config,
+    ConfigError,
+    Data,
+    Engine,
+    Eval,
+    ModelConfig,
+    Optimizer,
+    Parallel,
+    Refine,
+    Run,
+    Section,
+    Train,
+    Update,
+)
+
+__all__ = [
+    "Checkpoint", "Config", "ConfigError", "Data", "Engine", "Eval", "ModelConfig", "Optimizer", "Parallel", "Refine",
+    "Run", "Section", "Train", "Update", "check_world_size", "cross_check", "load",
+]  # fmt: skip

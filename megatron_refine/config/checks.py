@@ -1,0 +1,129 @@
+"""What single keys cannot say: contradictions between keys, and with the number of ranks."""
+
+import os
+import re
+from collections.abc import Iterator
+
+from megatron_refine.config.schema import Config, ConfigError
+
+SERVED = ("delta_net", "gated_delta_net")  # families with a model for SGLang
+
+
+def check_world_size(config: Config, world_size: int) -> int:
+    """The data parallel size of `world_size` ranks. Raises ConfigError where they do not fit the layout."""
+    p = config.parallel
+    if world_size < 1 or world_size % p.model_size:
+        raise ConfigError(
+            f"world size {world_size} is no multiple of tp*cp*pp = {p.tp}*{p.cp}*{p.pp} = {p.model_size}: "
+            f"start a multiple of {p.model_size} processes or change parallel.*"
+        )
+    dp = world_size // p.model_size
+    sequences = config.mini_batch_size
+    if sequences % (dp * config.train.micro_batch_size):
+        key = "update.mini_batch_size" if config.update.mini_batch_size else "train.global_batch_size"
+        raise ConfigError(
+            f"{key}={sequences} is no multiple of dp*train.micro_batch_size = {dp}*{config.train.micro_batch_size}"
+        )
+    return dp
+
+
+def cross_check(c: Config) -> Config:
+    """The configuration itself. Raises ConfigError for contradictions between its keys."""
+    problems = (*_layout_problems(c), *_training_problems(c), *_engine_problems(c))
+    found = [message for wrong, message in problems if wrong]
+    if found:
+        raise ConfigError("\n".join(found))
+    return c
+
+
+def _layout_problems(c: Config) -> Iterator[tuple[bool, str]]:
+    p, heads = c.parallel, c.model.tp_limit()
+    allowed = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+    yield heads % p.tp != 0, f"parallel.tp={p.tp}: must divide the {heads} heads of the model; choose one of {allowed}"
+    width = c.model.intermediate_size
+    yield width % p.tp != 0, f"parallel.tp={p.tp}: must divide model.intermediate_size={width}; change either"
+    vocab = c.model.padded_vocab
+    yield vocab % p.tp != 0, f"parallel.tp={p.tp}: must divide the vocabulary, padded to {vocab}; change either"
+    layers = c.model.num_layers
+    yield layers % p.pp != 0, f"parallel.pp={p.pp}: must divide model.num_layers={layers}; change either"
+    yield p.sp and p.tp == 1, "parallel.sp=true: sequence parallelism needs parallel.tp > 1; set parallel.sp=false"
+    yield p.cp > 1, f"parallel.cp={p.cp}: context parallelism is not available in this version; set parallel.cp=1"
+    rollouts = c.refine.enabled or c.eval.sequences > 0
+    yield (
+        p.pp > 1 and rollouts,
+        (
+            f"parallel.pp={p.pp}: rollouts and evaluations do not cross pipeline stages in this version; "
+            "set parallel.pp=1, or refine.enabled=false and eval.sequences=0"
+        ),
+    )
+    yield (
+        p.pp > 1 and c.update.mode == "fused",
+        (
+            f"update.mode=fused: parallel.pp={p.pp} interleaves the passes of micro-batches, kept graphs need them in "
+            "turn; set update.mode=two_pass"
+        ),
+    )
+
+
+def _training_problems(c: Config) -> Iterator[tuple[bool, str]]:
+    batch, mini = c.train.global_batch_size, c.mini_batch_size
+    yield (
+        batch % mini != 0,
+        f"update.mini_batch_size={mini}: must divide train.global_batch_size={batch}; change either",
+    )
+    yield (
+        c.update.mode == "fused" and mini != batch,
+        (
+            "update.mode=fused: the kept graphs serve one optimizer step a batch; set update.mini_batch_size=0 or "
+            "update.mode=two_pass"
+        ),
+    )
+    length, needed = c.data.seq_length, c.shortest_refine_row
+    yield (
+        c.refine.enabled and length < needed,
+        (
+            f"data.seq_length={length}: too short for refine.num_chunks={c.refine.num_chunks} positions with "
+            f"refine.margin={c.refine.margin}; set at least {needed}"
+        ),
+    )
+    yield (
+        c.data.min_length > length,
+        (f"data.min_length={c.data.min_length}: exceeds data.seq_length={length}; 0 means data.seq_length"),
+    )
+    start, steps = c.refine.start_step, c.train.steps
+    yield (
+        c.refine.enabled and start > steps,
+        (f"refine.start_step={start}: exceeds train.steps={steps}; set refine.enabled=false for NTP only"),
+    )
+    low, high = c.optimizer.min_lr, c.optimizer.lr
+    yield low > high, f"optimizer.min_lr={low}: exceeds optimizer.lr={high}; lower it"
+
+
+def _engine_problems(c: Config) -> Iterator[tuple[bool, str]]:
+    e = c.engine
+    if e.kind == "native":
+        return
+    yield (
+        c.model.family not in SERVED,
+        f"engine.kind=sglang: model.family={c.model.family} is not served; choose one of {', '.join(SERVED)}, or "
+        "engine.kind=native",
+    )
+    yield (
+        not e.urls and not e.python,
+        "engine.kind=sglang: needs engine.python, the interpreter of an environment with SGLang, or engine.urls",
+    )
+    yield (
+        bool(e.urls and e.python),
+        "engine.urls: servers that run already are not launched; remove engine.python",
+    )
+    bad = [url for url in e.urls if not re.fullmatch(r"https?://[^/\s]+", url)]
+    yield bool(bad), f"engine.urls: {', '.join(bad)}: write http://host:port"
+    heads = c.model.tp_limit()
+    yield heads % e.tp != 0, f"engine.tp={e.tp}: must divide the {heads} heads of the model"
+    key = e.api_key_env
+    yield bool(key) and not os.environ.get(key), f"engine.api_key_env={key}: is not set; export {key}=..."
+    low, high = e.request_timeout, c.run.timeout_minutes * 60
+    yield (
+        low >= high,
+        f"engine.request_timeout={low:g}: other ranks wait meanwhile; set less than run.timeout_minutes ({high:g} s)",
+    )

@@ -1,0 +1,226 @@
+"""The sections of the configuration. Nothing here imports torch."""
+
+import functools
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, create_model
+
+
+class ConfigError(ValueError):
+    """What is wrong with a configuration: one line a problem, each naming the key and the remedy."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Run(Section):
+    dir: str = Field("runs/default", description="the run folder: config, metrics, checkpoints, logs, report")
+    seed: int = Field(1, ge=0, description="seed of the weights, the data order, the selection and the rollouts")
+    wandb: Literal["off", "offline", "online"] = Field("off", description="Weights & Biases logging")
+    timeout_minutes: float = Field(10.0, gt=0, description="deadline of every collective")
+
+
+class ModelConfig(Section):
+    """What every family has. A family subclasses it in `models/<family>/config.py`."""
+
+    family: str = Field(description="a folder of models/")
+    vocab_size: int = Field(ge=2, description="number of token ids; padded to a multiple of 128 inside")
+    hidden_size: int = Field(ge=1)
+    num_layers: int = Field(ge=1)
+    intermediate_size: int = Field(ge=1, description="width of the gated MLP")
+    norm_eps: float = Field(1e-6, gt=0)
+    init_std: float = Field(0.02, gt=0, description="standard deviation of the initial weights")
+    tie_embeddings: bool = Field(False, description="share the embedding with the output layer")
+
+    @property
+    def padded_vocab(self) -> int:
+        """Rows of the embedding: a multiple of 128 whatever tp is; a padding that depended on tp would not reshard."""
+        return -(-self.vocab_size // 128) * 128
+
+    def tp_limit(self) -> int:
+        """Number of heads that tensor parallelism shards: tp must divide it."""
+        raise NotImplementedError
+
+
+class Data(Section):
+    paths: list[str] = Field(
+        default_factory=list,
+        description="text, jsonl or parquet files or folders; empty: the sources of Python's standard library",
+    )
+    text_column: str = Field("text", description="column of jsonl and parquet files")
+    valid_paths: list[str] = Field(
+        default_factory=list, description="held-out files; empty: a fraction of the documents of `paths`"
+    )
+    valid_fraction: float = Field(0.05, gt=0, lt=1, description="of the documents, when valid_paths is empty")
+    tokenizer: str = Field(
+        "",
+        description="a tokenizer.json, a sentencepiece tokenizer.model, or a folder with one; empty: a BPE of "
+        "model.vocab_size is trained on the corpus",
+    )
+    cache_dir: str = Field(".cache/data", description="tokenizer and packed .bin/.idx files")
+    seq_length: int = Field(16384, ge=8, description="tokens a row, T")
+    min_length: int = Field(
+        0, ge=0, description="shorter documents are dropped; 0: seq_length. Shorter rows are padded and masked"
+    )
+    split_documents: bool = Field(
+        False, description="cut a document into rows of seq_length; false: keep its first seq_length tokens"
+    )
+    add_bos: bool = Field(False, description="begin every row with the tokenizer's BOS token")
+
+
+class Parallel(Section):
+    tp: int = Field(1, ge=1, description="tensor parallel size")
+    sp: bool = Field(False, description="sequence parallel (with tp > 1)")
+    cp: int = Field(1, ge=1, description="context parallel size")
+    pp: int = Field(1, ge=1, description="pipeline parallel size")
+
+    @property
+    def model_size(self) -> int:
+        """Ranks that hold one copy of the model."""
+        return self.tp * self.cp * self.pp
+
+
+class Optimizer(Section):
+    lr: float = Field(1e-6, gt=0)
+    min_lr: float = Field(0.0, ge=0, description="floor of the cosine and linear schedules")
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    warmup_steps: int = Field(0, ge=0, description="in training steps (batches)")
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.999, ge=0, lt=1)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.01, ge=0, description="not applied to norms and other vectors")
+    clip_grad: float = Field(1.0, gt=0, description="global gradient norm")
+
+
+class Train(Section):
+    steps: int = Field(100, ge=1, description="batches in all, NTP-only ones included")
+    global_batch_size: int = Field(128, ge=1, description="sequences a batch, over all ranks")
+    micro_batch_size: int = Field(1, ge=1, description="sequences a forward pass, per rank")
+    precision: Literal["fp32", "bf16"] = "bf16"
+    recompute: Literal["none", "full"] = Field("none", description="recompute activations in the backward pass")
+    max_skipped_steps: int = Field(3, ge=0, description="non-finite steps skipped in a row before the run stops")
+
+
+class Refine(Section):
+    enabled: bool = Field(True, description="false: next-token prediction only")
+    start_step: int = Field(0, ge=0, description="batches of NTP-only warm-up before the first REFINE step")
+    num_chunks: int = Field(8, ge=1, description="c: selected positions a sequence")
+    rollout_len: int = Field(5, ge=1, description="k: tokens a rollout")
+    num_rollouts: int = Field(1, ge=1, description="n: rollouts a position")
+    selection: str = Field("entropy", description="entropy, uniform, argmax, argmin or an import path module:function")
+    temperature: float = Field(1.0, gt=0, description="of the selection's softmax")
+    margin: int = Field(20, ge=1, description="tokens at either end where no rollout starts")
+    reward: str = Field("cosine", description="cosine, binary, hybrid or an import path module:function")
+    rollout_temperature: float = Field(1.0, ge=0, description="of the rollouts; 0: greedy")
+    advantage_eps: float = Field(1e-6, gt=0, description="added to the group's standard deviation")
+    ntp_coef: float = Field(1.0, ge=0)
+    nsp_coef: float = Field(0.2, ge=0)
+    clip_low: float = Field(0.2, gt=0, lt=1)
+    clip_high: float = Field(0.2, gt=0)
+    dual_clip: float = Field(3.0, gt=1, description="bound of the loss for negative advantages")
+
+
+class Update(Section):
+    mode: Literal["auto", "fused", "two_pass"] = Field(
+        "auto", description="auto: fused where it is the same algorithm (one optimizer step a batch, pp=1)"
+    )
+    mini_batch_size: int = Field(0, ge=0, description="sequences an optimizer step; 0: the whole batch")
+
+
+class Engine(Section):
+    kind: Literal["native", "sglang"] = Field(
+        "native", description="native: forks the trainer's own model; sglang: SGLang servers with a copy of the weights"
+    )
+    python: str = Field("", description="interpreter of the environment with SGLang, to launch servers with")
+    urls: list[str] = Field(default_factory=list, description="servers that run already; empty: launch them")
+    servers: int = Field(1, ge=1, description="servers to launch, on the first rank's machine")
+    tp: int = Field(1, ge=1, description="tensor parallel size of each server")
+    host: str = Field("127.0.0.1", description="address that launched servers bind to")
+    port: int = Field(0, ge=0, le=65535, description="of the first launched server, the others follow; 0: free ones")
+    args: list[str] = Field(default_factory=list, description="further arguments of sglang.launch_server")
+    env: dict[str, str] = Field(default_factory=dict, description="further environment variables of launched servers")
+    api_key_env: str = Field("", description="the environment variable that holds the servers' API key")
+    sync: Literal["distributed", "disk"] = Field(
+        "distributed", description="how weights reach the servers: NCCL or gloo broadcast; a folder that all can read"
+    )
+    sync_dir: str = Field("", description="folder of exported weights, the same for all; empty: engine/ of run.dir")
+    master_address: str = Field(
+        "", description="this machine as the servers reach it, for the broadcast; empty: loopback if they are local"
+    )
+    bucket_mb: int = Field(512, ge=1, description="MiB of weights a broadcast")
+    max_requests: int = Field(64, ge=1, description="requests in flight, a rank")
+    start_timeout: float = Field(600.0, gt=0, description="seconds until a launched server must be healthy")
+    request_timeout: float = Field(120.0, gt=0, description="seconds of a request, after which its server is dead")
+    sync_timeout: float = Field(300.0, gt=0, description="seconds of each part of a weight sync")
+    max_restarts: int = Field(3, ge=0, description="restarts and reloads of servers in a run before it stops")
+    probe_gap: float = Field(
+        0.0, ge=0, description="mean gap in nats that a sync's probe may show; 0: 1e-3 in fp32, 0.05 in bf16"
+    )
+    importance_cap: float = Field(
+        0.0, ge=0, description="truncated importance weights: highest trainer/engine probability ratio; 0: no weights"
+    )
+    mask_gap: float = Field(1.0, gt=0, description="no learning from a rollout with a token of a larger gap, in nats")
+    stop_gap: float = Field(0.2, gt=0, description="mean gap of a step, in nats, above which the run stops")
+
+
+class Eval(Section):
+    every: int = Field(0, ge=0, description="steps between evaluations; 0: before and after each part only")
+    sequences: int = Field(16, ge=0, description="held-out sequences; 0: no evaluation")
+
+
+class Checkpoint(Section):
+    every: int = Field(0, ge=0, description="steps between checkpoints; 0: at the end only")
+    keep: int = Field(2, ge=1, description="complete checkpoints kept")
+    load: str = Field("", description="a checkpoint folder to start from when the run has none of its own")
+
+
+class Config(Section):
+    model: ModelConfig
+    run: Run = Run()
+    data: Data = Data()
+    parallel: Parallel = Parallel()
+    optimizer: Optimizer = Optimizer()
+    train: Train = Train()
+    refine: Refine = Refine()
+    update: Update = Update()
+    engine: Engine = Engine()
+    eval: Eval = Eval()
+    checkpoint: Checkpoint = Checkpoint()
+
+    @property
+    def mini_batch_size(self) -> int:
+        return self.update.mini_batch_size or self.train.global_batch_size
+
+    @property
+    def fused(self) -> bool:
+        """Whether the update keeps the graphs of scoring and rescoring."""
+        exact = self.mini_batch_size == self.train.global_batch_size and self.parallel.pp == 1
+        return self.update.mode == "fused" or (self.update.mode == "auto" and exact)
+
+    @property
+    def branch_rows(self) -> int:
+        """Rollout tokens a sequence, c * n * k."""
+        return self.refine.num_chunks * self.refine.num_rollouts * self.refine.rollout_len
+
+    @property
+    def shortest_refine_row(self) -> int:
+        """Fewest real tokens of a row on which rollouts start."""
+        return max(self.refine.num_chunks, self.refine.margin + max(self.refine.margin, self.refine.rollout_len))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore, (type(self.model), self.model_dump(serialize_as_any=True))  # its class is made by `load`
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(serialize_as_any=True), sort_keys=False)
+
+
+@functools.cache
+def with_model(schema: type[ModelConfig]) -> type[Config]:
+    """Config with the family's own model section."""
+    return create_model("Config", __base__=Config, model=(schema, ...))
+
+
+def _restore(schema: type[ModelConfig], tree: dict[str, Any]) -> Config:
+    return with_model(schema).model_validate(tree)
