@@ -24,6 +24,7 @@ setup(
         "megatron-core==0.16.1",
         "datasets",
         "einops",
+        "httpx",
         "matplotlib",
         "numpy",
         "packaging",
@@ -37,4 +38,5 @@ setup(
         "wandb",
     ],
     extras_require=EXTRAS,
+    entry_points={"sglang.srt.plugins": ["megatron_refine = megatron_refine.engine.plugin:register"]},
 )

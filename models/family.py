@@ -76,3 +76,9 @@ def reference(family: str) -> Any:
     """The family's slow evaluation: `logits(model, weights in Hugging Face's format, tokens [B, T])`."""
     assert family in FAMILIES, family
     return import_module(f"megatron_refine.models.{family}.reference")
+
+
+def serve(family: str) -> Any:
+    """The family for SGLang: `MODEL`, the class it loads, and `state_shape(model)`. Needs SGLang."""
+    assert family in FAMILIES, family
+    return import_module(f"megatron_refine.models.{family}.serve")

@@ -20,6 +20,14 @@ def stored_names(described: Format, present: set[str], expected: set[str]) -> di
     return found
 
 
+def todays_name(described: Format, name: str) -> str | None:
+    """The name that a tensor of a folder has today; None where no computation reads it."""
+    if unused_names(described, {name}):
+        return None
+    matches = ((_pattern(before).fullmatch(name), now) for before, now in described.renamed.items())
+    return next((now.format(*match.groups()) for match, now in matches if match), name)
+
+
 def unused_names(described: Format, names: set[str]) -> set[str]:
     """Those that no computation reads."""
     patterns = [_pattern(name) for name in described.unused]

@@ -78,7 +78,7 @@ class DeltaMixer(Mixer):
     def own_parameters(self) -> dict[str, nn.Parameter]:
         return {"conv": self.conv}
 
-    def rule_inputs(self, mixed: Tensor, others: Tensor) -> dict[str, Tensor | None]:
+    def rule_inputs(self, mixed: Tensor, others: Tensor) -> dict[str, Tensor]:
         """Columns after the convolution [N, m, G, D] and the others [N, m, G, *] -> q, k, v, beta, g of the delta rule,
         all with this rank's heads [N, m, H, *]."""
         raise NotImplementedError

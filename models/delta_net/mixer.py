@@ -8,12 +8,11 @@ in_proj.weight holds, head by head, the rows [q | k | v | beta]; conv the channe
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from megatron_refine.kernels.delta_rule import l2_normalize
 from megatron_refine.models.common.delta import DeltaMixer
 from megatron_refine.models.delta_net.config import DeltaNetConfig
+from megatron_refine.models.delta_net.rule import rule_inputs
 
 
 class DeltaNetMixer(DeltaMixer):
@@ -28,7 +27,6 @@ class DeltaNetMixer(DeltaMixer):
             conv_size=model.conv_size, eps=model.norm_eps,
         )  # fmt: skip
 
-    def rule_inputs(self, mixed: Tensor, others: Tensor) -> dict[str, Tensor | None]:
+    def rule_inputs(self, mixed: Tensor, others: Tensor) -> dict[str, Tensor]:
         q, k, v = mixed.split(self.widths, -1)
-        beta = others[..., 0].to(torch.promote_types(others.dtype, torch.float32)).sigmoid() * self.beta_range
-        return {"q": l2_normalize(q), "k": l2_normalize(k), "v": v, "beta": beta}
+        return rule_inputs(q, k, v, others[..., 0], self.beta_range)

@@ -12,12 +12,11 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_refine.kernels.delta_rule import l2_normalize
 from megatron_refine.models.common.delta import DeltaMixer
 from megatron_refine.models.gated_delta_net.config import GatedDeltaNetConfig
+from megatron_refine.models.gated_delta_net.rule import gate_output, rule_inputs
 from megatron_refine.models.mixer import sharded
 
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4  # of the initial decay, as in Mamba2
@@ -44,20 +43,17 @@ class GatedDeltaNetMixer(DeltaMixer):
     def own_parameters(self) -> dict[str, nn.Parameter]:
         return super().own_parameters() | {"A_log": self.A_log, "dt_bias": self.dt_bias}
 
-    def rule_inputs(self, mixed: Tensor, others: Tensor) -> dict[str, Tensor | None]:
+    def rule_inputs(self, mixed: Tensor, others: Tensor) -> dict[str, Tensor]:
         q, k, v = mixed.split(self.widths, -1)
-        q, k = (l2_normalize(x).repeat_interleave(self.shared, -2) for x in (q, k))
-        _, a, beta = (x.flatten(-2) for x in others.split(self.other_widths, -1))  # [N, m, H]
-        dtype = torch.promote_types(a.dtype, torch.float32)
-        g = -self.A_log.to(dtype).exp() * F.softplus(a.to(dtype) + self.dt_bias.to(dtype))
+        _, a, b = (x.flatten(-2) for x in others.split(self.other_widths, -1))  # [N, m, H]
         v = v.unflatten(-1, (self.shared, -1)).flatten(-3, -2)
-        return {"q": q, "k": k, "v": v, "beta": beta.to(dtype).sigmoid() * self.beta_range, "g": g}
+        return rule_inputs(q, k, v, a, b, self.A_log, self.dt_bias, self.beta_range)
 
     def output(self, mixed: Tensor, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         normed = self.o_norm(mixed)
         gate = rows[..., self.channels : self.channels + self.other_widths[0]]
         if gate.shape[-1]:
-            normed = normed * F.silu(gate.to(normed.dtype)).unflatten(-1, (self.shared, -1)).flatten(-3, -2)
+            normed = gate_output(normed, gate.unflatten(-1, (self.shared, -1)).flatten(-3, -2))
         return self.out_proj(normed.to(rows.dtype).flatten(-2))
 
 

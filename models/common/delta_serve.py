@@ -1,0 +1,246 @@
+"""Delta-rule models for SGLang: the same kernels as in training, states in SGLang's own pools.
+
+SGLang runs a batch as rows end to end: whole prompts or parts of them (extend), or one token of each request (decode).
+Every request owns a slot of a pool; a slot holds, for each layer, the memory [H, K, V] and the last W-1 rows before the
+convolution. SGLang copies slots where requests share a prefix, keeps those of finished requests, and frees them.
+
+Parameters have the names and shapes of the tensors in Hugging Face's format, one each, so that trainer and server can
+compare checksums. Imported by SGLang's processes only; needs no Megatron.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from sglang.srt.distributed import divide
+from sglang.srt.layers.linear import ColumnParallelLinear, RowParallelLinear
+from sglang.srt.layers.logits_processor import LogitsProcessor
+from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from sglang.srt.model_executor.forward_context import get_attn_backend
+from sglang.srt.model_loader.weight_utils import default_weight_loader
+from sglang.srt.runtime_context import get_parallel
+from torch import Tensor, nn
+
+from megatron_refine.kernels.delta_rule import delta_rule
+from megatron_refine.models.common.conv import short_conv
+
+
+@dataclass(frozen=True)
+class StateShape:
+    """Of a layer, over all ranks."""
+
+    heads: int  # H, of the values
+    key_dim: int  # K
+    value_dim: int  # V
+    key_heads: int  # heads of queries and keys
+    conv_size: int  # W
+
+    @property
+    def channels(self) -> int:
+        """Columns that pass the convolution: queries, keys, values."""
+        return 2 * self.key_heads * self.key_dim + self.heads * self.value_dim
+
+
+class Ragged:
+    """Rows of N requests end to end, as a padded batch [N, L, ...] and back."""
+
+    def __init__(self, batch: Any):
+        if batch.forward_mode.is_decode_or_idle():
+            self.inside: Tensor | None = None  # one row each
+            return
+        lengths = batch.extend_seq_lens
+        offsets = torch.arange(max(batch.extend_seq_lens_cpu), device=lengths.device)
+        self.lengths, self.inside = lengths, offsets < lengths[:, None]
+        last = int(sum(batch.extend_seq_lens_cpu)) - 1
+        self.index = (lengths.cumsum(0)[:, None] - lengths[:, None] + offsets).clamp(max=last)
+
+    def pad(self, rows: Tensor) -> Tensor:
+        """[R, ...] -> [N, L, ...]; what stands in padding rows is of no account."""
+        return rows[:, None] if self.inside is None else rows[self.index]
+
+    def real(self, padded: Tensor) -> Tensor:
+        """[N, L, H] with zeros in padding rows: as beta and g they write nothing and decay nothing."""
+        return padded if self.inside is None else padded * self.inside[..., None]
+
+    def rows(self, padded: Tensor) -> Tensor:
+        """[N, L, ...] -> [R, ...]."""
+        return padded[:, 0] if self.inside is None else padded[self.inside]
+
+    def tail(self, rows: Tensor, width: int) -> Tensor:
+        """The last `width` real rows of each of [N, width + L, C]."""
+        if self.inside is None:
+            return rows[:, -width:]
+        index = self.lengths[:, None] + torch.arange(width, device=rows.device)
+        return rows.gather(1, index[..., None].expand(-1, -1, rows.shape[-1]))
+
+
+class Sharded(nn.Module):
+    """A weight that is no linear layer, cut along axis 0 over tp."""
+
+    def __init__(self, *shape: int):
+        super().__init__()
+        self.weight = sharded_parameter(*shape)
+
+
+def sharded_parameter(*shape: int) -> nn.Parameter:
+    """This rank's part of a parameter of the whole `shape`, cut along axis 0."""
+    parallel = get_parallel()
+    size = divide(shape[0], parallel.tp_size)
+    parameter = nn.Parameter(torch.empty(size, *shape[1:]), requires_grad=False)
+
+    def load(param: nn.Parameter, whole: Tensor) -> None:
+        param.data.copy_(whole.narrow(0, parallel.tp_rank * size, size))
+
+    parameter.weight_loader = load  # type: ignore[attr-defined]
+    return parameter
+
+
+class Norm(nn.Module):
+    """As trained: statistics in at least fp32."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width), requires_grad=False), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+def column(width: int, out: int) -> ColumnParallelLinear:
+    return ColumnParallelLinear(width, out, bias=False)
+
+
+class DeltaAttention(nn.Module):
+    """The mixer of a layer. A family adds its projections and turns them into the inputs of the delta rule."""
+
+    def __init__(self, model: Any, shape: StateShape, layer: int):
+        super().__init__()
+        self.layer, self.shape = layer, shape
+        hidden, keys, values = model.hidden_size, shape.key_heads * shape.key_dim, shape.heads * shape.value_dim
+        self.q_proj, self.k_proj, self.v_proj = (column(hidden, width) for width in (keys, keys, values))
+        self.q_conv1d, self.k_conv1d, self.v_conv1d = (
+            Sharded(width, 1, shape.conv_size) for width in (keys, keys, values)
+        )
+        self.o_norm = Norm(shape.value_dim, model.norm_eps)
+        self.o_proj = RowParallelLinear(values, hidden, bias=False)
+
+    def rule_inputs(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, ragged: Ragged) -> dict[str, Tensor]:
+        """Rows x [R, hidden] and the convolved q, k [N, L, key heads, K], v [N, L, H, V] -> arguments of delta_rule."""
+        raise NotImplementedError
+
+    def gate(self, x: Tensor, normed: Tensor) -> Tensor:
+        """Outputs [R, H, V] after the norm; a family may gate them by the rows x [R, hidden]."""
+        return normed
+
+    def forward(self, x: Tensor, batch: Any, ragged: Ragged) -> Tensor:
+        """[R, hidden] -> [R, hidden]; reads and writes the slots of the batch's requests."""
+        pool = get_attn_backend().conv_state_metadata(self.layer, batch)
+        slots, conv, memory = pool.cache_indices, pool.layer_cache.conv[0], pool.layer_cache.temporal
+        tail, state = conv[slots].mT, memory[slots]
+        if pool.has_initial_state is not None:  # a fresh slot may hold another request's state
+            fresh = ~pool.has_initial_state
+            tail = tail.masked_fill(fresh[:, None, None], 0)
+            state = state.masked_fill(fresh[:, None, None, None], 0)
+        rows = ragged.pad(torch.cat([project(x)[0] for project in (self.q_proj, self.k_proj, self.v_proj)], -1))
+        tail = tail.to(rows.dtype)
+        weight = torch.cat([c.weight for c in (self.q_conv1d, self.k_conv1d, self.v_conv1d)])[:, 0]
+        mixed = short_conv(rows, weight, tail)
+        conv[slots] = ragged.tail(torch.cat([tail, rows], 1), tail.shape[1]).mT.to(conv.dtype)
+        widths = [c.weight.shape[0] for c in (self.q_conv1d, self.k_conv1d, self.v_conv1d)]
+        head_dims = (self.shape.key_dim, self.shape.key_dim, self.shape.value_dim)
+        q, k, v = (z.unflatten(-1, (-1, d)) for z, d in zip(mixed.split(widths, -1), head_dims, strict=True))
+        o, final, _ = delta_rule(**self.rule_inputs(x, q, k, v, ragged), state=state)
+        memory[slots] = final.to(memory.dtype)
+        normed = self.gate(x, self.o_norm(ragged.rows(o)))
+        return self.o_proj(normed.to(x.dtype).flatten(-2))[0]
+
+
+class GatedMLP(nn.Module):
+    """down(SiLU(gate x) * up x), columns over tp."""
+
+    def __init__(self, model: Any):
+        super().__init__()
+        hidden, width = model.hidden_size, model.intermediate_size
+        self.gate_proj, self.up_proj = column(hidden, width), column(hidden, width)
+        self.down_proj = RowParallelLinear(width, hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)[0]) * self.up_proj(x)[0])[0]
+
+
+class Layer(nn.Module):
+    """Norm and mixer, norm and MLP, each with a residual."""
+
+    def __init__(self, model: Any, attention: nn.Module):
+        super().__init__()
+        self.attn_norm, self.attn = Norm(model.hidden_size, model.norm_eps), attention
+        self.mlp_norm, self.mlp = Norm(model.hidden_size, model.norm_eps), GatedMLP(model)
+
+    def forward(self, x: Tensor, batch: Any, ragged: Ragged) -> Tensor:
+        x = x + self.attn(self.attn_norm(x), batch, ragged)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Decoder(nn.Module):
+    """Token ids [R] -> final-norm rows [R, hidden]."""
+
+    def __init__(self, model: Any, attention: Any):
+        super().__init__()
+        # padded no further than tp divides: the checksum of a weight is that of the trainer's rows
+        self.embeddings = VocabParallelEmbedding(model.vocab_size, model.hidden_size, padding_size=1)
+        self.layers = nn.ModuleList(Layer(model, attention(model, i)) for i in range(model.num_layers))
+        self.norm = Norm(model.hidden_size, model.norm_eps)
+
+    def forward(self, tokens: Tensor, batch: Any) -> Tensor:
+        ragged, x = Ragged(batch), self.embeddings(tokens)
+        for layer in self.layers:
+            x = layer(x, batch, ragged)
+        return self.norm(x)
+
+
+class DeltaForCausalLM(nn.Module):
+    """What SGLang loads and calls. A family's subclass names its attention."""
+
+    attention: Any  # attention(model, layer) -> DeltaAttention
+
+    def __init__(self, config: Any, quant_config: Any = None, prefix: str = "", **_: Any):
+        super().__init__()
+        if quant_config is not None:
+            raise ValueError("quantized weights are not served; start the server without --quantization")
+        model = config.typed_model
+        self.model = Decoder(model, type(self).attention)
+        self.lm_head = self.model.embeddings
+        if not model.tie_embeddings:
+            self.lm_head = ParallelLMHead(model.vocab_size, model.hidden_size, padding_size=1)
+        self.logits_processor = LogitsProcessor(config)
+        self.config = config
+
+    def forward(self, input_ids: Tensor, positions: Tensor, forward_batch: Any) -> Any:
+        """Token ids [R] -> SGLang's logits of the rows that it asks for. Positions: the state knows them."""
+        rows = self.model(input_ids, forward_batch)
+        return self.logits_processor(input_ids, rows, self.lm_head, forward_batch)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """(name, whole tensor) of the whole model from files, or a list of some of them as sent by a trainer.
+
+        Raises ValueError for a name that is not the model's, a shape that is not the tensor's, a tensor that is missing
+        in the files. SGLang's own models skip them in silence. What a trainer did not send, its checksums show.
+        """
+        parameters, shapes, loaded = dict(self.named_parameters()), self.config.hf_shapes, set()
+        for stored, tensor in weights:
+            name = self.config.todays_name(stored)
+            if name is None:
+                continue
+            if name not in parameters:
+                raise ValueError(f"{stored}: no tensor of this model")
+            if tuple(tensor.shape) != shapes[name]:
+                raise ValueError(f"{stored}: shape {list(tensor.shape)}, the model has {list(shapes[name])}")
+            parameter = parameters[name]
+            getattr(parameter, "weight_loader", default_weight_loader)(parameter, tensor)
+            loaded.add(name)
+        missing = sorted(parameters.keys() - loaded)
+        if missing and not isinstance(weights, list):
+            raise ValueError(f"missing tensors: {', '.join(missing[:3])}" + ", ..." * (len(missing) > 3))
+        return loaded

@@ -1,0 +1,35 @@
+"""DeltaNet for SGLang. See models/common/delta_serve.py."""
+
+from typing import Any
+
+from torch import Tensor
+
+from megatron_refine.models.common.delta_serve import DeltaAttention, DeltaForCausalLM, Ragged, StateShape, column
+from megatron_refine.models.delta_net.config import DeltaNetConfig
+from megatron_refine.models.delta_net.rule import rule_inputs
+
+
+def state_shape(model: DeltaNetConfig) -> StateShape:
+    """Of a layer, over all ranks."""
+    heads = model.num_heads
+    return StateShape(heads, model.head_dim_k, model.head_dim_v, heads, model.conv_size)
+
+
+class DeltaNetAttention(DeltaAttention):
+    """Adds the write strength."""
+
+    def __init__(self, model: DeltaNetConfig, layer: int):
+        super().__init__(model, state_shape(model), layer)
+        self.beta_range = 2.0 if model.allow_neg_eigval else 1.0
+        self.b_proj = column(model.hidden_size, model.num_heads)
+
+    def rule_inputs(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, ragged: Ragged) -> dict[str, Tensor]:
+        found = rule_inputs(q, k, v, ragged.pad(self.b_proj(x)[0]), self.beta_range)
+        return found | {"beta": ragged.real(found["beta"])}
+
+
+class DeltaNetForCausalLM(DeltaForCausalLM):
+    attention: Any = DeltaNetAttention
+
+
+MODEL = DeltaNetForCausalLM

@@ -1,0 +1,50 @@
+"""Gated DeltaNet for SGLang. See models/common/delta_serve.py."""
+
+from typing import Any
+
+from torch import Tensor
+
+from megatron_refine.models.common.delta_serve import (
+    DeltaAttention,
+    DeltaForCausalLM,
+    Ragged,
+    StateShape,
+    column,
+    sharded_parameter,
+)
+from megatron_refine.models.gated_delta_net.config import GatedDeltaNetConfig
+from megatron_refine.models.gated_delta_net.rule import gate_output, rule_inputs
+
+
+def state_shape(model: GatedDeltaNetConfig) -> StateShape:
+    """Of a layer, over all ranks."""
+    return StateShape(model.value_heads, model.head_dim, model.head_dim_v, model.num_heads, model.conv_size)
+
+
+class GatedDeltaNetAttention(DeltaAttention):
+    """Adds the write strength, the decay and the output gate."""
+
+    def __init__(self, model: GatedDeltaNetConfig, layer: int):
+        super().__init__(model, state_shape(model), layer)
+        self.beta_range = 2.0 if model.allow_neg_eigval else 1.0
+        hidden, heads = model.hidden_size, model.value_heads
+        self.a_proj, self.b_proj = column(hidden, heads), column(hidden, heads)
+        self.A_log, self.dt_bias = sharded_parameter(heads), sharded_parameter(heads)
+        self.g_proj = column(hidden, heads * model.head_dim_v) if model.use_gate else None
+
+    def rule_inputs(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, ragged: Ragged) -> dict[str, Tensor]:
+        a, b = (ragged.pad(project(x)[0]) for project in (self.a_proj, self.b_proj))
+        found = rule_inputs(q, k, v, a, b, self.A_log, self.dt_bias, self.beta_range)
+        return found | {name: ragged.real(found[name]) for name in ("beta", "g")}
+
+    def gate(self, x: Tensor, normed: Tensor) -> Tensor:
+        if self.g_proj is None:
+            return normed
+        return gate_output(normed, self.g_proj(x)[0].unflatten(-1, (-1, self.shape.value_dim)))
+
+
+class GatedDeltaNetForCausalLM(DeltaForCausalLM):
+    attention: Any = GatedDeltaNetAttention
+
+
+MODEL = GatedDeltaNetForCausalLM
