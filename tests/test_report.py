@@ -160,6 +160,11 @@ def test_step_line_of_a_refine_step() -> None:
     )
 
 
+@pytest.mark.parametrize("gap", [math.nan, math.inf, None])
+def test_step_line_of_a_gap_that_is_not_finite(gap: float | None) -> None:
+    assert step_line(REFINE_ROW | {"rollout/logprob_gap_mean": gap}, 100).endswith(" | gap nan")
+
+
 def test_step_line_of_an_ntp_step() -> None:
     row = {"step": 3, "train/loss": 6.789, "perf/tokens_per_sec": 812.4, "perf/mfu": 0.4, "time/step": 0.517}
     assert step_line(row, 100) == "step 3/100 loss 6.79 | 812 tok/s mfu 40% | 0.52s"

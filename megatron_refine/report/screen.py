@@ -90,7 +90,7 @@ def _amount(value: float | None) -> str:
 
 def _short_power(value: float | None) -> str:
     """One digit and its power of ten: 1e-6."""
-    if value is None:
+    if value is None or not math.isfinite(value):
         return "nan"
     digit, power = f"{value:.0e}".split("e")
     return f"{digit}e{int(power)}" if value else "0"
