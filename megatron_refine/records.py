@@ -31,7 +31,7 @@ class Rollouts:
     """What an engine wrote at the selected positions."""
 
     tokens: Tensor  # [B, c, n, k] int64
-    logprobs: Tensor  # [B, c, n, k] fp32, the engine's own: for the gap metric only
+    logprobs: Tensor  # [B, c, n, k] fp32, the engine's own: to see how far it is from the trainer, never as old ones
     weight_version: int
 
 
@@ -43,6 +43,7 @@ class Experience:
     tokens: Tensor  # [B, c, n, k] int64
     old_logprobs: Tensor  # [B, c, n, k] fp32, from the training kernels
     advantages: Tensor  # [B, c, n] fp32
+    weights: Tensor  # [B, c, n, k] fp32, of tokens in the loss, for the engine's mismatch; 0: masked
     usable: Tensor  # [B] bool: false for rows too short for c positions
 
     def rows(self, index: slice) -> "Experience":

@@ -3,7 +3,8 @@
     python -m megatron_refine.train --config configs/quickstart.yaml [key.sub=value ...] [--dry-run]
 
 Ranks come from torchrun or SLURM. The same command resumes the run. Exit codes: 0 done, 2 configuration or data,
-3 loss or gradient not finite, 4 checkpoint, 75 stopped by a signal after saving (run again to go on), 1 anything else.
+3 loss or gradient not finite, 4 checkpoint, 6 engine and trainer disagree on the rollouts, 75 stopped by a
+signal after saving (run again to go on), 1 anything else.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import sys
 from megatron_refine import config as configuration
 from megatron_refine.models.family import FAMILIES
 
-EXIT_CONFIG, EXIT_NON_FINITE, EXIT_CHECKPOINT, EXIT_REQUEUE = 2, 3, 4, 75
+EXIT_CONFIG, EXIT_NON_FINITE, EXIT_CHECKPOINT, EXIT_MISMATCH, EXIT_REQUEUE = 2, 3, 4, 6, 75
 
 
 def train(config: configuration.Config) -> int:
@@ -79,13 +80,15 @@ def _run(config: configuration.Config) -> int:
     """`train` with its failures as exit codes and the process group closed."""
     import torch.distributed as dist
 
-    from megatron_refine.trainer.errors import CheckpointError, NonFiniteError
+    from megatron_refine.trainer.errors import CheckpointError, MismatchError, NonFiniteError
 
     speaks = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))) == 0
     try:
         return train(config)
     except NonFiniteError as error:
         code, message = EXIT_NON_FINITE, str(error)
+    except MismatchError as error:
+        code, message = EXIT_MISMATCH, str(error)
     except CheckpointError as error:
         code, message, speaks = EXIT_CHECKPOINT, str(error), speaks or error.alone
     finally:

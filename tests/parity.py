@@ -58,7 +58,9 @@ def experience(size: int, dtype: torch.dtype, length: int = 192) -> Experience:
     tokens = torch.randint(0, 97, (size, 4, 2, 5), generator=generator)
     old = -2 - torch.rand(size, 4, 2, 5, generator=generator, dtype=dtype)
     advantages = torch.randn(size, 4, 2, generator=generator, dtype=dtype)
-    return Experience(positions, tokens, old, advantages, torch.arange(size) != 3)
+    weights = 2 * torch.rand(size, 4, 2, 5, generator=generator, dtype=dtype)
+    weights[:, 1, 0] = 0  # a masked rollout
+    return Experience(positions, tokens, old, advantages, weights, torch.arange(size) != 3)
 
 
 def full_gradients(model: Any) -> dict[str, Tensor]:

@@ -41,7 +41,7 @@ def synthetic_rows(ntp_steps: int, refine_steps: int) -> list[Row]:
             row |= {
                 "train/nsp_loss": rng.gauss(0, 0.002), "rollout/reward_mean": 0.4 + 0.001 * step + rng.gauss(0, 0.02),
                 "rollout/reward_std": 0.11, "rollout/logprob_gap_mean": 2e-7 * rng.random(),
-                "rollout/logprob_gap_max": 4e-6 * rng.random(),
+                "rollout/logprob_gap_max": 4e-6 * rng.random(), "rollout/masked_fraction": 0.125 * (step == total),
                 "time/score": 0.17, "time/rollout": 0.03, "time/step": 0.75,
             }  # fmt: skip
         if step in (ntp_steps, total):
@@ -113,7 +113,7 @@ SECTIONS = [
 
 def test_keys_are_those_of_a_row() -> None:
     assert KEYS >= REFINE_ROW.keys() | EVAL.keys() | {"consumed_samples", "attempt", "perf/peak_memory_bytes"}
-    assert len(KEYS) == 3 + 8 + 7 + 5 + 3 + 9
+    assert len(KEYS) == 3 + 8 + 9 + 5 + 3 + 9
 
 
 def test_metrics_round_trip_writes_what_is_not_finite_as_null(tmp_path: Path) -> None:
@@ -160,6 +160,18 @@ def test_step_line_of_a_refine_step() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("share", "text"), [(0.0, ""), (0.002, " masked <1%"), (0.031, " masked 3%"), (1.0, " masked 100%")]
+)
+def test_step_line_says_how_many_rollouts_were_masked(share: float, text: str) -> None:
+    assert step_line(REFINE_ROW | {"rollout/masked_fraction": share}, 100).endswith(f" | gap 1e-6{text}")
+
+
+@pytest.mark.parametrize("gap", [math.nan, math.inf, None])
+def test_step_line_of_a_gap_that_is_not_finite(gap: float | None) -> None:
+    assert step_line(REFINE_ROW | {"rollout/logprob_gap_mean": gap}, 100).endswith(" | gap nan")
+
+
 def test_step_line_of_an_ntp_step() -> None:
     row = {"step": 3, "train/loss": 6.789, "perf/tokens_per_sec": 812.4, "perf/mfu": 0.4, "time/step": 0.517}
     assert step_line(row, 100) == "step 3/100 loss 6.79 | 812 tok/s mfu 40% | 0.52s"
@@ -199,6 +211,7 @@ def test_report_has_every_section_and_escapes_text(tmp_path: Path) -> None:
     assert page.tags.count("svg") == 5
     assert len(page.ids) == len(set(page.ids))
     assert "script" not in page.tags and SCRIPT in page.text
+    assert "At most 12.5% of a step's rollouts were masked" in page.text
     assert "after REFINE" in page.text and "1 restart." in page.text and "# <tiny>" in page.text
     source = (run / "report.html").read_text()
     assert "#0000e" not in source and "http" not in source.replace("http://www.w3.org/", "")

@@ -260,12 +260,15 @@ def test_unusable_rows_count_for_no_rollout_metric() -> None:
     rewards, entropy, gap = random(3, 2, 2), random(3, 6, seed=1), random(3, 2, 2, 2, seed=2)
     zero = torch.tensor([0.5, 1.0, 1.0])
     nothing = torch.empty(0)
-    experience = Experience(nothing, nothing, nothing, nothing, torch.tensor([True, False, True]))
+    weights = random(3, 2, 2, 2, seed=3)
+    weights[1:, 0, 1] = 0  # masked: one of an unusable row, one of a usable one
+    experience = Experience(nothing, nothing, nothing, nothing, weights, torch.tensor([True, False, True]))
     found = rollout_sums(experience, rewards, entropy, torch.tensor([6, 2, 4]), zero, gap)
     r, g = rewards[[0, 2]], gap[[0, 2]]
     tokens = entropy[0].sum() + entropy[1, :2].sum() + entropy[2, :4].sum()
     expected = torch.stack([r.sum(), (r**2).sum(), r.new_tensor(8), tokens, *r.new_tensor([12, 1.5, 2]), g.sum()])
-    assert found.tolist() == pytest.approx([*expected.tolist(), 16], rel=1e-12)  # fp64
+    weight = float(weights[[0, 2]].sum())
+    assert found.tolist() == pytest.approx([*expected.tolist(), 16, 1, weight, 14], rel=1e-12)  # fp64
 
 
 def test_resolve_finds_functions() -> None:

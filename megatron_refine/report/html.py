@@ -126,6 +126,8 @@ def _gap(rows: Sequence[Row]) -> str:
     if not measured:
         return page.section("Log-prob gap", page.text("No rollout has been compared with the training kernels."))
     note = "Between the rollout engine and the training kernels; a rise means that the engine drifts from the trainer."
+    masked = max(row.get("rollout/masked_fraction") or 0.0 for row in measured)
+    note += f" At most {masked:.1%} of a step's rollouts were masked (engine.mask_gap)." if masked else ""
     return page.section("Log-prob gap", page.figure(figures.gaps(measured)), note)
 
 

@@ -12,7 +12,7 @@ Row = dict[str, Any]
 _NAMES = {
     "train": "loss ntp_loss nsp_loss grad_norm lr clip_fraction ratio_mean optimizer_steps",
     "rollout": "reward_mean reward_std entropy_mean zero_variance_groups "
-    "logprob_gap_mean logprob_gap_max weight_version",
+    "logprob_gap_mean logprob_gap_max masked_fraction importance_mean weight_version",
     "eval": "ntp_loss ntp_accuracy entropy reward_mean greedy_match",
     "perf": "tokens_per_sec mfu peak_memory_bytes",
     "time": "score select rollout rescore reward update sync checkpoint step",

@@ -18,14 +18,17 @@ _SHARES = ("score", "rollout", "update")
 
 
 def step_line(metrics: Row, total_steps: int) -> str:
-    """One training step; shares are of the step's seconds, the gap is the mean between engine and trainer in nats."""
+    """One training step; shares are of the step's seconds, the gap is the mean between engine and trainer in nats.
+
+    How many rollouts were masked is said where any were.
+    """
     losses = f"step {metrics['step']}/{total_steps} loss {number(metrics, 'train/loss', '.2f')}"
     if not is_refine(metrics):
         return f"{losses} | {_speed(metrics)} | {number(metrics, 'time/step', '.2f')}s"
     reward = f"{number(metrics, 'rollout/reward_mean', '.2f')}±{number(metrics, 'rollout/reward_std', '.2f')}"
     losses += f" ntp {number(metrics, 'train/ntp_loss', '.2f')} nsp {number(metrics, 'train/nsp_loss', '.3f')}"
     gap = _short_power(metrics.get("rollout/logprob_gap_mean"))
-    return f"{losses} reward {reward} | {_speed(metrics)} | {_stages(metrics)} | gap {gap}"
+    return f"{losses} reward {reward} | {_speed(metrics)} | {_stages(metrics)} | gap {gap}{_masked(metrics)}"
 
 
 def eval_line(metrics: Row) -> str:
@@ -79,6 +82,11 @@ def _stages(metrics: Row) -> str:
     return f"{shares} sync {metrics.get('time/sync') or 0.0:.1f}s"
 
 
+def _masked(metrics: Row) -> str:
+    share = metrics.get("rollout/masked_fraction") or 0.0
+    return f" masked {share:.0%}" if share >= 0.01 else " masked <1%" if share > 0 else ""
+
+
 def _amount(value: float | None) -> str:
     if value is None:
         return "nan"
@@ -90,7 +98,7 @@ def _amount(value: float | None) -> str:
 
 def _short_power(value: float | None) -> str:
     """One digit and its power of ten: 1e-6."""
-    if value is None:
+    if value is None or not math.isfinite(value):
         return "nan"
     digit, power = f"{value:.0e}".split("e")
     return f"{digit}e{int(power)}" if value else "0"

@@ -17,6 +17,7 @@ from megatron_refine.step import objective
 from megatron_refine.step.advantage import advantages, zero_variance_groups
 from megatron_refine.step.hooks import resolve
 from megatron_refine.step.metrics import rollout_metrics, rollout_sums
+from megatron_refine.step.mismatch import check_gap, logprob_gap, token_weights
 from megatron_refine.step.reward import REWARDS
 from megatron_refine.step.select import select_positions, usable
 from megatron_refine.trainer import forward
@@ -44,7 +45,7 @@ class Explored:
     entropy: Tensor  # [B, T]
     correct: Tensor  # [B, T] bool: the true next token has the highest logit
     truth: Tensor  # [B, c, k]
-    gap: Tensor  # [B, c, n, k], |engine's log-probability - ours|
+    gap: Tensor  # [B, c, n, k], |engine's log-probability - ours|, infinite where the engine's is not finite
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class RefineStep:
         """One step on this rank's part of the batch (its part of each mini-batch in turn).
 
         NTP-only steps make one optimizer step. Returns the train/, rollout/ and time/ metrics, means over all ranks.
+        Raises MismatchError on all ranks where the engine is too far off; the model has then learned from it.
         """
         size = self.config.train.micro_batch_size
         micros = [batch.rows(slice(i, i + size)) for i in range(0, len(batch.tokens), size)]
@@ -94,13 +96,15 @@ class RefineStep:
         if refine:
             self.last = explored[0]
             metrics |= self._rollout_metrics(micros, explored, step)
+            gaps = metrics["rollout/logprob_gap_mean"], metrics["rollout/logprob_gap_max"]
+            check_gap(*gaps, self.config.engine.stop_gap, step + 1)  # a fused update has its rollouts inside: after it
         return metrics | self.clock.take()
 
     def explore(
         self, batch: Batch, step: int, keep_graph: bool, temperature: float | None = None
     ) -> tuple[Explored, Outputs]:
         """Score, select, rollout, rescore and reward of a micro-batch; `temperature` overrides that of the rollouts."""
-        c = self.config.refine
+        c, limits = self.config.refine, self.config.engine
         with self.clock("score"), torch.set_grad_enabled(keep_graph):
             main = forward.main_pass(self.model, batch.tokens)
         with self.clock("select"), torch.set_grad_enabled(keep_graph):
@@ -115,9 +119,12 @@ class RefineStep:
             truth, h_true = _continuations(batch.tokens, main.rows, positions, c.rollout_len)
             rewards = self.reward(rollouts.tokens, truth, branch.rows.view(*rollouts.tokens.shape, -1), h_true)
             old = branch.logprobs.detach()
-            enough = usable(batch.lengths, c.num_chunks, c.margin, c.rollout_len)
-            experience = Experience(positions, rollouts.tokens, old, advantages(rewards, c.advantage_eps), enough)
-        gap = (rollouts.logprobs - old).abs()
+            experience = Experience(
+                positions, rollouts.tokens, old, advantages(rewards, c.advantage_eps),
+                token_weights(old, rollouts.logprobs, limits.mask_gap, limits.importance_cap),
+                usable(batch.lengths, c.num_chunks, c.margin, c.rollout_len),
+            )  # fmt: skip
+        gap = logprob_gap(old, rollouts.logprobs)
         explored = Explored(experience, rewards, main.scores.entropy, main.scores.correct, truth, gap)
         return explored, Outputs(main.scores.logprobs[:, :-1], branch.logprobs, experience)
 
@@ -180,8 +187,10 @@ class RefineStep:
         terms = objective.policy_terms(
             outputs.branch_logprobs, e.old_logprobs, e.advantages, c.clip_low, c.clip_high, c.dual_clip
         )  # fmt: skip
-        weight = e.usable[:, None, None, None] / item.nsp_count
-        nsp, clipped, ratio = ((term * weight).sum() for term in (terms.loss, terms.clipped, terms.ratio))
+        # Means over the rollout tokens of usable sequences. Masked ones count, as zeros of the loss: a fused update
+        # fixes their number before it has rollouts. Clips and ratios compare the trainer with itself: no weights there.
+        parts = (terms.loss * e.weights, terms.clipped, terms.ratio)
+        nsp, clipped, ratio = ((part * e.usable[:, None, None, None]).sum() / item.nsp_count for part in parts)
         return c.ntp_coef * ntp + c.nsp_coef * nsp, torch.stack([ntp, nsp, clipped, ratio])
 
     def _loss_metrics(self, results: list[UpdateResult], refine: bool) -> dict[str, float]:
@@ -203,7 +212,8 @@ class RefineStep:
             rollout_sums(x.experience, x.rewards, x.entropy, m.lengths, zero_variance_groups(x.rewards), x.gap)
             for m, x in zip(micros, explored, strict=True)
         ]
-        largest = torch.stack([x.gap.max() for x in explored]).max()
+        gaps = (x.gap.masked_fill(~x.experience.usable[:, None, None, None], 0) for x in explored)
+        largest = torch.stack([gap.max() for gap in gaps]).max()
         return rollout_metrics(sums, largest, version, self.ranks.dp_group)
 
 

@@ -5,6 +5,10 @@ class NonFiniteError(RuntimeError):
     """Too many steps in a row had a non-finite loss or gradient."""
 
 
+class MismatchError(RuntimeError):
+    """Engine and trainer disagree on the probabilities of rollouts: by how much, which key is the limit, what to do."""
+
+
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written or must not be read: which file, what is wrong, what to do.
 
