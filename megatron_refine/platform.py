@@ -14,7 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -81,11 +81,40 @@ def init_process_group(timeout_minutes: float) -> None:
     os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", os.getpid())) % 20000))
     os.environ.setdefault("MASTER_ADDR", _first_host(os.environ.get("SLURM_JOB_NODELIST", "")) or "127.0.0.1")
     timeout = timedelta(minutes=timeout_minutes)
-    if has_gpu():
-        dist.init_process_group("nccl", rank=rank, world_size=world, timeout=timeout, device_id=device())
-    else:
+    if not has_gpu():
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-        dist.init_process_group("gloo", rank=rank, world_size=world, timeout=timeout)
+    own_device = device() if has_gpu() else None
+    dist.init_process_group(backend(), rank=rank, world_size=world, timeout=timeout, device_id=own_device)
+
+
+def backend() -> str:
+    """Of collectives on tensors of `device()`."""
+    return "nccl" if has_gpu() else "gloo"
+
+
+class GroupStore:
+    """The meeting point of a process group with processes that are no ranks of ours; this process is its rank 0."""
+
+    def __init__(self, address: str, seconds: float):
+        """address: this machine as the others reach it; seconds: deadline of every operation."""
+        self.timeout = timedelta(seconds=seconds)
+        self._store = dist.TCPStore(address, 0, is_master=True, timeout=self.timeout, wait_for_workers=False)
+        self.port = self._store.port
+
+    def join(self, name: str, world: int) -> Any:
+        """Waits for the other `world` - 1. Raises RuntimeError in time where they do not come.
+
+        torch offers no public way to make a group outside of the default one; its own new_group uses this helper, and
+        so does the other side.
+        """
+        from torch.distributed import distributed_c10d as c10d
+
+        store = dist.PrefixStore(name, self._store)
+        group, _ = c10d._new_process_group_helper(
+            world, 0, [], c10d.Backend(backend()), store, group_name=cast(Any, name), timeout=self.timeout
+        )
+        c10d._world.pg_group_ranks[group] = {rank: rank for rank in range(world)}
+        return group
 
 
 def _first_host(nodelist: str) -> str:

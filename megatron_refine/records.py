@@ -80,6 +80,14 @@ class RolloutEngine(Protocol):
         """Take over the trainer's weights; returns when rollouts come from `weight_version`."""
         ...
 
+    def metrics(self) -> dict[str, float]:
+        """The engine/ metrics of a step."""
+        ...
+
+    def close(self) -> None:
+        """End what the engine started."""
+        ...
+
 
 Reward = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """reward(tokens [B,c,n,k], truth [B,c,k], h_pred [B,c,n,k,h], h_true [B,c,k,h]) -> [B,c,n]"""

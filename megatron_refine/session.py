@@ -1,11 +1,13 @@
 """A training run, set up: everything that train.py's loop uses, on every rank."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
 import torch.distributed as dist
+from torch import nn
 
 from megatron_refine import platform
 from megatron_refine.config import Config, ConfigError
@@ -15,13 +17,13 @@ from megatron_refine.data.tokenizer import decode
 from megatron_refine.engine.native import NativeEngine
 from megatron_refine.estimate.flops import step_flops
 from megatron_refine.eval.heldout import HeldOut
-from megatron_refine.records import Batch
+from megatron_refine.records import Batch, RolloutEngine
 from megatron_refine.report.folder import RunFolder
 from megatron_refine.step.refine import RefineStep
 from megatron_refine.trainer.checkpoint import Checkpoints, Progress
 from megatron_refine.trainer.model import build_model
 from megatron_refine.trainer.optimizer import Updater
-from megatron_refine.trainer.parallel import init_parallel
+from megatron_refine.trainer.parallel import Ranks, init_parallel
 from megatron_refine.trainer.signals import StopRequest
 
 
@@ -35,6 +37,14 @@ def _check_writable(folder: Path) -> None:
         raise ConfigError(f"run.dir={folder}: cannot be written: {error.strerror}; name another folder") from None
 
 
+def _engine(config: Config, model: nn.Module, ranks: Ranks, say: Callable[[str], None]) -> RolloutEngine:
+    if config.engine.kind == "native" or not config.refine.enabled:
+        return NativeEngine(model)
+    from megatron_refine.engine.sglang import SGLangEngine
+
+    return SGLangEngine(config, model, ranks, say)
+
+
 class Session:
     """Data, model, engine, checkpoints and run folder. Construction resumes from the newest complete checkpoint."""
 
@@ -43,17 +53,25 @@ class Session:
             _check_writable(Path(config.run.dir))
             prepare(config)  # once, before any group exists: bad data ends the run here; the other ranks find the rows
         self.config, self.ranks = config, init_parallel(config)
+        self.folder: RunFolder | None = None
         dist.barrier()
         self.data, self.device = prepare(config), platform.device()
         model = build_model(config, self.ranks)
         self.updater = Updater(config, model, self.ranks)
-        self.step = RefineStep(config, model, NativeEngine(model), self.updater, self.ranks)
+        self.engine = _engine(config, model, self.ranks, self.say)
+        self.step = RefineStep(config, model, self.engine, self.updater, self.ranks)
         self.heldout = HeldOut(self.step, self.data.valid, self.device)
         self.checkpoints = Checkpoints(Path(config.run.dir) / "checkpoints", config, self.ranks)
         self.progress = self._resume()
         self.stop = StopRequest()
         self.folder = RunFolder(config, self.progress.step, print) if self.ranks.is_main else None
         self.peak_flops = platform.peak_flops() * self.ranks.world
+
+    def __enter__(self) -> "Session":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.engine.close()
 
     def _resume(self) -> Progress:
         fresh = Progress(data=self.data.train.fingerprint)
@@ -90,19 +108,25 @@ class Session:
         seconds, size = time.perf_counter() - start, self.config.train.global_batch_size
         self.progress = Progress(done.step + 1, done.consumed_samples + size, done.data)
         flops = step_flops(self.config)
-        return metrics | {
-            "step": self.progress.step,
-            "consumed_samples": self.progress.consumed_samples,
-            "time/step": seconds,
-            "perf/tokens_per_sec": size * self.config.data.seq_length / seconds,
-            "perf/mfu": (flops.refine if refine else flops.ntp) / seconds / self.peak_flops,
-            "perf/peak_memory_bytes": platform.peak_memory_bytes(),
-        }
+        return (
+            metrics
+            | self.engine.metrics()
+            | {
+                "step": self.progress.step,
+                "consumed_samples": self.progress.consumed_samples,
+                "time/step": seconds,
+                "perf/tokens_per_sec": size * self.config.data.seq_length / seconds,
+                "perf/mfu": (flops.refine if refine else flops.ntp) / seconds / self.peak_flops,
+                "perf/peak_memory_bytes": platform.peak_memory_bytes(),
+            }
+        )
 
     def evaluate(self) -> dict[str, float]:
         """The eval/ metrics of the held-out sequences; {} where there are none to evaluate."""
         if not self.config.eval.sequences:
             return {}
+        if self.config.refine.enabled:
+            self.engine.sync(self.progress.step)
         metrics = self.heldout()
         if self.folder and self.heldout.sample:
             self.folder.save_samples(self._samples(*self.heldout.sample))

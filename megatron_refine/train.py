@@ -3,25 +3,28 @@
     python -m megatron_refine.train --config configs/quickstart.yaml [key.sub=value ...] [--dry-run]
 
 Ranks come from torchrun or SLURM. The same command resumes the run. Exit codes: 0 done, 2 configuration or data,
-3 loss or gradient not finite, 4 checkpoint, 6 engine and trainer disagree on the rollouts, 75 stopped by a
-signal after saving (run again to go on), 1 anything else.
+3 loss or gradient not finite, 4 checkpoint, 5 engine cannot go on, 6 engine and trainer disagree on the rollouts,
+75 stopped by a signal after saving (run again to go on), 1 anything else.
 """
 
 import argparse
+import contextlib
 import os
 import sys
+from typing import TYPE_CHECKING
 
 from megatron_refine import config as configuration
 from megatron_refine.models.family import FAMILIES
 
-EXIT_CONFIG, EXIT_NON_FINITE, EXIT_CHECKPOINT, EXIT_MISMATCH, EXIT_REQUEUE = 2, 3, 4, 6, 75
-
-
-def train(config: configuration.Config) -> int:
-    """The run, on this rank. Returns the exit code."""
+if TYPE_CHECKING:
     from megatron_refine.session import Session
 
-    session = Session(config)
+EXIT_CONFIG, EXIT_NON_FINITE, EXIT_CHECKPOINT, EXIT_ENGINE, EXIT_MISMATCH, EXIT_REQUEUE = 2, 3, 4, 5, 6, 75
+
+
+def train(session: "Session") -> int:
+    """The run, on this rank. Returns the exit code."""
+    config = session.config
     last, start = config.train.steps, config.refine.start_step
     session.say(f"run {config.run.dir}: step {session.progress.step}/{last}, {session.ranks.world} ranks, "
                 f"{'fused' if config.fused else 'two-pass'} update")  # fmt: skip
@@ -77,26 +80,29 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(config: configuration.Config) -> int:
-    """`train` with its failures as exit codes and the process group closed."""
+    """`train` with its failures as exit codes, and all that it started ended."""
     import torch.distributed as dist
 
+    from megatron_refine.engine.errors import EngineError
+    from megatron_refine.session import Session
     from megatron_refine.trainer.errors import CheckpointError, MismatchError, NonFiniteError
 
+    codes: dict[type[Exception], int] = {
+        NonFiniteError: EXIT_NON_FINITE,
+        CheckpointError: EXIT_CHECKPOINT,
+        EngineError: EXIT_ENGINE,
+        MismatchError: EXIT_MISMATCH,
+    }
     speaks = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))) == 0
-    try:
-        return train(config)
-    except NonFiniteError as error:
-        code, message = EXIT_NON_FINITE, str(error)
-    except MismatchError as error:
-        code, message = EXIT_MISMATCH, str(error)
-    except CheckpointError as error:
-        code, message, speaks = EXIT_CHECKPOINT, str(error), speaks or error.alone
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    if speaks:
-        print(message, file=sys.stderr)
-    return code
+    ending = contextlib.ExitStack()
+    ending.callback(lambda: dist.destroy_process_group() if dist.is_initialized() else None)
+    with ending:
+        try:
+            return train(ending.enter_context(Session(config)))
+        except tuple(codes) as error:  # said before servers are ended: torchrun gives the ranks little time
+            if speaks or getattr(error, "alone", False):
+                print(error, file=sys.stderr, flush=True)
+            return codes[type(error)]
 
 
 if __name__ == "__main__":

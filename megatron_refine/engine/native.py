@@ -20,6 +20,12 @@ class NativeEngine:
         """The weights are the trainer's own: nothing to move."""
         self.weight_version = weight_version
 
+    def metrics(self) -> dict[str, float]:
+        return {}
+
+    def close(self) -> None:
+        """Nothing was started."""
+
     @torch.no_grad()
     def rollout(self, request: RolloutRequest) -> Rollouts:
         assert request.fork is not None, "the native engine decodes from forked states"

@@ -23,12 +23,15 @@ class HeldOut:
     def __call__(self) -> dict[str, float]:
         """The eval/ metrics: means over all tokens, and over all rollouts, of the held-out sequences."""
         config, ranks = self.step.config, self.step.ranks
-        mine = range(min(config.eval.sequences, len(self.rows)))[ranks.dp_rank :: ranks.dp]
+        everyone = range(min(config.eval.sequences, len(self.rows)))
+        mine = everyone[ranks.dp_rank :: ranks.dp]
         total = torch.zeros(7, dtype=torch.float64, device=self.device)
-        for i in range(0, len(mine), config.train.micro_batch_size):
-            index = mine[i : i + config.train.micro_batch_size]
+        for i in range(0, -(-len(everyone) // ranks.dp), config.train.micro_batch_size):
+            # a replica without a sequence of its own takes part all the same: engines want all ranks in step
+            index = mine[i : i + config.train.micro_batch_size] or everyone[:1]
             batch = self.rows.batch(index, index).to(self.device)
-            total += self._rollouts(batch) if config.refine.enabled else self._tokens(batch)
+            sums = self._rollouts(batch) if config.refine.enabled else self._tokens(batch)
+            total += sums * (i < len(mine))
         self.step.clock.take()  # no part of a training step's seconds
         loss, correct, entropy, tokens, reward, matches, rollouts = sum_over(total, ranks.dp_group).tolist()
         metrics = {

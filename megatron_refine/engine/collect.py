@@ -1,0 +1,83 @@
+"""Rollouts of a micro-batch from servers: token ids out, token ids and log-probabilities back."""
+
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_refine.engine.client import Client
+from megatron_refine.engine.errors import ServerError
+from megatron_refine.engine.guard import check_label
+from megatron_refine.records import RolloutRequest
+
+
+class Collector:
+    """Keeps what it has, so that it can go on after servers were recovered.
+
+    All prefixes of a sequence go to one server, in the order of their lengths: SGLang keeps the state at the end of
+    every prompt, so each is computed from where the one before it ended. With n > 1 rollouts a position all but the
+    last token are sent ahead, alone: the n requests then start from that state.
+    """
+
+    def __init__(self, request: RolloutRequest, label: str, max_requests: int):
+        """label: the version of the weights that must answer."""
+        self.request, self.label, self.max_requests = request, label, max_requests
+        self.prefixes: list[list[int]] = request.tokens.tolist()
+        self.positions: list[list[int]] = request.positions.tolist()
+        self.found: dict[tuple[int, int], list[tuple[list[int], list[float]]]] = {}  # (sequence, chunk) -> n rollouts
+        self.prompt_tokens = self.cached_tokens = 0
+        self._counting = threading.Lock()
+
+    def run(self, clients: Sequence[Client]) -> None:
+        """Ask for all that is missing. Raises ServerError where a request failed, after the others have ended."""
+        samples = self.request.sample_ids.tolist()
+        with ThreadPoolExecutor(min(self.max_requests, len(samples))) as pool:
+            running = [
+                pool.submit(self._sequence, i, clients[sample % len(clients)]) for i, sample in enumerate(samples)
+            ]
+        for future in running:
+            future.result()
+
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """Tokens and log-probabilities, [B, c, n, k]."""
+        order = [[self.found[i, j] for j in range(len(row))] for i, row in enumerate(self.positions)]
+        tokens = torch.tensor([[[t for t, _ in rollouts] for rollouts in row] for row in order])
+        logprobs = torch.tensor([[[p for _, p in rollouts] for rollouts in row] for row in order])
+        return tokens, logprobs
+
+    def _sequence(self, i: int, client: Client) -> None:
+        r = self.request
+        sampling = {"max_new_tokens": r.rollout_len, "temperature": r.temperature, "ignore_eos": True, "top_p": 1.0}
+        sampling |= {"top_k": -1, "min_p": 0.0}  # whatever generation_config.json of the served folder says
+        ahead = -1
+        for j in sorted(range(len(self.positions[i])), key=lambda j: self.positions[i][j]):
+            p = self.positions[i][j]
+            if (i, j) in self.found:
+                continue
+            if r.num_rollouts > 1 and p > 1 and p - 1 != ahead:
+                self._ask(client, [self.prefixes[i][: p - 1]], {"max_new_tokens": 0})
+                ahead = p - 1
+            answers = self._ask(client, [self.prefixes[i][:p]] * r.num_rollouts, sampling)
+            self.found[i, j] = [self._rollout(client, answer) for answer in answers]
+
+    def _ask(self, client: Client, prompts: list[list[int]], sampling: dict[str, Any]) -> list[dict[str, Any]]:
+        # the version is part of the cache's key: a state of other weights is never found
+        answers = client.generate(
+            input_ids=prompts, sampling_params=sampling, return_logprob=True, extra_key=self.label
+        )
+        with self._counting:
+            self.prompt_tokens += sum(answer["meta_info"]["prompt_tokens"] for answer in answers)
+            self.cached_tokens += sum(answer["meta_info"]["cached_tokens"] for answer in answers)
+        return answers
+
+    def _rollout(self, client: Client, answer: dict[str, Any]) -> tuple[list[int], list[float]]:
+        check_label(client.url, answer, self.label)
+        tokens = answer["output_ids"]
+        logprobs = [entry[0] for entry in answer["meta_info"]["output_token_logprobs"]]
+        if len(tokens) != self.request.rollout_len or len(logprobs) != len(tokens):
+            reason = answer["meta_info"].get("finish_reason")
+            raise ServerError(f"{client.url}: {len(tokens)} of {self.request.rollout_len} tokens: {reason}")
+        return tokens, [float("nan") if value is None else value for value in logprobs]

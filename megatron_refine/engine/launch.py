@@ -1,0 +1,115 @@
+"""SGLang servers as processes of their own interpreter: command, environment, log, end."""
+
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import yaml
+
+from megatron_refine import platform
+from megatron_refine.config import Config, Engine
+
+PR_SET_PDEATHSIG = 1  # of prctl(2)
+STOP_SECONDS = 10.0
+# Of our own ranks: a server has ranks of its own.
+NOT_INHERITED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
+CPU_ARGUMENTS = ["--device", "cpu", "--attention-backend", "torch_native", "--sleep-on-idle"]
+
+
+class Process:
+    """A server that this rank started. It ends with this rank, whatever ends that."""
+
+    def __init__(self, command: list[str], environment: dict[str, str], log: Path):
+        log.parent.mkdir(parents=True, exist_ok=True)
+        self.log = log
+        with log.open("ab") as file:
+            self._process = subprocess.Popen(
+                command, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
+                start_new_session=True, preexec_fn=_end_with_parent,
+                cwd=log.parent,  # python -m puts the working directory before all packages
+            )  # fmt: skip
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def ended(self) -> bool:
+        return self._process.poll() is not None
+
+    def stop(self) -> None:
+        """End it and all that it started."""
+        if not self.ended():
+            self._process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(STOP_SECONDS)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+    def last_words(self) -> str:
+        """The last line of the log that names an error, and where the log is."""
+        lines = self.log.read_text(errors="replace").splitlines()
+        named = [line.strip() for line in lines if "Error" in line and not line.startswith(" ")]
+        return f"{named[-1][:300] if named else 'see its log'} ({self.log})"
+
+
+def launch(config: Config, weights: Path, port: int, log: Path) -> Process:
+    """Start a server of the model in `weights`, a folder in Hugging Face's format."""
+    return Process(command(config, weights, port, log.parent), environment(config.engine), log)
+
+
+def command(config: Config, weights: Path, port: int, folder: Path) -> list[str]:
+    """The command line. An API key goes into a file that only this user can read: command lines are public."""
+    engine = config.engine
+    arguments = [
+        "--model-path", str(weights), "--host", engine.host, "--port", str(port), "--tp", str(engine.tp),
+        "--dtype", {"fp32": "float32", "bf16": "bfloat16"}[config.train.precision],
+        "--skip-tokenizer-init", "--skip-server-warmup", "--random-seed", str(config.run.seed),
+    ]  # fmt: skip
+    if not platform.has_gpu():
+        arguments += CPU_ARGUMENTS
+    if engine.api_key_env:
+        secret = folder / "server.yaml"
+        secret.touch(0o600)
+        secret.write_text(yaml.safe_dump({"api-key": os.environ[engine.api_key_env]}))
+        arguments += ["--config", str(secret)]
+    return [os.path.abspath(engine.python), "-m", "sglang.launch_server", *arguments, *engine.args]
+
+
+def environment(engine: Engine) -> dict[str, str]:
+    """This process's, without its place among our ranks."""
+    kept = {
+        name: value for name, value in os.environ.items()
+        if name not in NOT_INHERITED and not name.startswith(("TORCHELASTIC_", "SLURM_"))
+    }  # fmt: skip
+    # log-probabilities at temperature 1, whatever a rollout was drawn at
+    kept |= {"SGLANG_RETURN_ORIGINAL_LOGPROB": "1", "HF_HUB_OFFLINE": "1"}
+    if not platform.has_gpu():
+        kept |= {"SGLANG_USE_CPU_ENGINE": "1"}
+    return kept | engine.env
+
+
+def free_port(host: str) -> int:
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+def _end_with_parent() -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def wait_until(done: Callable[[], bool], seconds: float, pause: float = 0.2) -> bool:
+    """Whether `done()` came true within so many seconds."""
+    deadline = time.monotonic() + seconds
+    while not done():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(pause)
+    return True

@@ -1,0 +1,95 @@
+"""A server and what may be done with it.
+
+    STARTING -> STALE -> HEALTHY        launched or found; answers; has the announced weights, checked
+    HEALTHY -> STALE                    a sync began: its weights are in doubt until the sync ends
+    any -> DEAD -> STARTING             does not answer; launched again
+
+So no server goes from DEAD to HEALTHY without a sync, and only a HEALTHY one gets rollouts.
+"""
+
+import enum
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_refine.config import Config
+from megatron_refine.engine.client import Client
+from megatron_refine.engine.errors import ServerError
+from megatron_refine.engine.launch import Process, launch, wait_until
+
+
+class State(enum.Enum):
+    STARTING = "starting"
+    STALE = "stale"
+    HEALTHY = "healthy"
+    DEAD = "dead"
+
+
+MOVES = {
+    State.STARTING: {State.STALE, State.DEAD},
+    State.STALE: {State.STALE, State.HEALTHY, State.DEAD},
+    State.HEALTHY: {State.STALE, State.DEAD},
+    State.DEAD: {State.STARTING, State.DEAD},
+}
+
+
+@dataclass
+class Server:
+    """On the rank that manages servers."""
+
+    client: Client
+    tp: int
+    log: Path
+    state: State = State.DEAD
+    process: Process | None = None  # None: not ours
+    starts: int = 0
+    device: str = "cpu"  # where it keeps its weights
+    has_sessions: bool = True  # knows begin_weight_update and end_weight_update
+
+    @property
+    def url(self) -> str:
+        return self.client.url
+
+    def move(self, state: State) -> None:
+        assert state in MOVES[self.state], f"{self.url}: {self.state.value} -> {state.value}"
+        self.state = state
+
+    def start(self, config: Config, weights: Path) -> None:
+        """Launch it with the weights of a folder, or look for it where it should run already."""
+        self.stop()
+        self.move(State.DEAD)
+        self.move(State.STARTING)
+        self.starts += 1
+        if not config.engine.urls:
+            port = int(self.url.rpartition(":")[2])
+            self.process = launch(config, weights, port, self.log.with_suffix(f".{self.starts}.log"))
+
+    def await_health(self, seconds: float) -> None:
+        """STARTING -> STALE. Raises ServerError where it ends or does not answer in time."""
+        if not wait_until(lambda: self.client.healthy() or self.ended(), seconds):
+            self.move(State.DEAD)
+            raise ServerError(
+                f"{self.url}: not healthy after {seconds:g} s" + (f"; {self._words()}" * bool(self.process))
+            )
+        if self.ended():
+            self.move(State.DEAD)
+            raise ServerError(f"{self.url}: ended while starting: {self._words()}")
+        info = self.client.get("/server_info")
+        self.tp, self.device = int(info.get("tp_size", self.tp)), str(info.get("device", "cuda"))
+        self.has_sessions = self.client.knows("/begin_weight_update")
+        self.move(State.STALE)
+
+    def ended(self) -> bool:
+        return self.process is not None and self.process.ended()
+
+    def answers(self, seconds: float) -> bool:
+        return (
+            not self.ended() and wait_until(lambda: self.ended() or self.client.healthy(), seconds) and not self.ended()
+        )
+
+    def stop(self) -> None:
+        if self.process:
+            self.process.stop()
+            self.process = None
+
+    def _words(self) -> str:
+        return self.process.last_words() if self.process else ""

@@ -1,0 +1,254 @@
+"""Rollouts from SGLang servers that hold a copy of the weights.
+
+Rank 0 manages the servers; the first tensor parallel rank of every replica asks them for rollouts; the source rank of
+every pipeline stage sends them its weights. Every rank makes the same calls: what fails on one fails on all, and all
+recover together. A recovery loads the weights from disk into every server that answers and starts the others anew.
+"""
+
+import secrets
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatron_refine.config import Config
+from megatron_refine.convert.mapping import Converter
+from megatron_refine.engine import guard, weight_sync
+from megatron_refine.engine.client import Client
+from megatron_refine.engine.collect import Collector
+from megatron_refine.engine.control import Control
+from megatron_refine.engine.errors import EngineError, ServerError
+from megatron_refine.engine.fleet import Fleet, client
+from megatron_refine.engine.server import Server
+from megatron_refine.records import RolloutRequest, Rollouts
+from megatron_refine.trainer.export import (
+    empty_folder,
+    is_source,
+    stage_tensors,
+    to_the_end,
+    write_rest,
+    write_stage,
+)
+from megatron_refine.trainer.parallel import Ranks
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+class SGLangEngine:
+    """Nothing is started before the first `sync`."""
+
+    def __init__(self, config: Config, model: nn.Module, ranks: Ranks, say: Callable[[str], None]):
+        """say: shows a line to the user, on the main rank."""
+        self.config, self.model, self.ranks, self.say = config, model, ranks, say
+        engine, run = config.engine, Path(config.run.dir)
+        self.folder = (Path(engine.sync_dir) if engine.sync_dir else run / "engine").absolute()
+        self.control = Control(engine.start_timeout + 2 * engine.sync_timeout)
+        self.converter = Converter(config.model)
+        self.fleet = Fleet(config, (run / "logs" / "engine").absolute()) if ranks.is_main else None
+        self.token = self.control.gather(secrets.token_hex(4))[0]  # no other run's weights have such a label
+        self.version: int | None = None  # None: the weights of the servers are in doubt
+        self.servers: list[Server] = []  # as the ranks see them that talk to them
+        self.groups: list[weight_sync.UpdateGroup] = []  # of this rank: one on a stage's source, else none
+        self.joined = False
+        self.recoveries = self.group_count = self.prompt_tokens = self.cached_tokens = 0
+        self.guard_seconds = 0.0
+
+    @property
+    def label(self) -> str:
+        """What the servers announce their weights as."""
+        return f"{self.token}-{self.version}"
+
+    def sync(self, weight_version: int) -> None:
+        """All servers have the trainer's weights, checked, and announce them. Raises EngineError."""
+        if weight_version == self.version:
+            return
+        started, self.version = self.version is not None, None
+        try:
+            if started:
+                self._update(weight_version)
+            else:
+                self._start(weight_version)
+            self._check(weight_version)
+        except ServerError as error:
+            self._recover(weight_version, str(error))
+        self.version = weight_version
+
+    @torch.no_grad()
+    def rollout(self, request: RolloutRequest) -> Rollouts:
+        """Raises EngineError. `request.fork` is not used: servers prefill the prefixes themselves."""
+        assert self.version is not None, "sync before the first rollout"
+        version, leads = self.version, self.ranks.tp_rank == 0
+        collector = Collector(request, self.label, self.config.engine.max_requests) if leads else None
+        while True:
+            try:
+                self.control.attempt(lambda: collector.run(self._clients()) if collector else None)
+                break
+            except ServerError as error:
+                self._recover(version, str(error))
+        shape = (*request.positions.shape, request.num_rollouts, request.rollout_len)
+        tokens, logprobs = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape)
+        if collector:
+            tokens, logprobs = collector.tensors()
+            self.prompt_tokens += collector.prompt_tokens
+            self.cached_tokens += collector.cached_tokens
+        tokens, logprobs = (self._over_tp(x.to(request.tokens.device)) for x in (tokens, logprobs))
+        return Rollouts(tokens, logprobs, version)
+
+    def metrics(self) -> dict[str, float]:
+        """Since the last call: seconds of checks after syncs, share of prompt tokens found in the servers' caches.
+        Since the start: recoveries and restarts."""
+        found = {
+            "engine/recoveries": self.recoveries,
+            "engine/restarts": self.fleet.restarts if self.fleet else 0,
+            "engine/guard_seconds": self.guard_seconds,
+        }
+        if self.prompt_tokens:
+            found["engine/cached_fraction"] = self.cached_tokens / self.prompt_tokens
+        self.guard_seconds, self.prompt_tokens, self.cached_tokens = 0.0, 0, 0
+        return found
+
+    def close(self) -> None:
+        """End the servers that were launched."""
+        if self.fleet:
+            self.fleet.stop()
+
+    def _start(self, version: int) -> None:
+        engine = self.config.engine
+        self.say("sglang: " + (f"looking for {', '.join(engine.urls)}" if engine.urls else "starting the servers"))
+        folder, start = self._export(version), time.perf_counter()
+        self._on_main(lambda fleet: fleet.start(folder))
+        self.say(f"sglang: {len(self._share())} healthy after {time.perf_counter() - start:.0f} s")
+
+    def _update(self, version: int) -> None:
+        """New weights into paused servers, whose state is STALE from here on."""
+        seconds, disk = self.config.engine.sync_timeout, self.config.engine.sync == "disk"
+        self._on_main(lambda fleet: fleet.stale())
+        self._on_main(lambda fleet: fleet.each(lambda server: weight_sync.pause(server, seconds)))
+        if disk:
+            folder = self._export(version)
+            self._on_main(lambda fleet: fleet.each(lambda server: weight_sync.load_folder(server, folder, seconds)))
+            return
+        self._on_main(lambda fleet: fleet.each(lambda server: weight_sync.begin(server, seconds)))
+        self._broadcast()
+        self._on_main(lambda fleet: fleet.each(lambda server: weight_sync.end(server, seconds)))
+
+    def _broadcast(self) -> None:
+        """Stage after stage, from its source rank to all servers."""
+        seconds, size = self.config.engine.sync_timeout, self.config.engine.bucket_mb << 20
+        if not self.joined:
+            self.group_count += 1
+            for stage in range(self.ranks.pp):  # one after the other: in the same order on all servers
+                self.control.attempt(lambda stage=stage: self._join(stage))  # type: ignore[misc]
+            self.joined = True
+        for stage in range(self.ranks.pp):
+            self.control.attempt(lambda stage=stage: self._send(stage, size, seconds))  # type: ignore[misc]
+
+    def _join(self, stage: int) -> None:
+        if is_source(self.ranks) and self.ranks.pp_rank == stage:
+            name = f"megatron_refine_{self.token}_{self.group_count}_{stage}"
+            address = self.config.engine.master_address or _address([server.url for server in self.servers])
+            seconds = self.config.engine.sync_timeout
+            self.groups = [weight_sync.UpdateGroup(name, self.servers, address, seconds)]
+
+    def _send(self, stage: int, size: int, seconds: float) -> None:
+        if self.ranks.pp_rank != stage:
+            return
+        tensors = stage_tensors(self.model, self.converter, self.ranks)
+        if is_source(self.ranks):
+            weight_sync.push(self.groups[0], tensors, size, seconds)
+        with to_the_end(tensors):
+            pass
+
+    def _check(self, version: int) -> None:
+        """Checksums, announcement, probe; the servers are HEALTHY afterwards. Raises ServerError on all ranks alike."""
+        start, seconds, label = time.perf_counter(), self.config.engine.sync_timeout, f"{self.token}-{version}"
+        kinds = {(server.tp, server.device) for server in self._share()}
+        found = self._on_main(lambda fleet: fleet.each(lambda server: guard.server_checksums(server, seconds)))
+        parts = self.control.attempt(lambda: self._expected(kinds))
+        expected = {kind: {k: v for part in parts for k, v in part[kind].items()} for kind in kinds}
+
+        def announce(fleet: Fleet) -> list[tuple[str, list[int], list[float]]]:
+            for server, sums in zip(fleet.servers, found or [], strict=True):
+                guard.compare_checksums(server.url, sums, expected[server.tp, server.device])
+            fleet.each(lambda server: weight_sync.resume(server, label, seconds))
+            return fleet.each(lambda server: (server.url, *guard.ask_probe(server, self.config, label)))
+
+        answers = self.control.gather(self._on_main(announce))[0]
+        guard.check_probes(self.model, self.config, self.ranks, answers)
+        self._on_main(lambda fleet: fleet.healthy())
+        self.guard_seconds += time.perf_counter() - start
+
+    def _expected(self, kinds: set[tuple[int, str]]) -> dict[Any, guard.Sums]:
+        with to_the_end(stage_tensors(self.model, self.converter, self.ranks)) as tensors:
+            return guard.expected_checksums(tensors, kinds)
+
+    def _recover(self, version: int, error: str) -> None:
+        """Bring all servers to `version` through the disk, again and again within the budget. Raises EngineError."""
+        self.version = None
+        while True:
+            self.recoveries += 1
+            if self.recoveries > self.config.engine.max_restarts:
+                raise EngineError(
+                    f"sglang: {error}; given up after {self.recoveries - 1} recoveries (engine.max_restarts); the logs "
+                    f"of the servers are in {self.config.run.dir}/logs/engine; run the same command again"
+                )
+            self.say(f"sglang: {error}; loading the weights from disk ({self.recoveries})")
+            try:
+                for group in self.groups:
+                    group.close()
+                self.groups, self.joined = [], False
+                folder = self._export(version)
+                self._on_main(lambda fleet, folder=folder: fleet.revive(folder))  # type: ignore[misc]
+                self._check(version)
+                break
+            except ServerError as again:
+                error = str(again)
+        self.version = version
+
+    def _export(self, version: int) -> Path:
+        """The weights as a folder; the one before it is removed."""
+        folder = self.folder / "weights"
+        self._on_main(lambda fleet: empty_folder(folder))
+        parts = self.control.attempt(lambda: write_stage(self.model, self.converter, self.ranks, folder))
+        files = {name: file for part in parts for name, file in part.items()}
+        dtype = next(self.model.parameters()).dtype
+        self._on_main(lambda fleet: write_rest(folder, self.config.model, dtype, files))
+        return folder
+
+    def _on_main(self, work: Callable[[Fleet], Any]) -> Any:
+        """Rank 0 does it, all ranks hear how it ended; the result on rank 0. Raises ServerError on all."""
+        return self.control.attempt(lambda: work(self.fleet) if self.fleet else None)[self.ranks.rank]
+
+    def _share(self) -> list[Server]:
+        """Tell every rank where the servers are."""
+        mine = [(s.url, s.tp, s.device) for s in self.fleet.servers] if self.fleet else None
+        known = {server.url: server for server in self.servers}
+        if self.fleet:
+            known = {server.url: server for server in self.fleet.servers}
+        self.servers = [
+            known.get(url) or Server(client(self.config, url), tp, Path(), device=device)
+            for url, tp, device in self.control.gather(mine)[0]
+        ]
+        return self.servers
+
+    def _clients(self) -> list[Client]:
+        return [server.client for server in self.servers]
+
+    def _over_tp(self, values: Tensor) -> Tensor:
+        """The first tensor parallel rank's, on all."""
+        values = values.contiguous()
+        if self.ranks.tp > 1:
+            dist.broadcast(values, group_src=0, group=self.ranks.tp_group)
+        return values
+
+
+def _address(urls: list[str]) -> str:
+    """This machine as servers at `urls` reach it."""
+    local = all(urlparse(url).hostname in LOOPBACK for url in urls)
+    return "127.0.0.1" if local else socket.gethostname()

@@ -1,0 +1,157 @@
+"""How new weights reach the servers: by broadcast, or through a folder.
+
+    pause (retract), flush -> begin, buckets, end   or   load from disk -> version, flush, continue
+
+A recurrent state is a product of the weights that made it. A request that went on across an update, or a prefix cache
+that outlived it, would answer with log-probabilities a nat off; hence retract (never in_place) and the two flushes.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_refine import platform
+from megatron_refine.engine.errors import ServerError
+from megatron_refine.engine.server import Server
+from megatron_refine.trainer.export import to_the_end
+
+LEAVE_SECONDS = 5.0
+Tensors = Iterator[tuple[str, Tensor]]
+
+
+def pause(server: Server, seconds: float) -> None:
+    """No request is running when it returns, and no state of one is left. Raises ServerError."""
+    server.client.post("/pause_generation", seconds, mode="retract")
+    server.client.post("/flush_cache", seconds)
+
+
+def begin(server: Server, seconds: float) -> None:
+    """Open an update, where the server's version knows such; one that was left open is closed first."""
+    if not server.has_sessions:
+        return
+    try:
+        server.client.post("/begin_weight_update", seconds)
+    except ServerError:
+        server.client.post("/end_weight_update", seconds)
+        server.client.post("/begin_weight_update", seconds)
+
+
+def end(server: Server, seconds: float) -> None:
+    if server.has_sessions:
+        server.client.post("/end_weight_update", seconds)
+
+
+def load_folder(server: Server, folder: Path, seconds: float) -> None:
+    """Replace the weights of a paused server by those of a folder. Raises ServerError."""
+    server.client.post("/update_weights_from_disk", seconds, model_path=str(folder), flush_cache=True)
+
+
+def resume(server: Server, label: str, seconds: float) -> None:
+    """Announce the weights and let requests in. Raises ServerError."""
+    server.client.post("/update_weight_version", seconds, new_version=label, abort_all_requests=False)
+    server.client.post("/flush_cache", seconds)
+    server.client.post("/continue_generation", seconds)
+
+
+class UpdateGroup:
+    """A process group of one of our ranks and all ranks of all servers."""
+
+    def __init__(self, name: str, servers: list[Server], address: str, seconds: float):
+        """Raises ServerError where a server does not join in time; the others then leave by closing."""
+        self.name, self.servers, self.group = name, servers, None
+        with ThreadPoolExecutor(len(servers)) as pool:
+            store = platform.GroupStore(address, seconds)
+            joining, offset = [], 1
+            world = 1 + sum(server.tp for server in servers)
+            for server in servers:
+                body = {
+                    "master_address": address, "master_port": store.port, "rank_offset": offset, "world_size": world,
+                    "group_name": name, "backend": platform.backend(),
+                }  # fmt: skip
+                joining.append(pool.submit(server.client.post, "/init_weights_update_group", seconds, **body))
+                offset += server.tp
+            try:
+                self.group = store.join(name, world)
+            except Exception as error:
+                raise ServerError(next(_failures(joining), f"update group {name}: {error}")) from None
+            raise_first(joining)
+
+    def broadcast(self, names: list[str], tensors: list[Tensor], buffer: Tensor, seconds: float) -> None:
+        """Send one bucket: `buffer` holds the bytes of the tensors, end to end. Raises ServerError."""
+        body: dict[str, Any] = {
+            "names": names,
+            "dtypes": [str(tensor.dtype).removeprefix("torch.") for tensor in tensors],
+            "shapes": [list(tensor.shape) for tensor in tensors],
+            "group_name": self.name, "load_format": "flattened_bucket", "flush_cache": False,
+        }  # fmt: skip
+        with ThreadPoolExecutor(len(self.servers)) as pool:
+            path = "/update_weights_from_distributed"
+            asked = [pool.submit(server.client.post, path, seconds, **body) for server in self.servers]
+            try:
+                dist.broadcast(buffer, group_src=0, group=self.group)
+            except Exception as error:
+                self.close()  # servers that wait for the bytes stop waiting
+                raise ServerError(next(_failures(asked), f"broadcast: {error}")) from None
+            raise_first(asked)
+
+    def close(self) -> None:
+        """Leave, which ends the wait of a server for our bytes; then tell the servers to."""
+        if self.group is not None:
+            with contextlib.suppress(RuntimeError):
+                dist.destroy_process_group(self.group)
+            self.group = None
+        for server in self.servers:
+            with contextlib.suppress(ServerError):
+                server.client.post("/destroy_weights_update_group", LEAVE_SECONDS, group_name=self.name)
+
+
+def buckets(tensors: Tensors, size: int) -> Iterator[tuple[list[str], list[Tensor], Tensor]]:
+    """Tensors of about `size` bytes together: their names, themselves, and their bytes end to end."""
+    names: list[str] = []
+    held: list[Tensor] = []
+    for name, tensor in tensors:
+        full = held and sum(t.nbytes for t in held) + tensor.nbytes > size
+        unaligned = held and sum(t.nbytes for t in held) % tensor.itemsize
+        if full or unaligned:
+            yield names, held, _flat(held)
+            names, held = [], []
+        names.append(name)
+        held.append(tensor)
+    if held:
+        yield names, held, _flat(held)
+
+
+def push(group: UpdateGroup, tensors: Tensors, size: int, seconds: float) -> int:
+    """Send tensors in buckets; while one travels, the next is made. Returns the bytes. Raises ServerError."""
+    total = 0
+    with to_the_end(tensors), ThreadPoolExecutor(1) as sender:
+        sending: Future[None] | None = None
+        for names, held, buffer in buckets(tensors, size):
+            total += buffer.nbytes
+            if sending:
+                sending.result()
+            sending = sender.submit(group.broadcast, names, held, buffer, seconds)
+        if sending:
+            sending.result()
+    return total
+
+
+def _flat(tensors: list[Tensor]) -> Tensor:
+    return torch.cat([tensor.reshape(-1).view(torch.uint8) for tensor in tensors])
+
+
+def raise_first(futures: list[Future[Any]]) -> None:
+    """Wait for all. Raises what the first failed one raised."""
+    for message in _failures(futures):
+        raise ServerError(message)
+
+
+def _failures(futures: list[Future[Any]]) -> Iterator[str]:
+    errors = [future.exception() for future in futures]
+    yield from (str(error) for error in errors if error)
