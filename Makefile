@@ -3,6 +3,7 @@
 #   make train MODEL=lact_tiny            another model of configs/models/
 #   make test TORCH_INDEX=<url>           take PyTorch from this wheel index
 #   make test PYTHON=/path/to/python3.11
+# SGLang's CPU lane, in an environment of its own: make test-sglang, make train-sglang.
 
 TORCH := 2.13.0
 RECENT := import sys; sys.exit(sys.version_info < (3, 11))
@@ -11,7 +12,7 @@ BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 export OMP_NUM_THREADS := 1
 
-.PHONY: help train bench test test-fast test-gpu lint clean
+.PHONY: help train train-sglang bench test test-fast test-gpu test-sglang lint clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -20,6 +21,10 @@ help: ## list the targets
 train: .venv/ready ## train a tiny model with REFINE on two CPU ranks; MODEL=a file of configs/models
 	@$(BIN)/torchrun --standalone --nproc-per-node 2 -m megatron_refine.train --config configs/quickstart.yaml \
 		$(if $(MODEL),--config configs/models/$(MODEL).yaml run.dir=runs/quickstart_$(MODEL)) $(ARGS)
+
+train-sglang: .venv/ready .venv-sglang/ready ## the same with rollouts from an SGLang server on the CPU
+	@$(BIN)/torchrun --standalone --nproc-per-node 2 -m megatron_refine.train --config configs/quickstart.yaml \
+		--config configs/quickstart_sglang.yaml $(ARGS)
 
 bench: .venv/ready ## time steps of the quickstart: NTP-only, fused and two-pass in turn
 	@$(BIN)/torchrun --standalone --nproc-per-node 2 tools/bench.py step --config configs/quickstart.yaml $(ARGS)
@@ -33,12 +38,15 @@ test-fast: .venv/ready ## without the slow tests
 test-gpu: .venv/ready ## the tests that need a GPU
 	@$(BIN)/python -m pytest tests -q -rs -m gpu $(ARGS)
 
+test-sglang: .venv/ready .venv-sglang/ready ## the tests against real SGLang servers on the CPU
+	@$(BIN)/python -m pytest tests -q -rs -m sglang --durations=15 $(ARGS)
+
 lint: .venv/ready ## ruff and mypy
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 
 clean: ## remove the environment and all caches; runs/ stays
-	rm -rf .venv .cache .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf .venv .venv-sglang .cache .pytest_cache .mypy_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # setuptools first: the project itself is then built with it, not with one that pip fetches for the purpose.
@@ -51,6 +59,21 @@ clean: ## remove the environment and all caches; runs/ stays
 	@$(INSTALL) --no-build-isolation --editable ".[dev]"
 	@$(BIN)/python -c 'import sys; from importlib.metadata import version as v; t = v("torch").split("+")[0]; \
 		sys.exit(t != "$(TORCH)" and f"torch is {t}, not $(TORCH): make clean, then again")'
+	@touch $@
+
+# SGLang pins a CUDA stack of its own: on a CPU it is installed without dependencies, with those it imports in a list, and
+# with stand-ins for what needs a GPU (tests/sglang_cpu). The project comes with it, as SGLang's plug-in.
+LANE := .venv-sglang/bin/python -m pip install --quiet --disable-pip-version-check --no-deps
+.venv-sglang/ready: tests/sglang_cpu/requirements.txt tests/sglang_cpu/sglang_cpu_stubs.py setup.py | .venv/ready
+	@test -x .venv-sglang/bin/python || $(PYTHON) -m venv .venv-sglang
+	@echo "installing SGLang for CPU into .venv-sglang (two or three minutes)"
+	@$(LANE) "$$($(BIN)/python -c 'import importlib.metadata as m; print("setuptools==" + m.version("setuptools"))')"
+	@$(if $(TORCH_INDEX),$(LANE) --index-url "$(TORCH_INDEX)" "torch==$(TORCH)",\
+		$(LANE) "torch==$(TORCH)+cpu" 2>/dev/null || $(LANE) "torch==$(TORCH)")
+	@$(LANE) --requirement tests/sglang_cpu/requirements.txt
+	@$(LANE) --no-build-isolation --editable .
+	@cp tests/sglang_cpu/sglang_cpu_stubs.py "$$(.venv-sglang/bin/python -c 'import site; print(site.getsitepackages()[0])')"
+	@echo "import sglang_cpu_stubs" > "$$(.venv-sglang/bin/python -c 'import site; print(site.getsitepackages()[0])')/sglang_cpu_stubs.pth"
 	@touch $@
 
 # A wheel index of PyTorch has other packages in other versions: only torch itself comes from there.

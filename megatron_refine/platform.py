@@ -93,15 +93,16 @@ def backend() -> str:
 
 
 class GroupStore:
-    """The meeting point of a process group with processes that are no ranks of ours; this process is its rank 0."""
+    """The meeting point of a process group with processes that are no ranks of ours."""
 
-    def __init__(self, address: str, seconds: float):
-        """address: this machine as the others reach it; seconds: deadline of every operation."""
+    def __init__(self, address: str, seconds: float, port: int = 0):
+        """address: the machine of rank 0 as the others reach it; port: 0 on rank 0, which chooses one; seconds: deadline
+        of every operation."""
         self.timeout = timedelta(seconds=seconds)
-        self._store = dist.TCPStore(address, 0, is_master=True, timeout=self.timeout, wait_for_workers=False)
+        self._store = dist.TCPStore(address, port, is_master=not port, timeout=self.timeout, wait_for_workers=False)
         self.port = self._store.port
 
-    def join(self, name: str, world: int) -> Any:
+    def join(self, name: str, world: int, rank: int = 0) -> Any:
         """Waits for the other `world` - 1. Raises RuntimeError in time where they do not come.
 
         torch offers no public way to make a group outside of the default one; its own new_group uses this helper, and
@@ -111,9 +112,9 @@ class GroupStore:
 
         store = dist.PrefixStore(name, self._store)
         group, _ = c10d._new_process_group_helper(
-            world, 0, [], c10d.Backend(backend()), store, group_name=cast(Any, name), timeout=self.timeout
+            world, rank, [], c10d.Backend(backend()), store, group_name=cast(Any, name), timeout=self.timeout
         )
-        c10d._world.pg_group_ranks[group] = {rank: rank for rank in range(world)}
+        c10d._world.pg_group_ranks[group] = {i: i for i in range(world)}
         return group
 
 

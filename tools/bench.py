@@ -3,9 +3,16 @@
     torchrun --nproc-per-node 2 tools/bench.py step --config FILE [--rounds 12] [key.sub=value ...]
 
 prints the seconds of an NTP-only step, a fused and a two-pass REFINE step on the same batches, and their ratios.
+
+    torchrun --nproc-per-node 1 tools/bench.py sync --config FILE [--rounds 12] [key.sub=value ...]
+
+prints the bandwidth of weight syncs to an SGLang server, and of plain broadcasts of as many bytes to a process that only
+receives them.
 """
 
 import argparse
+import math
+import multiprocessing
 import os
 import statistics
 import sys
@@ -26,14 +33,14 @@ WARM_UP = 2  # rounds that do not count: caches, memory, connections
 def main(arguments: list[str]) -> int:
     """Run a benchmark. Returns the exit code: 0, or 2 where the configuration or the data are wrong."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("benchmark", choices=["step"], help="step: NTP-only, fused and two-pass steps")
+    parser.add_argument("benchmark", choices=["step", "sync"], help="step: training steps; sync: weights to a server")
     parser.add_argument("--config", required=True, action="append", metavar="FILE", help="a YAML file; later ones win")
     parser.add_argument("--rounds", type=int, default=12, help="steps of each kind (default: 12)")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="values that replace the file's")
     options = parser.parse_intermixed_args(arguments)
     try:
         config = configuration.load(options.config, options.overrides, FAMILIES)
-        return _steps(config, options.rounds)
+        return {"step": _steps, "sync": _syncs}[options.benchmark](config, options.rounds)
     except configuration.ConfigError as error:
         if os.environ.get("RANK", "0") == "0":
             print(error, file=sys.stderr)
@@ -73,6 +80,79 @@ def _steps(config: configuration.Config, rounds: int) -> int:
         print(_table(seconds, stages))
     dist.destroy_process_group()
     return 0
+
+
+def _syncs(config: configuration.Config, rounds: int) -> int:
+    """`rounds` plain broadcasts and syncs in turn."""
+    import torch
+    import torch.distributed as dist
+
+    from megatron_refine import platform
+    from megatron_refine.engine.sglang import SGLangEngine
+    from megatron_refine.trainer.model import build_model
+    from megatron_refine.trainer.parallel import init_parallel
+
+    ranks = init_parallel(config)
+    model = build_model(config, ranks)
+    engine = SGLangEngine(config, model, ranks, print if ranks.is_main else lambda line: None)
+    size = sum(math.prod(shape) for shape in engine.converter.hf_shapes.values()) * next(model.parameters()).itemsize
+    plain: list[float] = []
+    synced: list[float] = []
+    receiver = None
+    if ranks.is_main:
+        store = platform.GroupStore("127.0.0.1", 60.0)
+        receiver = multiprocessing.get_context("spawn").Process(
+            target=_receive, args=(store.port, size, rounds + WARM_UP), daemon=True
+        )
+        receiver.start()
+        group, buffer = store.join("plain", 2), torch.randint(0, 255, (size,), dtype=torch.uint8)
+    try:
+        engine.sync(0)
+        for i in range(1, rounds + WARM_UP + 1):
+            if ranks.is_main:
+                start = time.perf_counter()
+                dist.broadcast(buffer, group_src=0, group=group)
+                dist.barrier(group)
+                plain.append(time.perf_counter() - start)
+            dist.barrier()
+            engine.metrics()
+            engine.sync(i)
+            synced.append(engine.metrics()["engine/transfer_seconds"])
+    finally:
+        engine.close()
+    if ranks.is_main:
+        print(_bandwidths(config, ranks.world, size, plain[WARM_UP:], synced[WARM_UP:]))
+    dist.destroy_process_group()
+    return 0
+
+
+def _receive(port: int, size: int, rounds: int) -> None:
+    """The other end of the plain broadcasts: memory of its own for each, as a server takes."""
+    import torch
+    import torch.distributed as dist
+
+    from megatron_refine import platform
+
+    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": "0"}
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    group = platform.GroupStore("127.0.0.1", 600.0, port).join("plain", 2, rank=1)
+    for _ in range(rounds):
+        dist.broadcast(torch.empty(size, dtype=torch.uint8), group_src=0, group=group)
+        dist.barrier(group)
+
+
+def _bandwidths(c: configuration.Config, world: int, size: int, plain: list[float], synced: list[float]) -> str:
+    m, e = c.model, c.engine
+    ratio = statistics.median(a / b for a, b in zip(plain, synced, strict=True))
+    rows = {"broadcast": plain, "sync": synced}
+    lines = [
+        f"{m.family} hidden {m.hidden_size}, {m.num_layers} layers, {size / 1e6:.0f} MB of {c.train.precision}; "
+        f"{world} ranks, tp {c.parallel.tp}; {e.sync}, buckets of {e.bucket_mb} MiB; medians of {len(plain)}"
+    ]
+    for name, seconds in rows.items():
+        middle = statistics.median(seconds)
+        lines.append(f"{name:<10}{middle:>8.3f} s  {size / middle / 1e9:>6.2f} GB/s  (fastest {min(seconds):.3f} s)")
+    return "\n".join([*lines, f"sync / broadcast {ratio:.0%} of the bandwidth, median of rounds side by side"])
 
 
 def _kinds(config: configuration.Config, ranks: Any) -> dict[str, Callable[["Batch", int], dict[str, float]]]:

@@ -125,8 +125,3 @@ def _engine_problems(c: Config) -> Iterator[tuple[bool, str]]:
     yield heads % e.tp != 0, f"engine.tp={e.tp}: must divide the {heads} heads of the model"
     key = e.api_key_env
     yield bool(key) and not os.environ.get(key), f"engine.api_key_env={key}: is not set; export {key}=..."
-    low, high = e.request_timeout, c.run.timeout_minutes * 60
-    yield (
-        low >= high,
-        f"engine.request_timeout={low:g}: other ranks wait meanwhile; set less than run.timeout_minutes ({high:g} s)",
-    )

@@ -48,7 +48,8 @@ class SGLangEngine:
         self.config, self.model, self.ranks, self.say = config, model, ranks, say
         engine, run = config.engine, Path(config.run.dir)
         self.folder = (Path(engine.sync_dir) if engine.sync_dir else run / "engine").absolute()
-        self.control = Control(engine.start_timeout + 2 * engine.sync_timeout)
+        longest = 2 * config.refine.num_chunks * engine.request_timeout  # requests of a sequence, one after the other
+        self.control = Control(engine.start_timeout + 2 * engine.sync_timeout + longest)
         self.converter = Converter(config.model)
         self.fleet = Fleet(config, (run / "logs" / "engine").absolute()) if ranks.is_main else None
         self.token = self.control.gather(secrets.token_hex(4))[0]  # no other run's weights have such a label
@@ -57,7 +58,7 @@ class SGLangEngine:
         self.groups: list[weight_sync.UpdateGroup] = []  # of this rank: one on a stage's source, else none
         self.joined = False
         self.recoveries = self.group_count = self.prompt_tokens = self.cached_tokens = 0
-        self.guard_seconds = 0.0
+        self.guard_seconds = self.transfer_seconds = 0.0
 
     @property
     def label(self) -> str:
@@ -101,16 +102,18 @@ class SGLangEngine:
         return Rollouts(tokens, logprobs, version)
 
     def metrics(self) -> dict[str, float]:
-        """Since the last call: seconds of checks after syncs, share of prompt tokens found in the servers' caches.
-        Since the start: recoveries and restarts."""
+        """Since the last call: seconds of broadcasts (begin to end) and of checks after syncs, share of prompt tokens
+        found in the servers' caches. Since the start: recoveries and restarts."""
         found = {
             "engine/recoveries": self.recoveries,
             "engine/restarts": self.fleet.restarts if self.fleet else 0,
+            "engine/transfer_seconds": self.transfer_seconds,
             "engine/guard_seconds": self.guard_seconds,
         }
         if self.prompt_tokens:
             found["engine/cached_fraction"] = self.cached_tokens / self.prompt_tokens
-        self.guard_seconds, self.prompt_tokens, self.cached_tokens = 0.0, 0, 0
+        self.guard_seconds = self.transfer_seconds = 0.0
+        self.prompt_tokens = self.cached_tokens = 0
         return found
 
     def close(self) -> None:
@@ -134,9 +137,11 @@ class SGLangEngine:
             folder = self._export(version)
             self._on_main(lambda fleet: fleet.each(lambda server: weight_sync.load_folder(server, folder, seconds)))
             return
+        start = time.perf_counter()
         self._on_main(lambda fleet: fleet.each(lambda server: weight_sync.begin(server, seconds)))
         self._broadcast()
         self._on_main(lambda fleet: fleet.each(lambda server: weight_sync.end(server, seconds)))
+        self.transfer_seconds += time.perf_counter() - start
 
     def _broadcast(self) -> None:
         """Stage after stage, from its source rank to all servers."""

@@ -1,0 +1,314 @@
+"""The SGLang engine without SGLang: states, deadlines, checksums, buckets, launching. Servers here are scripted ones,
+for faults that a real one cannot be made to show; real ones are in test_sglang_*.py."""
+
+import hashlib
+import itertools
+import json
+import os
+import stat
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from megatron_refine.config import ConfigError
+from megatron_refine.engine import guard, weight_sync
+from megatron_refine.engine.checksum import checksum
+from megatron_refine.engine.client import Client
+from megatron_refine.engine.collect import Collector
+from megatron_refine.engine.errors import EngineError, ServerError
+from megatron_refine.engine.fleet import Fleet
+from megatron_refine.engine.launch import command, environment
+from megatron_refine.engine.server import MOVES, Server, State
+from megatron_refine.records import RolloutRequest
+from tests import sglang_lane as lane
+from tests.parity import small_config
+from tests.zygote import Zygote
+
+Answer = Callable[[str, Any], tuple[int, Any]]
+
+
+@pytest.fixture
+def scripted() -> Iterator[Callable[[Answer], str]]:
+    """`scripted(answer)`: the URL of a server that answers a path and a body as the function says."""
+    servers: list[ThreadingHTTPServer] = []
+
+    def start(answer: Answer) -> str:
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers.get("content-length", 0)))
+                status, content = answer(self.path, json.loads(body or b"null"))
+                self.send_response(status)
+                self.send_header("content-type", "application/json")
+                self.end_headers()
+                self.wfile.write(json.dumps(content).encode())
+
+            do_GET = do_OPTIONS = do_POST
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        servers.append(ThreadingHTTPServer(("127.0.0.1", 0), Handler))
+        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{servers[-1].server_port}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+
+
+def test_only_a_sync_makes_a_server_healthy() -> None:
+    """From DEAD there is no way to HEALTHY that misses STALE, which a sync alone leaves."""
+    assert MOVES[State.DEAD] == {State.DEAD, State.STARTING} and State.HEALTHY not in MOVES[State.STARTING]
+    server = Server(Client("http://127.0.0.1:1", 1.0), 1, Path())
+    with pytest.raises(AssertionError, match="dead -> healthy"):
+        server.move(State.HEALTHY)
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda path, body: (503, {"error": {"message": "starting\nup"}}), "503: starting up"),
+        (lambda path, body: (200, {"success": False, "message": "no such tensor"}), "no such tensor"),
+        (lambda path, body: (400, "bad request"), "400: bad request"),
+        (lambda path, body: time.sleep(3) or (200, {}), "no answer in time"),
+    ],
+    ids=["503", "no success", "400", "hangs"],
+)
+def test_a_call_that_fails_is_one_line(answer: Answer, message: str, scripted: Any) -> None:
+    url = scripted(answer)
+    with pytest.raises(ServerError, match=f"^{url}/flush_cache: {message}$"):
+        Client(url, 0.5).post("/flush_cache")
+
+
+def test_a_server_that_is_not_there() -> None:
+    with pytest.raises(ServerError, match="^http://127.0.0.1:9/generate: .*refused"):
+        Client("http://127.0.0.1:9", 1.0).generate(input_ids=[[1]])
+
+
+def test_the_api_key_is_sent(scripted: Any) -> None:
+    seen: list[str] = []
+
+    client = Client(scripted(lambda path, body: (200, {})), 1.0, "secret")
+    client._http.event_hooks["request"] = [lambda request: seen.append(request.headers["authorization"])]
+    client.get("/model_info")
+    assert seen == ["Bearer secret"]
+
+
+def test_the_api_key_is_not_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_KEY", "secret")
+    python = tmp_path / "python"
+    python.touch(0o700)
+    config = lane_config(tmp_path, "engine.api_key_env=MY_KEY", f"engine.python={python}")
+    words = command(config, tmp_path, 30000, tmp_path)
+    assert "secret" not in str(words)
+    file = Path(words[words.index("--config") + 1])
+    assert yaml.safe_load(file.read_text()) == {"api-key": "secret"}
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert words[words.index("--host") + 1] == "127.0.0.1"
+
+
+def lane_config(folder: Path, *overrides: str) -> Any:
+    """The lane's configuration, where SGLang need not be installed."""
+    python = folder / "python"
+    python.touch(0o700)
+    return small_config(folder, "engine.kind=sglang", f"engine.python={python}", *overrides)
+
+
+def test_a_server_inherits_no_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "SLURM_PROCID"):
+        monkeypatch.setenv(name, "1")
+    found = environment(lane_config(tmp_path, "engine.env={A: b}").engine)
+    assert found["A"] == "b" and found["PATH"] == os.environ["PATH"]
+    assert not found.keys() & {"RANK", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "SLURM_PROCID"}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("engine.python=/nowhere/python", "engine.python=/nowhere/python: no such interpreter"),
+        ('engine.python=""', "needs engine.python, .* or engine.urls"),
+        ("engine.urls=[127.0.0.1:30000]", "engine.urls: 127.0.0.1:30000: write http://host:port"),
+        ("engine.tp=3", "engine.tp=3: must divide the 4 heads"),
+        ("engine.api_key_env=NOT_SET_ANYWHERE", "engine.api_key_env=NOT_SET_ANYWHERE: is not set"),
+    ],
+)
+def test_a_wrong_engine_section_is_refused(override: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        lane_config(tmp_path, override)
+
+
+def test_lact_is_not_served(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="model.family=lact is not served; choose one of delta_net, gated_delta_net"):
+        small_config(tmp_path, "engine.kind=sglang", "engine.urls=[http://127.0.0.1:1]", model="lact")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_checksum_on_a_cpu_is_sha256(dtype: torch.dtype) -> None:
+    tensor = torch.randn(7, 5).to(dtype).T  # not contiguous
+    content = tensor.contiguous().view(torch.uint8).numpy().tobytes()
+    assert checksum(tensor, "cpu") == hashlib.sha256(content).hexdigest()[:16]
+
+
+@pytest.mark.parametrize(("words", "dtype"), [(1, torch.float32), (8192, torch.float32), (20001, torch.bfloat16)])
+def test_checksum_on_a_gpu_is_the_kernels_formula(words: int, dtype: torch.dtype) -> None:
+    """Word by word, in plain integers."""
+    mask, seed = 0xFFFFFFFF, 0x243F6A88
+    seeds, factors, turns = (seed, (seed * 0x9E3779B1 ^ 0xDEADBEEF) & mask), (0x27D4EB2D, 0x165667B1), (15, 13)
+
+    def mix(x: int) -> int:
+        x = (x ^ x >> 16) * 0x85EBCA6B & mask
+        x = (x ^ x >> 13) * 0xC2B2AE35 & mask
+        return x ^ x >> 16
+
+    tensor = torch.randn(words, generator=torch.Generator().manual_seed(1)).to(dtype)
+    content = tensor.view(torch.uint8).numpy().tobytes()
+    content += b"\0" * (-len(content) % 4)
+    values = [int.from_bytes(content[i : i + 4], "little") for i in range(0, len(content), 4)]
+    total = 0
+    for first in range(0, len(values), 8192):
+        halves = []
+        for s, f, r in zip(seeds, factors, turns, strict=True):
+            added = sum(
+                mix(v ^ ((i * f + s) & mask) ^ ((i << r | i >> 32 - r) & mask))
+                for i, v in enumerate(values[first : first + 8192], first)
+            )
+            halves.append(mix(added & mask ^ len(values) * 4 & mask))
+        total = total + (halves[0] << 32 | halves[1]) & (1 << 64) - 1
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        total = (total ^ total >> shift) * factor & (1 << 64) - 1
+    assert checksum(tensor, "cuda") == f"{total ^ total >> 31:016x}"
+
+
+def test_parts_of_a_server_with_tp_make_up_the_tensor() -> None:
+    rows, square = torch.randn(509, 8), torch.randn(6, 8)
+    parts = [guard.server_part("model.embeddings.weight", rows, rank, 2) for rank in range(2)]
+    assert (
+        [len(part) for part in parts] == [255, 255] and torch.cat(parts)[:509].equal(rows) and not parts[1][254].any()
+    )
+    parts = [guard.server_part("model.layers.0.attn.o_proj.weight", square, rank, 2) for rank in range(2)]
+    assert torch.cat(parts, 1).equal(square)
+    whole = guard.server_part("model.layers.0.attn.o_norm.weight", rows[0], 1, 2)
+    assert whole.equal(rows[0])
+
+
+@pytest.mark.parametrize("size", [1, 100, 1 << 20])
+def test_buckets_hold_every_byte_in_order(size: int) -> None:
+    """Also where dtypes of other widths follow one another: a server reads each at a multiple of its width."""
+    dtypes = itertools.cycle([torch.float32, torch.bfloat16, torch.bfloat16, torch.float64])
+    tensors = [(f"t{i}", torch.randn(i % 5 + 1, 3).to(next(dtypes))) for i in range(20)]
+    names, content = [], b""
+    for found, held, buffer in weight_sync.buckets(iter(tensors), size):
+        offset = 0
+        for tensor in held:
+            assert offset % tensor.itemsize == 0
+            offset += tensor.nbytes
+        assert offset == buffer.nbytes and (len(held) == 1 or buffer.nbytes <= size)
+        names += found
+        content += buffer.numpy().tobytes()
+    assert names == [name for name, _ in tensors]
+    assert content == b"".join(t.view(torch.uint8).numpy().tobytes() for _, t in tensors)
+
+
+def generated(label: str, tokens: int = 3) -> dict[str, Any]:
+    meta = {"weight_version": label, "prompt_tokens": 1, "cached_tokens": 0, "finish_reason": None}
+    return {"output_ids": [5] * tokens, "meta_info": meta | {"output_token_logprobs": [[-1.0, 5, None]] * tokens}}
+
+
+def request(rollouts: int = 1) -> RolloutRequest:
+    tokens, positions = torch.arange(40).view(2, 20), torch.tensor([[9, 4, 9], [2, 1, 17]])
+    return RolloutRequest(tokens, positions, torch.tensor([10, 11]), rollouts, 3, 1.0, 1, 0, None)
+
+
+@pytest.mark.parametrize("rollouts", [1, 2])
+def test_prefixes_of_a_sequence_go_out_in_order_to_one_server(rollouts: int, scripted: Any) -> None:
+    asked: dict[int, list[list[int]]] = {0: [], 1: []}
+
+    def server(number: int) -> Answer:
+        def answer(path: str, body: Any) -> tuple[int, Any]:
+            asked[number].append([len(prompt) for prompt in body["input_ids"]])
+            assert all(prompt[0] == 20 * number for prompt in body["input_ids"])
+            return 200, [generated("v") for _ in body["input_ids"]]
+
+        return answer
+
+    clients = [Client(scripted(server(number)), 5.0) for number in range(2)]
+    collector = Collector(request(rollouts), "v", 8)
+    collector.run(clients)
+    if rollouts == 1:
+        assert asked == {0: [[4], [9], [9]], 1: [[1], [2], [17]]}
+    else:  # all but the last token ahead, once for equal positions
+        assert asked == {0: [[3], [4, 4], [8], [9, 9], [9, 9]], 1: [[1, 1], [1], [2, 2], [16], [17, 17]]}
+    tokens, logprobs = collector.tensors()
+    assert tokens.shape == logprobs.shape == (2, 3, rollouts, 3)
+
+
+def test_a_collector_keeps_what_it_has(scripted: Any) -> None:
+    seen: list[int] = []
+
+    def answer(path: str, body: Any) -> tuple[int, Any]:
+        seen.append(len(body["input_ids"][0]))
+        return (200, [generated("v")]) if len(seen) != 3 else (500, "lost")
+
+    collector, clients = Collector(request(), "v", 1), [Client(scripted(answer), 5.0)]
+    with pytest.raises(ServerError, match="500: lost"):
+        collector.run(clients)
+    collector.run(clients)
+    assert seen == [4, 9, 9, 1, 2, 17, 9]
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [(generated("other"), "serves weights 'other', not 'v'"), (generated("v", tokens=2), "2 of 3 tokens")],
+)
+def test_answers_of_other_weights_or_cut_short_are_refused(bad: Any, message: str, scripted: Any) -> None:
+    client = Client(scripted(lambda path, body: (200, [bad])), 5.0)
+    with pytest.raises(ServerError, match=message):
+        Collector(request(), "v", 1).run([client])
+
+
+def fail_on_one(folder: str) -> str:
+    from megatron_refine.engine.control import Control
+
+    control, rank = Control(20.0), int(os.environ["RANK"])
+    assert control.attempt(lambda: rank) == [0, 1, 2]
+    with pytest.raises(ServerError) as error:
+        control.attempt(lambda: 1 // (rank - 1))  # the middle one fails
+    assert control.attempt(lambda: rank) == [0, 1, 2]
+    return str(error.value)
+
+
+def test_a_failure_on_one_rank_reaches_all(ranks: Zygote, tmp_path: Path) -> None:
+    assert ranks(3, fail_on_one, folder=str(tmp_path)) == ["rank 1: integer division or modulo by zero"] * 3
+
+
+def start_in_vain(folder: str, url: str) -> str:
+    config = small_config(
+        Path(folder), "engine.kind=sglang", f"engine.urls=[{url}]", "engine.start_timeout=0.5", "engine.max_restarts=1",
+        "engine.request_timeout=5.0",
+    )  # fmt: skip
+    with lane.trainer(config) as (engine, _), pytest.raises(EngineError) as error:
+        engine.sync(0)
+    return str(error.value)
+
+
+def test_a_server_that_answers_503_ends_the_run_in_time(scripted: Any, ranks: Zygote, tmp_path: Path) -> None:
+    url = scripted(lambda path, body: (503, {}))
+    (message,) = set(ranks(2, start_in_vain, folder=str(tmp_path), url=url))
+    assert f"{url}: not healthy after 0.5 s; given up after 1 recoveries" in message
+
+
+def test_a_launched_program_that_ends_is_reported_with_its_error(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho 'ImportError: no sglang here'\nexit 1\n")
+    python.chmod(0o700)
+    fleet = Fleet(small_config(tmp_path, "engine.kind=sglang", f"engine.python={python}"), tmp_path / "logs")
+    with pytest.raises(ServerError, match=r"ended while starting: ImportError: no sglang here \(.*sglang_0.1.log\)"):
+        fleet.start(tmp_path)
+    assert fleet.servers[0].state is State.DEAD

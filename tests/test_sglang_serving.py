@@ -1,0 +1,126 @@
+"""A real SGLang server of each family: what it answers is what the trainer computes."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from megatron_refine.engine.errors import ServerError
+from megatron_refine.engine.server import Server
+from tests import sglang_lane as lane
+from tests.zygote import Zygote
+
+pytestmark = pytest.mark.sglang
+SAMPLING = {"temperature": 1.0, "max_new_tokens": 12, "ignore_eos": True}
+
+
+@dataclass
+class Served:
+    """A running server, and the trainer's word on the same weights."""
+
+    server: Server
+    model: str
+    weights: Path
+    score: Callable[[list[list[int]]], list[list[float]]]
+
+    def generate(self, prompts: list[list[int]], **body: Any) -> list[dict[str, Any]]:
+        body = {"sampling_params": SAMPLING, "return_logprob": True} | body
+        return self.server.client.generate(input_ids=prompts, **body)
+
+    def gap(self, prompts: list[list[int]], answers: list[dict[str, Any]]) -> float:
+        """Largest difference in nats between the answers' log-probabilities and the trainer's."""
+        ours = self.score([p + a["output_ids"] for p, a in zip(prompts, answers, strict=True)])
+        return lane.largest_gap(ours, prompts, answers)
+
+
+@pytest.fixture(scope="module", params=lane.MODELS)
+def served(request: pytest.FixtureRequest, ranks: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    folder, model = tmp_path_factory.mktemp(request.param), request.param
+    config = lane.lane_config(folder, model)
+    ranks(1, lane.export, folder=str(folder), model=model, target=str(folder / "hf"))
+    weights = folder / "hf/weights"
+
+    def score(sequences: list[list[int]]) -> list[list[float]]:
+        arguments = {"folder": str(folder), "model": model, "weights": str(weights), "sequences": sequences}
+        return ranks(1, lane.trainer_logprobs, **arguments)[0]
+
+    from megatron_refine.engine.fleet import Fleet
+
+    fleet = Fleet(config, folder / "logs")
+    try:
+        fleet.start(weights)
+        yield Served(fleet.servers[0], model, weights, score)
+    finally:
+        fleet.stop()
+
+
+def test_prompts_of_mixed_lengths_in_one_batch(served: Served) -> None:
+    """Shorter than the convolution, around the kernels' chunk of 64, in parts of 128: prefill and decoding."""
+    prompts = [lane.random_prompt(n) for n in (1, 2, 3, 17, 63, 64, 65, 130, 300)]
+    assert served.gap(prompts, served.generate(prompts)) < lane.TOLERANCE
+
+
+def test_scores_of_a_prompt(served: Served) -> None:
+    prompt = lane.random_prompt(200, seed=1)
+    (answer,) = served.generate([prompt], sampling_params={"max_new_tokens": 0}, logprob_start_len=0)
+    theirs = [entry[0] for entry in answer["meta_info"]["input_token_logprobs"][1:]]
+    (ours,) = served.score([prompt])
+    assert max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) < lane.TOLERANCE
+
+
+def test_logprobs_are_of_temperature_one(served: Served) -> None:
+    prompts = [lane.random_prompt(n, seed=2) for n in (5, 90)]
+    answers = served.generate(prompts, sampling_params=SAMPLING | {"temperature": 2.5})
+    assert served.gap(prompts, answers) < lane.TOLERANCE
+
+
+def test_a_finished_request_is_continued_from_its_state(served: Served) -> None:
+    prompts = [lane.random_prompt(n, seed=3) for n in (9, 70, 140)]
+    longer = [p + a["output_ids"] + [7, 8] for p, a in zip(prompts, served.generate(prompts), strict=True)]
+    answers = served.generate(longer)
+    cached = [answer["meta_info"]["cached_tokens"] for answer in answers]
+    assert cached == [len(p) + SAMPLING["max_new_tokens"] - 1 for p in prompts]
+    assert served.gap(longer, answers) < lane.TOLERANCE
+
+
+def test_nested_prefixes_of_a_sequence_are_computed_once(served: Served) -> None:
+    """Sent ahead without its last token, a prefix serves all n requests; the next one starts from there."""
+    tokens, positions = lane.random_prompt(300, seed=4), (40, 41, 100, 290)
+    for p in positions:
+        (ahead,) = served.generate([tokens[: p - 1]], sampling_params={"max_new_tokens": 0}, extra_key="nested")
+        assert ahead["meta_info"]["cached_tokens"] >= max((q - 1 for q in positions if q < p), default=0)
+        answers = served.generate([tokens[:p]] * 3, extra_key="nested")
+        assert [answer["meta_info"]["cached_tokens"] for answer in answers] == [p - 1] * 3
+        assert served.gap([tokens[:p]] * 3, answers) < lane.TOLERANCE
+
+
+def test_another_key_finds_no_state(served: Served) -> None:
+    tokens = lane.random_prompt(100, seed=5)
+    served.generate([tokens], extra_key="one")
+    (answer,) = served.generate([tokens + [1]], extra_key="other")
+    assert answer["meta_info"]["cached_tokens"] == 0
+
+
+def test_more_requests_than_slots(served: Served) -> None:
+    """Slots go from one request to the next; none leaves its state to another."""
+    prompts = [lane.random_prompt(20 + 3 * i, seed=6) for i in range(40)]
+    assert served.gap(prompts, served.generate(prompts)) < lane.TOLERANCE
+
+
+def test_a_folder_that_lacks_a_tensor_is_not_served(ranks: Zygote, tmp_path: Path) -> None:
+    from megatron_refine.engine.fleet import Fleet
+
+    ranks(1, lane.export, folder=str(tmp_path), model="delta_net", target=str(tmp_path / "hf"))
+    file = tmp_path / "hf/weights/model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.norm.weight"]
+    save_file(tensors, file, {"format": "pt"})
+    fleet = Fleet(lane.lane_config(tmp_path, "delta_net"), tmp_path / "logs")
+    try:
+        with pytest.raises(ServerError, match="ended while starting: .*missing tensors: model.norm.weight"):
+            fleet.start(file.parent)
+    finally:
+        fleet.stop()
