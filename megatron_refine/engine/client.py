@@ -38,9 +38,16 @@ class Client:
             raise ServerError(f"{self.url}{path}: {_cause(error)}") from None
 
     def healthy(self) -> bool:
-        """Whether the server answers."""
+        """Whether the server generates: its /health tries. Not while it is paused."""
+        return self._ok("/health")
+
+    def answers(self) -> bool:
+        """Whether all its processes are there, paused or not: /server_info asks its scheduler."""
+        return self._ok("/server_info")
+
+    def _ok(self, path: str) -> bool:
         try:
-            return self._http.get("/health", timeout=HEALTH_TIMEOUT).status_code == 200
+            return self._http.get(path, timeout=HEALTH_TIMEOUT).status_code == 200
         except httpx.HTTPError:
             return False
 

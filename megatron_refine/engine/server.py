@@ -65,7 +65,9 @@ class Server:
 
     def await_health(self, seconds: float) -> None:
         """STARTING -> STALE. Raises ServerError where it ends or does not answer in time."""
-        if not wait_until(lambda: self.client.healthy() or self.ended(), seconds):
+        # one that somebody else left paused does not generate, yet can be synced
+        ready = self.client.healthy if self.process else self.client.answers
+        if not wait_until(lambda: ready() or self.ended(), seconds):
             self.move(State.DEAD)
             raise ServerError(
                 f"{self.url}: not healthy after {seconds:g} s" + (f"; {self._words()}" * bool(self.process))
@@ -83,7 +85,7 @@ class Server:
 
     def answers(self, seconds: float) -> bool:
         return (
-            not self.ended() and wait_until(lambda: self.ended() or self.client.healthy(), seconds) and not self.ended()
+            not self.ended() and wait_until(lambda: self.ended() or self.client.answers(), seconds) and not self.ended()
         )
 
     def stop(self) -> None:

@@ -84,6 +84,8 @@ class UpdateGroup:
 
     def broadcast(self, names: list[str], tensors: list[Tensor], buffer: Tensor, seconds: float) -> None:
         """Send one bucket: `buffer` holds the bytes of the tensors, end to end. Raises ServerError."""
+        if self.group is None:
+            raise ServerError(f"update group {self.name}: was left")
         body: dict[str, Any] = {
             "names": names,
             "dtypes": [str(tensor.dtype).removeprefix("torch.") for tensor in tensors],
