@@ -96,8 +96,8 @@ class GroupStore:
     """The meeting point of a process group with processes that are no ranks of ours."""
 
     def __init__(self, address: str, seconds: float, port: int = 0):
-        """address: the machine of rank 0 as the others reach it; port: 0 on rank 0, which chooses one; seconds: deadline
-        of every operation."""
+        """address: the machine of rank 0 as the others reach it; port: 0 on rank 0, which chooses one; seconds:
+        deadline of every operation."""
         self.timeout = timedelta(seconds=seconds)
         self._store = dist.TCPStore(address, port, is_master=not port, timeout=self.timeout, wait_for_workers=False)
         self.port = self._store.port

@@ -6,8 +6,8 @@ prints the seconds of an NTP-only step, a fused and a two-pass REFINE step on th
 
     torchrun --nproc-per-node 1 tools/bench.py sync --config FILE [--rounds 12] [key.sub=value ...]
 
-prints the bandwidth of weight syncs to an SGLang server, and of plain broadcasts of as many bytes to a process that only
-receives them.
+prints the bandwidth of weight syncs to an SGLang server, and of plain broadcasts of as many bytes to a process that
+only receives them.
 """
 
 import argparse
@@ -84,7 +84,6 @@ def _steps(config: configuration.Config, rounds: int) -> int:
 
 def _syncs(config: configuration.Config, rounds: int) -> int:
     """`rounds` plain broadcasts and syncs in turn."""
-    import torch
     import torch.distributed as dist
 
     from megatron_refine import platform
@@ -95,25 +94,14 @@ def _syncs(config: configuration.Config, rounds: int) -> int:
     ranks = init_parallel(config)
     model = build_model(config, ranks)
     engine = SGLangEngine(config, model, ranks, print if ranks.is_main else lambda line: None)
-    size = sum(math.prod(shape) for shape in engine.converter.hf_shapes.values()) * next(model.parameters()).itemsize
+    total = sum(math.prod(shape) for shape in engine.converter.hf_shapes.values()) * next(model.parameters()).itemsize
+    broadcast = _plain_broadcast(total, engine.bucket_bytes, rounds) if ranks.is_main else lambda: 0.0
     plain: list[float] = []
     synced: list[float] = []
-    receiver = None
-    if ranks.is_main:
-        store = platform.GroupStore("127.0.0.1", 60.0)
-        receiver = multiprocessing.get_context("spawn").Process(
-            target=_receive, args=(store.port, size, rounds + WARM_UP), daemon=True
-        )
-        receiver.start()
-        group, buffer = store.join("plain", 2), torch.randint(0, 255, (size,), dtype=torch.uint8)
     try:
         engine.sync(0)
         for i in range(1, rounds + WARM_UP + 1):
-            if ranks.is_main:
-                start = time.perf_counter()
-                dist.broadcast(buffer, group_src=0, group=group)
-                dist.barrier(group)
-                plain.append(time.perf_counter() - start)
+            plain.append(broadcast())
             dist.barrier()
             engine.metrics()
             engine.sync(i)
@@ -121,38 +109,63 @@ def _syncs(config: configuration.Config, rounds: int) -> int:
     finally:
         engine.close()
     if ranks.is_main:
-        print(_bandwidths(config, ranks.world, size, plain[WARM_UP:], synced[WARM_UP:]))
+        print(_bandwidths(config, ranks.world, platform.backend(), total, plain[WARM_UP:], synced[WARM_UP:]))
     dist.destroy_process_group()
     return 0
 
 
-def _receive(port: int, size: int, rounds: int) -> None:
+def _plain_broadcast(total: int, size: int, rounds: int) -> Callable[[], float]:
+    """A function that sends `total` bytes, `size` at a time, to a process that only receives; its seconds."""
+    import torch
+    import torch.distributed as dist
+
+    from megatron_refine import platform
+
+    store = platform.GroupStore("127.0.0.1", 600.0)
+    sizes = [min(size, total - first) for first in range(0, total, size)]
+    arguments = (store.port, sizes, rounds + WARM_UP)
+    multiprocessing.get_context("spawn").Process(target=_receive, args=arguments, daemon=True).start()
+    group, buffer = store.join("plain", 2), torch.randint(0, 255, (max(sizes),), dtype=torch.uint8)
+
+    def broadcast() -> float:
+        dist.barrier(group)
+        start = time.perf_counter()
+        for size in sizes:
+            dist.broadcast(buffer[:size], group_src=0, group=group)
+        dist.barrier(group)
+        return time.perf_counter() - start
+
+    return broadcast
+
+
+def _receive(port: int, sizes: list[int], rounds: int) -> None:
     """The other end of the plain broadcasts: memory of its own for each, as a server takes."""
     import torch
     import torch.distributed as dist
 
     from megatron_refine import platform
 
-    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": "0"}
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     group = platform.GroupStore("127.0.0.1", 600.0, port).join("plain", 2, rank=1)
     for _ in range(rounds):
-        dist.broadcast(torch.empty(size, dtype=torch.uint8), group_src=0, group=group)
+        dist.barrier(group)
+        for size in sizes:
+            dist.broadcast(torch.empty(size, dtype=torch.uint8), group_src=0, group=group)
         dist.barrier(group)
 
 
-def _bandwidths(c: configuration.Config, world: int, size: int, plain: list[float], synced: list[float]) -> str:
-    m, e = c.model, c.engine
+def _bandwidths(
+    c: configuration.Config, world: int, backend: str, size: int, plain: list[float], synced: list[float]
+) -> str:
     ratio = statistics.median(a / b for a, b in zip(plain, synced, strict=True))
-    rows = {"broadcast": plain, "sync": synced}
     lines = [
-        f"{m.family} hidden {m.hidden_size}, {m.num_layers} layers, {size / 1e6:.0f} MB of {c.train.precision}; "
-        f"{world} ranks, tp {c.parallel.tp}; {e.sync}, buckets of {e.bucket_mb} MiB; medians of {len(plain)}"
+        f"{c.model.family} hidden {c.model.hidden_size}, {c.model.num_layers} layers, {size / 1e6:.0f} MB of "
+        f"{c.train.precision}; {world} ranks, tp {c.parallel.tp}; {backend}; medians of {len(plain)}"
     ]
-    for name, seconds in rows.items():
+    for name, seconds in {"broadcast": plain, "sync": synced}.items():
         middle = statistics.median(seconds)
         lines.append(f"{name:<10}{middle:>8.3f} s  {size / middle / 1e9:>6.2f} GB/s  (fastest {min(seconds):.3f} s)")
-    return "\n".join([*lines, f"sync / broadcast {ratio:.0%} of the bandwidth, median of rounds side by side"])
+    return "\n".join([*lines, f"a sync has {ratio:.0%} of the bandwidth of a broadcast: median of the rounds"])
 
 
 def _kinds(config: configuration.Config, ranks: Any) -> dict[str, Callable[["Batch", int], dict[str, float]]]:

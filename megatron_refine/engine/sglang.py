@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megatron_refine import platform
 from megatron_refine.config import Config
 from megatron_refine.convert.mapping import Converter
 from megatron_refine.engine import guard, weight_sync
@@ -37,6 +38,8 @@ from megatron_refine.trainer.export import (
 )
 from megatron_refine.trainer.parallel import Ranks
 
+# gloo: memory of up to 32 MiB comes back from malloc as it went, above that the kernel clears it anew, on both sides
+BUCKET_MB = {"nccl": 512, "gloo": 28}
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -64,6 +67,11 @@ class SGLangEngine:
     def label(self) -> str:
         """What the servers announce their weights as."""
         return f"{self.token}-{self.version}"
+
+    @property
+    def bucket_bytes(self) -> int:
+        """Of a broadcast."""
+        return (self.config.engine.bucket_mb or BUCKET_MB[platform.backend()]) << 20
 
     def sync(self, weight_version: int) -> None:
         """All servers have the trainer's weights, checked, and announce them. Raises EngineError."""
@@ -145,14 +153,13 @@ class SGLangEngine:
 
     def _broadcast(self) -> None:
         """Stage after stage, from its source rank to all servers."""
-        seconds, size = self.config.engine.sync_timeout, self.config.engine.bucket_mb << 20
         if not self.joined:
             self.group_count += 1
             for stage in range(self.ranks.pp):  # one after the other: in the same order on all servers
                 self.control.attempt(lambda stage=stage: self._join(stage))  # type: ignore[misc]
             self.joined = True
         for stage in range(self.ranks.pp):
-            self.control.attempt(lambda stage=stage: self._send(stage, size, seconds))  # type: ignore[misc]
+            self.control.attempt(lambda stage=stage: self._send(stage))  # type: ignore[misc]
 
     def _join(self, stage: int) -> None:
         if is_source(self.ranks) and self.ranks.pp_rank == stage:
@@ -161,12 +168,12 @@ class SGLangEngine:
             seconds = self.config.engine.sync_timeout
             self.groups = [weight_sync.UpdateGroup(name, self.servers, address, seconds)]
 
-    def _send(self, stage: int, size: int, seconds: float) -> None:
+    def _send(self, stage: int) -> None:
         if self.ranks.pp_rank != stage:
             return
         tensors = stage_tensors(self.model, self.converter, self.ranks)
         if is_source(self.ranks):
-            weight_sync.push(self.groups[0], tensors, size, seconds)
+            weight_sync.push(self.groups[0], tensors, self.bucket_bytes)
         with to_the_end(tensors):
             pass
 

@@ -64,26 +64,32 @@ class UpdateGroup:
 
     def __init__(self, name: str, servers: list[Server], address: str, seconds: float):
         """Raises ServerError where a server does not join in time; the others then leave by closing."""
-        self.name, self.servers, self.group = name, servers, None
-        with ThreadPoolExecutor(len(servers)) as pool:
-            store = platform.GroupStore(address, seconds)
-            joining, offset = [], 1
-            world = 1 + sum(server.tp for server in servers)
-            for server in servers:
-                body = {
-                    "master_address": address, "master_port": store.port, "rank_offset": offset, "world_size": world,
-                    "group_name": name, "backend": platform.backend(),
-                }  # fmt: skip
-                joining.append(pool.submit(server.client.post, "/init_weights_update_group", seconds, **body))
-                offset += server.tp
-            try:
-                self.group = store.join(name, world)
-            except Exception as error:
-                raise ServerError(next(_failures(joining), f"update group {name}: {error}")) from None
-            raise_first(joining)
+        self.name, self.servers, self.seconds, self.group = name, servers, seconds, None
+        self._pool = ThreadPoolExecutor(2 * len(servers))
+        self._asked: list[Future[Any]] = []  # of the last bucket: servers may still be loading it
+        store, offset = platform.GroupStore(address, seconds), 1
+        world = 1 + sum(server.tp for server in servers)
+        joining = []
+        for server in servers:
+            body = {
+                "master_address": address, "master_port": store.port, "rank_offset": offset, "world_size": world,
+                "group_name": name, "backend": platform.backend(),
+            }  # fmt: skip
+            joining.append(self._pool.submit(server.client.post, "/init_weights_update_group", seconds, **body))
+            offset += server.tp
+        try:
+            self.group = store.join(name, world)
+        except Exception as error:
+            raise ServerError(next(_failures(joining), f"update group {name}: {error}")) from None
+        raise_first(joining)
 
-    def broadcast(self, names: list[str], tensors: list[Tensor], buffer: Tensor, seconds: float) -> None:
-        """Send one bucket: `buffer` holds the bytes of the tensors, end to end. Raises ServerError."""
+    def broadcast(self, names: list[str], tensors: list[Tensor], buffer: Tensor) -> None:
+        """Send one bucket: `buffer` holds the bytes of the tensors, end to end. Raises ServerError.
+
+        Returns when the servers have the bytes. What they make of them is known with the next bucket or at `finish`.
+        They take buckets in the order of these calls: the request of one follows when the bytes of the one before it
+        are with the servers.
+        """
         if self.group is None:
             raise ServerError(f"update group {self.name}: was left")
         body: dict[str, Any] = {
@@ -92,15 +98,21 @@ class UpdateGroup:
             "shapes": [list(tensor.shape) for tensor in tensors],
             "group_name": self.name, "load_format": "flattened_bucket", "flush_cache": False,
         }  # fmt: skip
-        with ThreadPoolExecutor(len(self.servers)) as pool:
-            path = "/update_weights_from_distributed"
-            asked = [pool.submit(server.client.post, path, seconds, **body) for server in self.servers]
-            try:
-                dist.broadcast(buffer, group_src=0, group=self.group)
-            except Exception as error:
-                self.close()  # servers that wait for the bytes stop waiting
-                raise ServerError(next(_failures(asked), f"broadcast: {error}")) from None
-            raise_first(asked)
+        path = "/update_weights_from_distributed"
+        asked = [self._pool.submit(server.client.post, path, self.seconds, **body) for server in self.servers]
+        try:
+            dist.broadcast(buffer, group_src=0, group=self.group)
+        except Exception as error:
+            self.close()  # servers that wait for the bytes stop waiting
+            raise ServerError(next(_failures([*self._asked, *asked]), f"broadcast: {error}")) from None
+        platform.synchronize()
+        self.finish()
+        self._asked = asked
+
+    def finish(self) -> None:
+        """Wait until the servers have loaded what was sent. Raises ServerError."""
+        asked, self._asked = self._asked, []
+        raise_first(asked)
 
     def close(self) -> None:
         """Leave, which ends the wait of a server for our bytes; then tell the servers to."""
@@ -111,6 +123,7 @@ class UpdateGroup:
         for server in self.servers:
             with contextlib.suppress(ServerError):
                 server.client.post("/destroy_weights_update_group", LEAVE_SECONDS, group_name=self.name)
+        self._pool.shutdown(wait=False)
 
 
 def buckets(tensors: Tensors, size: int) -> Iterator[tuple[list[str], list[Tensor], Tensor]]:
@@ -129,19 +142,17 @@ def buckets(tensors: Tensors, size: int) -> Iterator[tuple[list[str], list[Tenso
         yield names, held, _flat(held)
 
 
-def push(group: UpdateGroup, tensors: Tensors, size: int, seconds: float) -> int:
-    """Send tensors in buckets; while one travels, the next is made. Returns the bytes. Raises ServerError."""
-    total = 0
+def push(group: UpdateGroup, tensors: Tensors, size: int) -> None:
+    """Send tensors in buckets of `size` bytes; while one travels, the next is made. Raises ServerError."""
     with to_the_end(tensors), ThreadPoolExecutor(1) as sender:
         sending: Future[None] | None = None
-        for names, held, buffer in buckets(tensors, size):
-            total += buffer.nbytes
+        for bucket in buckets(tensors, size):
             if sending:
                 sending.result()
-            sending = sender.submit(group.broadcast, names, held, buffer, seconds)
+            sending = sender.submit(group.broadcast, *bucket)
         if sending:
             sending.result()
-    return total
+        group.finish()
 
 
 def _flat(tensors: list[Tensor]) -> Tensor:
