@@ -24,7 +24,7 @@ train: .venv/ready ## train a tiny model with REFINE on two CPU ranks; MODEL=a f
 
 train-sglang: .venv/ready .venv-sglang/ready ## the same with rollouts from an SGLang server on the CPU
 	@$(BIN)/torchrun --standalone --nproc-per-node 2 -m megatron_refine.train --config configs/quickstart.yaml \
-		--config configs/quickstart_sglang.yaml $(ARGS)
+		--config configs/engines/quickstart_sglang.yaml $(ARGS)
 
 bench: .venv/ready ## time steps of the quickstart: NTP-only, fused and two-pass in turn
 	@$(BIN)/torchrun --standalone --nproc-per-node 2 tools/bench.py step --config configs/quickstart.yaml $(ARGS)
