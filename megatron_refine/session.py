@@ -108,18 +108,15 @@ class Session:
         seconds, size = time.perf_counter() - start, self.config.train.global_batch_size
         self.progress = Progress(done.step + 1, done.consumed_samples + size, done.data)
         flops = step_flops(self.config)
-        return (
-            metrics
-            | self.engine.metrics()
-            | {
-                "step": self.progress.step,
-                "consumed_samples": self.progress.consumed_samples,
-                "time/step": seconds,
-                "perf/tokens_per_sec": size * self.config.data.seq_length / seconds,
-                "perf/mfu": (flops.refine if refine else flops.ntp) / seconds / self.peak_flops,
-                "perf/peak_memory_bytes": platform.peak_memory_bytes(),
-            }
-        )
+        metrics |= self.engine.metrics()
+        return metrics | {
+            "step": self.progress.step,
+            "consumed_samples": self.progress.consumed_samples,
+            "time/step": seconds,
+            "perf/tokens_per_sec": size * self.config.data.seq_length / seconds,
+            "perf/mfu": (flops.refine if refine else flops.ntp) / seconds / self.peak_flops,
+            "perf/peak_memory_bytes": platform.peak_memory_bytes(),
+        }
 
     def evaluate(self) -> dict[str, float]:
         """The eval/ metrics of the held-out sequences; {} where there are none to evaluate."""

@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_refine.trainer.random import splitmix64
+
 _MASK = 0xFFFFFFFF
 _MIX = (0x85EBCA6B, 0xC2B2AE35)
 _SEED = 0x243F6A88
 _STREAMS = ((0x27D4EB2D, _SEED, 15), (0x165667B1, (_SEED * 0x9E3779B1 ^ 0xDEADBEEF) & _MASK, 13))
 _TILE, _TILES_AT_ONCE = 8192, 256
-_SPLITMIX = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 
 
 def checksum(tensor: Tensor, device: str) -> str:
@@ -29,14 +30,14 @@ def checksum(tensor: Tensor, device: str) -> str:
 def _tiled_hash(flat: Tensor) -> int:
     """Of bytes [n], on the device where they are."""
     words = F.pad(flat, (0, -len(flat) % 4)).view(torch.int32)
-    total = 0
+    total = torch.zeros((), dtype=torch.int64, device=flat.device)  # wraps around, as 64 bits do
     for first in range(0, len(words), _TILE * _TILES_AT_ONCE):
         part = words[first : first + _TILE * _TILES_AT_ONCE].long() & _MASK
         place = (torch.arange(len(part), device=part.device) + first) & _MASK
         sums = [_tile_sums(part, place, *stream) for stream in _STREAMS]
         high, low = (_finalise(s ^ (len(words) * 4 & _MASK)) for s in sums)
-        total += sum((h << 32) + v for h, v in zip(high.tolist(), low.tolist(), strict=True))
-    return _splitmix(total & (1 << 64) - 1) if len(words) else 0
+        total += ((high << 32) + low).sum()
+    return int(splitmix64(total)) & (1 << 64) - 1
 
 
 def _tile_sums(words: Tensor, place: Tensor, factor: int, seed: int, turn: int) -> Tensor:
@@ -51,9 +52,3 @@ def _finalise(x: Tensor) -> Tensor:
     x = (x ^ x >> 16) * _MIX[0] & _MASK
     x = (x ^ x >> 13) * _MIX[1] & _MASK
     return x ^ x >> 16
-
-
-def _splitmix(x: int) -> int:
-    for shift, factor in zip((30, 27), _SPLITMIX, strict=True):
-        x = (x ^ x >> shift) * factor & (1 << 64) - 1
-    return x ^ x >> 31

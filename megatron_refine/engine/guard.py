@@ -85,21 +85,18 @@ def check_label(url: str, answer: dict[str, Any], label: str) -> None:
 
 def check_probes(
     model: nn.Module, config: Config, ranks: Ranks, answers: list[tuple[str, list[int], list[float]]]
-) -> float:
-    """Every rank: the probes [(url, tokens, log-probabilities)] against the trainer's own. Returns the largest gap.
+) -> None:
+    """Every rank: the probes [(url, tokens, log-probabilities)] against the trainer's own.
 
     Raises ServerError, on all ranks alike, where the mean gap of a server exceeds engine.probe_gap.
     """
     tokens = torch.tensor([tokens for _, tokens, _ in answers], device=platform.device())
     ours = score_tokens(model, tokens, ranks).cpu()
     limit = config.engine.probe_gap or DEFAULT_GAP[config.train.precision]
-    largest = 0.0
     for (url, _, theirs), own in zip(answers, ours, strict=True):
-        gap = (own - torch.tensor(theirs, dtype=own.dtype)).abs()
-        if not float(gap.mean()) <= limit:  # a NaN fails too
+        gap = float((own - torch.tensor(theirs, dtype=own.dtype)).abs().mean())
+        if not gap <= limit:  # a NaN fails too
             raise ServerError(
-                f"{url}: the probe's log-probabilities are {float(gap.mean()):.2g} nats from the trainer's in the "
+                f"{url}: the probe's log-probabilities are {gap:.2g} nats from the trainer's in the "
                 f"mean, above {limit:g} (engine.probe_gap)"
             )
-        largest = max(largest, float(gap.max()))
-    return largest

@@ -34,6 +34,8 @@ class StateBackend(ShortConvAttnBackend):
 class ServedConfig(PretrainedConfig):
     """A family's config.json, every field honoured or refused by name, with what SGLang asks of a linear model."""
 
+    family = ""  # a folder of models/
+
     def __init__(self, **fields: Any):
         super().__init__(**fields)
         self.fields = {name: value for name, value in fields.items() if not name.startswith("_")}
@@ -57,7 +59,7 @@ class ServedConfig(PretrainedConfig):
 
     def todays_name(self, stored: str) -> str | None:
         """Of a tensor in a folder; None where no computation reads it."""
-        return inventory.todays_name(family.hf_format(self.typed_model.family), stored)
+        return inventory.todays_name(family.hf_format(self.family), stored)
 
     @property
     def full_attention_layer_ids(self) -> list[int]:
@@ -65,12 +67,12 @@ class ServedConfig(PretrainedConfig):
 
     @property
     def linear_layer_ids(self) -> list[int]:
-        return list(range(self.typed_model.num_layers))
+        return list(range(self.num_hidden_layers))
 
     @property
     def mamba2_cache_params(self) -> Mamba2CacheParams:
         """Shapes and dtypes of a slot: fp32, which holds rows of any dtype."""
-        state, tp = family.serve(self.typed_model.family).state_shape(self.typed_model), get_parallel().attn_tp_size
+        state, tp = family.serve(self.family).state_shape(self.typed_model), get_parallel().attn_tp_size
         heads, key_heads = divide(state.heads, tp), divide(state.key_heads, tp)
         keys = state.key_heads * state.key_dim
         shape = Mamba2StateShape(
@@ -91,26 +93,27 @@ class ServedConfig(PretrainedConfig):
 
 
 class DeltaNetServed(ServedConfig):
-    model_type = "delta_net"
+    family, model_type = "delta_net", "delta_net"
 
     def __init__(self, **fields: Any):  # transformers replaces that of a subclass without one
         super().__init__(**fields)
 
 
 class GatedDeltaNetServed(ServedConfig):
-    model_type = "gated_deltanet"
+    family, model_type = "gated_delta_net", "gated_deltanet"
 
     def __init__(self, **fields: Any):
         super().__init__(**fields)
 
 
-CONFIGS = {"delta_net": DeltaNetServed, "gated_delta_net": GatedDeltaNetServed}
+CONFIGS = (DeltaNetServed, GatedDeltaNetServed)
 
 
 def register() -> None:
     """Config, state and model of every family that is served."""
-    for name in SERVED:
-        described, config = family.hf_format(name), CONFIGS[name]
+    assert {config.family for config in CONFIGS} == set(SERVED)
+    for config in CONFIGS:
+        described = family.hf_format(config.family)
         assert config.model_type == described.model_type
         AutoConfig.register(described.model_type, config, exist_ok=True)
         register_linear_attn_model(
@@ -123,4 +126,4 @@ def register() -> None:
                 support_mamba_cache=True,
             )
         )
-        ModelRegistry.models[described.architecture] = family.serve(name).MODEL
+        ModelRegistry.models[described.architecture] = family.serve(config.family).MODEL

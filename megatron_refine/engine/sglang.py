@@ -63,10 +63,9 @@ class SGLangEngine:
         self.recoveries = self.group_count = self.prompt_tokens = self.cached_tokens = 0
         self.guard_seconds = self.transfer_seconds = 0.0
 
-    @property
-    def label(self) -> str:
+    def label(self, version: int) -> str:
         """What the servers announce their weights as."""
-        return f"{self.token}-{self.version}"
+        return f"{self.token}-{version}"
 
     @property
     def bucket_bytes(self) -> int:
@@ -93,7 +92,7 @@ class SGLangEngine:
         """Raises EngineError. `request.fork` is not used: servers prefill the prefixes themselves."""
         assert self.version is not None, "sync before the first rollout"
         version, leads = self.version, self.ranks.tp_rank == 0
-        collector = Collector(request, self.label, self.config.engine.max_requests) if leads else None
+        collector = Collector(request, self.label(version), self.config.engine.max_requests) if leads else None
         while True:
             try:
                 self.control.attempt(lambda: collector.run(self._clients()) if collector else None)
@@ -171,28 +170,25 @@ class SGLangEngine:
     def _send(self, stage: int) -> None:
         if self.ranks.pp_rank != stage:
             return
-        tensors = stage_tensors(self.model, self.converter, self.ranks)
-        if is_source(self.ranks):
-            weight_sync.push(self.groups[0], tensors, self.bucket_bytes)
-        with to_the_end(tensors):
-            pass
+        with to_the_end(stage_tensors(self.model, self.converter, self.ranks)) as tensors:
+            if is_source(self.ranks):
+                weight_sync.push(self.groups[0], tensors, self.bucket_bytes)
 
     def _check(self, version: int) -> None:
         """Checksums, announcement, probe; the servers are HEALTHY afterwards. Raises ServerError on all ranks alike."""
-        start, seconds, label = time.perf_counter(), self.config.engine.sync_timeout, f"{self.token}-{version}"
+        start, seconds, label = time.perf_counter(), self.config.engine.sync_timeout, self.label(version)
         kinds = {(server.tp, server.device) for server in self._share()}
         found = self._on_main(lambda fleet: fleet.each(lambda server: guard.server_checksums(server, seconds)))
         parts = self.control.attempt(lambda: self._expected(kinds))
         expected = {kind: {k: v for part in parts for k, v in part[kind].items()} for kind in kinds}
 
         def announce(fleet: Fleet) -> list[tuple[str, list[int], list[float]]]:
-            for server, sums in zip(fleet.servers, found or [], strict=True):
+            for server, sums in zip(fleet.servers, found, strict=True):
                 guard.compare_checksums(server.url, sums, expected[server.tp, server.device])
             fleet.each(lambda server: weight_sync.resume(server, label, seconds))
             return fleet.each(lambda server: (server.url, *guard.ask_probe(server, self.config, label)))
 
-        answers = self.control.gather(self._on_main(announce))[0]
-        guard.check_probes(self.model, self.config, self.ranks, answers)
+        guard.check_probes(self.model, self.config, self.ranks, self._on_main(announce))
         self._on_main(lambda fleet: fleet.healthy())
         self.guard_seconds += time.perf_counter() - start
 
@@ -234,8 +230,8 @@ class SGLangEngine:
         return folder
 
     def _on_main(self, work: Callable[[Fleet], Any]) -> Any:
-        """Rank 0 does it, all ranks hear how it ended; the result on rank 0. Raises ServerError on all."""
-        return self.control.attempt(lambda: work(self.fleet) if self.fleet else None)[self.ranks.rank]
+        """Rank 0 does it; its result on all ranks. Raises ServerError on all."""
+        return self.control.attempt(lambda: work(self.fleet) if self.fleet else None)[0]
 
     def _share(self) -> list[Server]:
         """Tell every rank where the servers are."""

@@ -19,7 +19,6 @@ from torch import Tensor
 from megatron_refine import platform
 from megatron_refine.engine.errors import ServerError
 from megatron_refine.engine.server import Server
-from megatron_refine.trainer.export import to_the_end
 
 LEAVE_SECONDS = 5.0
 Tensors = Iterator[tuple[str, Tensor]]
@@ -131,9 +130,8 @@ def buckets(tensors: Tensors, size: int) -> Iterator[tuple[list[str], list[Tenso
     names: list[str] = []
     held: list[Tensor] = []
     for name, tensor in tensors:
-        full = held and sum(t.nbytes for t in held) + tensor.nbytes > size
-        unaligned = held and sum(t.nbytes for t in held) % tensor.itemsize
-        if full or unaligned:
+        used = sum(t.nbytes for t in held)
+        if held and (used + tensor.nbytes > size or used % tensor.itemsize):  # a server reads at multiples of the width
             yield names, held, _flat(held)
             names, held = [], []
         names.append(name)
@@ -144,7 +142,7 @@ def buckets(tensors: Tensors, size: int) -> Iterator[tuple[list[str], list[Tenso
 
 def push(group: UpdateGroup, tensors: Tensors, size: int) -> None:
     """Send tensors in buckets of `size` bytes; while one travels, the next is made. Raises ServerError."""
-    with to_the_end(tensors), ThreadPoolExecutor(1) as sender:
+    with ThreadPoolExecutor(1) as sender:
         sending: Future[None] | None = None
         for bucket in buckets(tensors, size):
             if sending:

@@ -86,10 +86,6 @@ def empty_folder(folder: Path) -> None:
 
 def _own_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Those of this stage but for the copy of a tied embedding on the last one: the first has it."""
-    model = unwrap(module)
-    seen: set[str] = set()
     for name, parameter in global_parameters(module):
-        copy = name.startswith("embedding.") and not model.pre_process
-        if not copy and name not in seen:
-            seen.add(name)
+        if unwrap(module).pre_process or not name.startswith("embedding."):
             yield name, parameter

@@ -18,13 +18,13 @@ def uniform(seed: int, *counters: int | Tensor) -> Tensor:
     tensors = torch.broadcast_tensors(
         *(torch.as_tensor(c, dtype=torch.int64, device=_device(counters)) for c in counters)
     )
-    bits = _mix(torch.full_like(tensors[0], seed))
+    bits = splitmix64(torch.full_like(tensors[0], seed))
     for counter in tensors:
-        bits = _mix((bits ^ counter) + _GOLDEN)
+        bits = splitmix64((bits ^ counter) + _GOLDEN)
     return _shift(bits, 11).double() * 2.0**-53
 
 
-def _mix(bits: Tensor) -> Tensor:
+def splitmix64(bits: Tensor) -> Tensor:
     """The finaliser of splitmix64 on int64, whose products wrap around."""
     bits = (bits ^ _shift(bits, 30)) * _FACTORS[0]
     bits = (bits ^ _shift(bits, 27)) * _FACTORS[1]

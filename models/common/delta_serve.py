@@ -215,7 +215,7 @@ class DeltaForCausalLM(nn.Module):
         if not model.tie_embeddings:
             self.lm_head = ParallelLMHead(model.vocab_size, model.hidden_size, padding_size=1)
         self.logits_processor = LogitsProcessor(config)
-        self.config = config
+        self.config, self.shapes = config, config.hf_shapes
 
     def forward(self, input_ids: Tensor, positions: Tensor, forward_batch: Any) -> Any:
         """Token ids [R] -> SGLang's logits of the rows that it asks for. Positions: the state knows them."""
@@ -228,15 +228,15 @@ class DeltaForCausalLM(nn.Module):
         Raises ValueError for a name that is not the model's, a shape that is not the tensor's, a tensor that is missing
         in the files. SGLang's own models skip them in silence. What a trainer did not send, its checksums show.
         """
-        parameters, shapes, loaded = dict(self.named_parameters()), self.config.hf_shapes, set()
+        parameters, loaded = dict(self.named_parameters()), set()
         for stored, tensor in weights:
             name = self.config.todays_name(stored)
             if name is None:
                 continue
             if name not in parameters:
                 raise ValueError(f"{stored}: no tensor of this model")
-            if tuple(tensor.shape) != shapes[name]:
-                raise ValueError(f"{stored}: shape {list(tensor.shape)}, the model has {list(shapes[name])}")
+            if tuple(tensor.shape) != self.shapes[name]:
+                raise ValueError(f"{stored}: shape {list(tensor.shape)}, the model has {list(self.shapes[name])}")
             parameter = parameters[name]
             getattr(parameter, "weight_loader", default_weight_loader)(parameter, tensor)
             loaded.add(name)
