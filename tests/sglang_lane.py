@@ -1,6 +1,7 @@
 """What the tests against real SGLang servers share: servers, a trainer at any layout, and the numbers of both sides."""
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -43,8 +44,9 @@ def lane_config(folder: Path, model: str, *overrides: str) -> Config:
             "kind": "sglang", "python": str(PYTHON), "args": SERVER_ARGS, "request_timeout": 60.0, "sync_timeout": 60.0,
         },
     }  # fmt: skip
-    (folder / "lane.yaml").write_text(yaml.safe_dump(tree))
-    return load(folder / "lane.yaml", list(overrides), FAMILIES)
+    path = folder / f"lane_{os.getpid()}.yaml"  # every rank of a test writes one
+    path.write_text(yaml.safe_dump(tree))
+    return load(path, list(overrides), FAMILIES)
 
 
 def attached(url: str, *overrides: str) -> list[str]:

@@ -288,11 +288,7 @@ def test_a_failure_on_one_rank_reaches_all(ranks: Zygote, tmp_path: Path) -> Non
     assert ranks(3, fail_on_one, folder=str(tmp_path)) == ["rank 1: integer division or modulo by zero"] * 3
 
 
-def start_in_vain(folder: str, url: str) -> str:
-    config = small_config(
-        Path(folder), "engine.kind=sglang", f"engine.urls=[{url}]", "engine.start_timeout=0.5", "engine.max_restarts=1",
-        "engine.request_timeout=5.0",
-    )  # fmt: skip
+def start_in_vain(config: Any) -> str:
     with lane.trainer(config) as (engine, _), pytest.raises(EngineError) as error:
         engine.sync(0)
     return str(error.value)
@@ -300,7 +296,11 @@ def start_in_vain(folder: str, url: str) -> str:
 
 def test_a_server_that_answers_503_ends_the_run_in_time(scripted: Any, ranks: Zygote, tmp_path: Path) -> None:
     url = scripted(lambda path, body: (503, {}))
-    (message,) = set(ranks(2, start_in_vain, folder=str(tmp_path), url=url))
+    config = small_config(
+        tmp_path, "engine.kind=sglang", f"engine.urls=[{url}]", "engine.start_timeout=0.5", "engine.max_restarts=1",
+        "engine.request_timeout=5.0",
+    )  # fmt: skip
+    (message,) = set(ranks(2, start_in_vain, config=config))
     assert f"{url}: not healthy after 0.5 s; given up after 1 recoveries" in message
 
 

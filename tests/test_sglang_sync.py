@@ -39,7 +39,6 @@ def server(request: pytest.FixtureRequest, ranks: Zygote, tmp_path_factory: pyte
 
 def config_of(folder: str, model: str, overrides: list[str]) -> Any:
     """At pp > 1 rollouts are refused by the configuration; a sync works at any layout."""
-    config = lane.lane_config(Path(folder), model)
     parallel = {k.removeprefix("parallel."): v for k, _, v in (o.partition("=") for o in overrides) if "parallel" in k}
     rest = [o for o in overrides if not o.startswith("parallel.")]
     config = lane.lane_config(Path(folder), model, *rest)
