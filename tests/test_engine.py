@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import json
 import os
+import socket
 import stat
 import threading
 import time
@@ -24,7 +25,7 @@ from megatron_refine.engine.client import Client
 from megatron_refine.engine.collect import Collector
 from megatron_refine.engine.errors import EngineError, ServerError
 from megatron_refine.engine.fleet import Fleet
-from megatron_refine.engine.launch import command, environment
+from megatron_refine.engine.launch import command, environment, reserve_port
 from megatron_refine.engine.server import MOVES, Server, State
 from megatron_refine.records import RolloutRequest
 from tests import sglang_lane as lane
@@ -204,7 +205,7 @@ def test_buckets_hold_every_byte_in_order(size: int) -> None:
     dtypes = itertools.cycle([torch.float32, torch.bfloat16, torch.bfloat16, torch.float64])
     tensors = [(f"t{i}", torch.randn(i % 5 + 1, 3).to(next(dtypes))) for i in range(20)]
     names, content = [], b""
-    for found, held, buffer in weight_sync.buckets(iter(tensors), size):
+    for found, held, buffer in weight_sync.buckets(iter(tensors), size, weight_sync.SendMemory()):
         offset = 0
         for tensor in held:
             assert offset % tensor.itemsize == 0
@@ -304,11 +305,29 @@ def test_a_server_that_answers_503_ends_the_run_in_time(scripted: Any, ranks: Zy
     assert f"{url}: not healthy after 0.5 s; given up after 1 recoveries" in message
 
 
-def test_a_launched_program_that_ends_is_reported_with_its_error(tmp_path: Path) -> None:
+def test_a_reserved_port_is_left_for_the_server() -> None:
+    """It binds its port long after that was chosen: meanwhile no other program may be given it."""
+    with reserve_port("127.0.0.1") as held:
+        address = held.getsockname()
+        with socket.socket() as other, pytest.raises(OSError, match="in use"):
+            other.bind(address)
+        with socket.socket() as server:
+            server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as every asyncio server
+            server.bind(address)
+            server.listen()
+            with socket.create_connection(address, timeout=5):
+                pass
+
+
+@pytest.mark.parametrize("said, shown", [
+    (["ImportError: no sglang here"], "ImportError: no sglang here"),
+    (["ERROR:    address already in use", "ReadTimeoutError: it follows"], "ERROR:    address already in use"),
+])  # fmt: skip
+def test_a_launched_program_that_ends_is_reported_with_its_error(said: list[str], shown: str, tmp_path: Path) -> None:
     python = tmp_path / "python"
-    python.write_text("#!/bin/sh\necho 'ImportError: no sglang here'\nexit 1\n")
+    python.write_text("#!/bin/sh\n" + "".join(f"echo '{line}'\n" for line in said) + "exit 1\n")
     python.chmod(0o700)
     fleet = Fleet(small_config(tmp_path, "engine.kind=sglang", f"engine.python={python}"), tmp_path / "logs")
-    with pytest.raises(ServerError, match=r"ended while starting: ImportError: no sglang here \(.*sglang_0.1.log\)"):
+    with pytest.raises(ServerError, match=rf"ended while starting: {shown} \(.*sglang_0.1.log\)"):
         fleet.start(tmp_path)
     assert fleet.servers[0].state is State.DEAD

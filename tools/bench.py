@@ -125,13 +125,13 @@ def _plain_broadcast(total: int, size: int, rounds: int) -> Callable[[], float]:
     sizes = [min(size, total - first) for first in range(0, total, size)]
     arguments = (store.port, sizes, rounds + WARM_UP)
     multiprocessing.get_context("spawn").Process(target=_receive, args=arguments, daemon=True).start()
-    group, buffer = store.join("plain", 2), torch.randint(0, 255, (max(sizes),), dtype=torch.uint8)
+    group, weights = store.join("plain", 2), torch.randint(0, 255, (total,), dtype=torch.uint8)
 
     def broadcast() -> float:
         dist.barrier(group)
         start = time.perf_counter()
-        for size in sizes:
-            dist.broadcast(buffer[:size], group_src=0, group=group)
+        for part in weights.split(size):
+            dist.broadcast(part, group_src=0, group=group)
         dist.barrier(group)
         return time.perf_counter() - start
 

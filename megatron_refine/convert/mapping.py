@@ -38,9 +38,19 @@ class Converter:
         return self._kinds[name]
 
     def to_hf(self, name: str, full: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """The full tensor `name` -> (their name, tensor) of each of its parts. Any dtype and device; always copies."""
+        """The full tensor `name` -> (their name, tensor) of each of its parts. Any dtype and device.
+
+        Views of `full` where it holds them as they are, else copies.
+        """
         mapping = self._mappings[name]
         assert tuple(full.shape) == mapping.shape, f"{name}: {tuple(full.shape)}, not {mapping.shape}"
+        match mapping:
+            case Same():
+                yield mapping.theirs, full
+                return
+            case Vocab():
+                yield mapping.theirs, full[: mapping.rows]
+                return
         parts = {theirs: full.new_empty(shape) for theirs, shape in mapping.sources().items()}
         for ours, theirs in _views(mapping, full, parts):
             theirs.copy_(ours)

@@ -9,7 +9,7 @@ from typing import TypeVar
 from megatron_refine.config import Config
 from megatron_refine.engine.client import Client
 from megatron_refine.engine.errors import ServerError
-from megatron_refine.engine.launch import free_port
+from megatron_refine.engine.launch import reserve_port
 from megatron_refine.engine.server import Server, State
 from megatron_refine.engine.weight_sync import load_folder, pause
 
@@ -29,8 +29,10 @@ class Fleet:
     def __init__(self, config: Config, logs: Path):
         self.config, engine = config, config.engine
         urls = engine.urls
+        self._held = [] if urls or engine.port else [reserve_port(engine.host) for _ in range(engine.servers)]
         if not urls:
-            ports = [engine.port + i if engine.port else free_port(engine.host) for i in range(engine.servers)]
+            ports = [held.getsockname()[1] for held in self._held]
+            ports = ports or [engine.port + i for i in range(engine.servers)]
             urls = [f"http://{engine.host}:{port}" for port in ports]
         self.servers = [Server(client(config, url), engine.tp, logs / f"sglang_{i}") for i, url in enumerate(urls)]
 
@@ -74,6 +76,8 @@ class Fleet:
         for server in self.servers:
             server.stop()
             server.client.close()
+        for held in self._held:
+            held.close()
 
     def _reload(self, server: Server, folder: Path) -> bool:
         """Whether the server is there and took the weights; else it is DEAD."""

@@ -53,9 +53,10 @@ class Process:
         self._process.wait()
 
     def last_words(self) -> str:
-        """The last line of the log that names an error, and where the log is."""
+        """The last line of the log that is of level ERROR, else names an error; and where the log is."""
         lines = self.log.read_text(errors="replace").splitlines()
         named = [line.strip() for line in lines if "Error" in line and not line.startswith(" ")]
+        named += [line.strip() for line in lines if "ERROR: " in line]
         return f"{named[-1][:300] if named else 'see its log'} ({self.log})"
 
 
@@ -95,10 +96,16 @@ def environment(engine: Engine) -> dict[str, str]:
     return kept | engine.env
 
 
-def free_port(host: str) -> int:
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
+def reserve_port(host: str) -> socket.socket:
+    """A port for a server: while the socket is open no other program is given it, and the server can still bind it.
+
+    A server binds its port 20 seconds and more after it was started. Linux lets it, as both allow the reuse of the
+    address and this socket does not listen.
+    """
+    held = socket.socket()
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    held.bind((host, 0))
+    return held
 
 
 def _end_with_parent() -> None:

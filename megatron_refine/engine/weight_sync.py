@@ -66,6 +66,7 @@ class UpdateGroup:
         self.name, self.servers, self.seconds, self.group = name, servers, seconds, None
         self._pool = ThreadPoolExecutor(2 * len(servers))
         self._asked: list[Future[Any]] = []  # of the last bucket: servers may still be loading it
+        self.memory = SendMemory()
         store, offset = platform.GroupStore(address, seconds), 1
         world = 1 + sum(server.tp for server in servers)
         joining = []
@@ -125,36 +126,47 @@ class UpdateGroup:
         self._pool.shutdown(wait=False)
 
 
-def buckets(tensors: Tensors, size: int) -> Iterator[tuple[list[str], list[Tensor], Tensor]]:
+class SendMemory:
+    """Of two buckets: one travels while the other is filled. It is kept, so that the kernel need not clear it anew."""
+
+    def __init__(self) -> None:
+        self._halves, self._turn = [torch.empty(0, dtype=torch.uint8)] * 2, 0
+
+    def join(self, tensors: list[Tensor]) -> Tensor:
+        """The bytes of tensors, end to end. They last until the second next call."""
+        self._turn, size = 1 - self._turn, sum(tensor.nbytes for tensor in tensors)
+        half = self._halves[self._turn]
+        if half.numel() < size or half.device != tensors[0].device:
+            half = self._halves[self._turn] = torch.empty(size, dtype=torch.uint8, device=tensors[0].device)
+        return torch.cat([tensor.reshape(-1).view(torch.uint8) for tensor in tensors], out=half[:size])
+
+
+def buckets(tensors: Tensors, size: int, memory: SendMemory) -> Iterator[tuple[list[str], list[Tensor], Tensor]]:
     """Tensors of about `size` bytes together: their names, themselves, and their bytes end to end."""
     names: list[str] = []
     held: list[Tensor] = []
     for name, tensor in tensors:
         used = sum(t.nbytes for t in held)
         if held and (used + tensor.nbytes > size or used % tensor.itemsize):  # a server reads at multiples of the width
-            yield names, held, _flat(held)
+            yield names, held, memory.join(held)
             names, held = [], []
         names.append(name)
         held.append(tensor)
     if held:
-        yield names, held, _flat(held)
+        yield names, held, memory.join(held)
 
 
 def push(group: UpdateGroup, tensors: Tensors, size: int) -> None:
     """Send tensors in buckets of `size` bytes; while one travels, the next is made. Raises ServerError."""
     with ThreadPoolExecutor(1) as sender:
         sending: Future[None] | None = None
-        for bucket in buckets(tensors, size):
+        for bucket in buckets(tensors, size, group.memory):
             if sending:
                 sending.result()
             sending = sender.submit(group.broadcast, *bucket)
         if sending:
             sending.result()
         group.finish()
-
-
-def _flat(tensors: list[Tensor]) -> Tensor:
-    return torch.cat([tensor.reshape(-1).view(torch.uint8) for tensor in tensors])
 
 
 def raise_first(futures: list[Future[Any]]) -> None:
