@@ -122,8 +122,7 @@ def _plain_broadcast(total: int, size: int, rounds: int) -> Callable[[], float]:
     from megatron_refine import platform
 
     store = platform.GroupStore("127.0.0.1", 600.0)
-    sizes = [min(size, total - first) for first in range(0, total, size)]
-    arguments = (store.port, sizes, rounds + WARM_UP)
+    arguments = (store.port, total, size, rounds + WARM_UP)
     multiprocessing.get_context("spawn").Process(target=_receive, args=arguments, daemon=True).start()
     group, weights = store.join("plain", 2), torch.randint(0, 255, (total,), dtype=torch.uint8)
 
@@ -138,8 +137,8 @@ def _plain_broadcast(total: int, size: int, rounds: int) -> Callable[[], float]:
     return broadcast
 
 
-def _receive(port: int, sizes: list[int], rounds: int) -> None:
-    """The other end of the plain broadcasts: memory of its own for each, as a server takes."""
+def _receive(port: int, total: int, size: int, rounds: int) -> None:
+    """The other end of the plain broadcasts: it takes them into memory that it keeps."""
     import torch
     import torch.distributed as dist
 
@@ -147,10 +146,11 @@ def _receive(port: int, sizes: list[int], rounds: int) -> None:
 
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     group = platform.GroupStore("127.0.0.1", 600.0, port).join("plain", 2, rank=1)
+    weights = torch.zeros(total, dtype=torch.uint8)
     for _ in range(rounds):
         dist.barrier(group)
-        for size in sizes:
-            dist.broadcast(torch.empty(size, dtype=torch.uint8), group_src=0, group=group)
+        for part in weights.split(size):
+            dist.broadcast(part, group_src=0, group=group)
         dist.barrier(group)
 
 

@@ -149,7 +149,7 @@ class Engine(Section):
     master_address: str = Field(
         "", description="this machine as the servers reach it, for the broadcast; empty: loopback if they are local"
     )
-    bucket_mb: int = Field(0, ge=0, description="MiB of weights a broadcast; 0: 512 with NCCL, 28 with gloo")
+    bucket_mb: int = Field(0, ge=0, description="MiB of weights a broadcast; 0: 512 with NCCL, 256 with gloo")
     max_requests: int = Field(64, ge=1, description="requests in flight, a rank")
     start_timeout: float = Field(600.0, gt=0, description="seconds until a launched server must be healthy")
     request_timeout: float = Field(120.0, gt=0, description="seconds of a request, after which its server is dead")

@@ -19,6 +19,9 @@ PR_SET_PDEATHSIG = 1  # of prctl(2)
 STOP_SECONDS = 10.0
 # Of our own ranks: a server has ranks of its own.
 NOT_INHERITED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
+# glibc: freed memory stays with the process. Else the kernel clears the pages of every bucket of weights anew, which
+# takes longer than to receive it.
+CPU_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
 CPU_ARGUMENTS = ["--device", "cpu", "--attention-backend", "torch_native", "--sleep-on-idle"]
 
 
@@ -92,7 +95,7 @@ def environment(engine: Engine) -> dict[str, str]:
     # log-probabilities at temperature 1, whatever a rollout was drawn at
     kept |= {"SGLANG_RETURN_ORIGINAL_LOGPROB": "1", "HF_HUB_OFFLINE": "1"}
     if not platform.has_gpu():
-        kept |= {"SGLANG_USE_CPU_ENGINE": "1"}
+        kept |= {"SGLANG_USE_CPU_ENGINE": "1"} | CPU_MEMORY
     return kept | engine.env
 
 

@@ -38,8 +38,7 @@ from megatron_refine.trainer.export import (
 )
 from megatron_refine.trainer.parallel import Ranks
 
-# gloo: memory of up to 32 MiB comes back from malloc as it went, above that the kernel clears it anew, on both sides
-BUCKET_MB = {"nccl": 512, "gloo": 28}
+BUCKET_MB = {"nccl": 512, "gloo": 256}
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 

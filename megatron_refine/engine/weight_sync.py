@@ -21,6 +21,7 @@ from megatron_refine.engine.errors import ServerError
 from megatron_refine.engine.server import Server
 
 LEAVE_SECONDS = 5.0
+FIRST_PART = 8  # nothing travels while the first bucket is filled: it is so much smaller, the next ones grow twofold
 Tensors = Iterator[tuple[str, Tensor]]
 
 
@@ -142,14 +143,16 @@ class SendMemory:
 
 
 def buckets(tensors: Tensors, size: int, memory: SendMemory) -> Iterator[tuple[list[str], list[Tensor], Tensor]]:
-    """Tensors of about `size` bytes together: their names, themselves, and their bytes end to end."""
+    """Tensors of at most `size` bytes, or one, together: their names, themselves, and their bytes end to end."""
     names: list[str] = []
     held: list[Tensor] = []
+    limit = size // FIRST_PART
     for name, tensor in tensors:
         used = sum(t.nbytes for t in held)
-        if held and (used + tensor.nbytes > size or used % tensor.itemsize):  # a server reads at multiples of the width
+        aligned = used % tensor.itemsize == 0  # a server reads at multiples of the width
+        if held and (used + tensor.nbytes > limit or not aligned):
             yield names, held, memory.join(held)
-            names, held = [], []
+            names, held, limit = [], [], min(2 * limit, size)
         names.append(name)
         held.append(tensor)
     if held:
