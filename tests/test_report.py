@@ -5,6 +5,7 @@ import math
 from html.parser import HTMLParser
 from pathlib import Path
 from random import Random
+from xml.etree import ElementTree
 
 import pytest
 
@@ -13,6 +14,7 @@ from megatron_refine.report.metrics import KEYS, MetricsLog, Row, read
 from megatron_refine.report.page import visible
 from megatron_refine.report.screen import comparison, eval_line, step_line
 from megatron_refine.report.summary import StepTimes, milestones, step_times
+from tools import compare_runs
 
 REFINE_ROW: Row = {
     "step": 12, "train/loss": 2.19, "train/ntp_loss": 2.19, "train/nsp_loss": -0.002, "rollout/reward_mean": 0.42,
@@ -240,3 +242,37 @@ def test_visible_shows_white_space_and_what_matches() -> None:
     space = '<span class="space">·</span>'
     assert visible("a <", 2) == f"<code><mark>a{space}</mark>&lt;</code>"
     assert "↵\n" in visible("\n") and "→\t" in visible("\t")
+
+
+def test_runs_are_compared_in_one_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, ntp_steps in (("native", 40), ("sglang", 60)):
+        log = MetricsLog(tmp_path / name / "metrics.jsonl")
+        for row in synthetic_rows(ntp_steps, 20):
+            log.append(row)
+        log.close()
+    picture, runs = tmp_path / "curves.svg", [str(tmp_path / name) for name in ("native", "sglang")]
+    assert compare_runs.main([*runs, "--out", str(picture)]) == 0
+    drawn = ElementTree.fromstring(picture.read_text())
+    texts = {element.text for element in drawn.iter() if element.tag.endswith("}text")}
+    assert {"native", "sglang", "NTP loss, nats a token"} <= texts and "--blue: #" in picture.read_text()
+    assert capsys.readouterr().out.count("after REFINE") == 2
+
+
+@pytest.mark.parametrize(
+    ("folders", "message"),
+    [
+        (["run"], "2 to 6 folders"),
+        (["run", "other/run"], "of different names"),
+        (["run", "empty"], "empty: no metrics.jsonl with a step in it"),
+        (["run", "broken"], "metrics.jsonl:1: not a row of metrics"),
+    ],
+)
+def test_folders_that_cannot_be_compared(
+    folders: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, text in (("run", '{"step": 1}\n'), ("other/run", '{"step": 1}\n'), ("broken", "no\nrow\n")):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "metrics.jsonl").write_text(text)
+    assert compare_runs.main([*(str(tmp_path / name) for name in folders), "--out", str(tmp_path / "x.svg")]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and not (tmp_path / "x.svg").exists()

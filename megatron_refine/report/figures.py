@@ -1,6 +1,6 @@
 """The report's figures, from rows of metrics. Each function returns an <svg> element."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -13,6 +13,7 @@ from megatron_refine.report.svg import BLUE, GRAY, GREEN, INK, ORANGE, PURPLE, R
 Values = np.ndarray  # [n] float64, nan where there is no number
 
 _MAX_POINTS, _MAX_BARS = 1500, 90
+_PALETTE = [BLUE, ORANGE, GREEN, PURPLE, RED, INK]
 
 
 def losses(rows: Sequence[Row]) -> str:
@@ -106,6 +107,23 @@ def gaps(rows: Sequence[Row]) -> str:
     return draw("gaps", paint)
 
 
+def compared(runs: Mapping[str, Sequence[Row]]) -> str:
+    """NTP loss and reward of up to six runs, a colour each; points are held-out sequences. By the runs' names."""
+
+    def paint(axes: Sequence[Axes]) -> None:
+        loss, reward = axes
+        loss.set(title="NTP loss, nats a token", xlabel="step")
+        reward.set(title="reward of the rollouts, mean", xlabel="step")
+        for (name, rows), color in zip(runs.items(), _PALETTE, strict=False):
+            _curve(loss, [row for row in rows if "train/ntp_loss" in row], "train/ntp_loss", color, name)
+            held_out = [row for row in rows if is_evaluation(row)]
+            loss.plot(_column(held_out, "step"), _column(held_out, "eval/ntp_loss"), "o", color=color, ms=4)
+            _curve(reward, [row for row in rows if is_refine(row)], "rollout/reward_mean", color, name)
+        loss.legend()
+
+    return draw("compared", paint, widths=(1, 1))
+
+
 def _column(rows: Sequence[Row], key: str) -> Values:
     return np.array([np.nan if row.get(key) is None else row[key] for row in rows], dtype=float)
 
@@ -146,5 +164,4 @@ def _marker(count: int) -> str:
 
 def _stage_colors(count: int) -> list[str]:
     """Distinct colours for the stages; gray for the last, "other"."""
-    palette = [BLUE, ORANGE, GREEN, PURPLE, RED, INK]
-    return [palette[index % len(palette)] for index in range(count - 1)] + [GRAY]
+    return [_PALETTE[index % len(_PALETTE)] for index in range(count - 1)] + [GRAY]

@@ -4,13 +4,15 @@ import re
 from collections.abc import Iterable, Sequence
 from html import escape
 
-_CSS = """
+COLOURS = """
 :root { color-scheme: light dark;
   --paper: #fcfcfb; --card: #ffffff; --ink: #22262b; --soft: #667079; --grid: #e3e5e8; --match: #dcefe0;
   --blue: #2f6cb3; --orange: #cf7220; --green: #3f8f5c; --purple: #7b5fb0; --red: #bf4646; --gray: #8b949e; }
 @media (prefers-color-scheme: dark) { :root {
   --paper: #15181c; --card: #1c2025; --ink: #dfe3e8; --soft: #98a2ad; --grid: #343a42; --match: #244a33;
   --blue: #74a9e6; --orange: #eba45f; --green: #7fc495; --purple: #b39ae0; --red: #e58a8a; --gray: #77818c; } }
+"""
+_CSS = """
 body { margin: 0 auto; padding: 2.5rem 1.25rem 4rem; max-width: 60rem; background: var(--paper); color: var(--ink);
   font: 16px/1.55 system-ui, sans-serif; }
 h1 { margin: 0; font-size: 1.7rem; font-weight: 650; letter-spacing: -0.01em; }
@@ -37,7 +39,7 @@ _SPACES = {" ": "·", "\n": "↵\n", "\t": "→\t", "\r": "␍"}
 def document(title: str, body: Iterable[str]) -> str:
     """A whole page; `title` is plain text, `body` HTML."""
     meta = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-    head = f'<html lang="en"><head>{meta}<title>{escape(title)}</title><style>{_CSS}</style></head>'
+    head = f'<html lang="en"><head>{meta}<title>{escape(title)}</title><style>{COLOURS}{_CSS}</style></head>'
     return "\n".join(["<!doctype html>", head, "<body>", *body, "</body></html>", ""])
 
 

@@ -13,6 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from megatron_refine.report.page import COLOURS
+
 # Colours that occur nowhere else, each replaced by its CSS variable once the figure is text.
 INK, GRID, BLUE, ORANGE, GREEN, PURPLE, RED, GRAY = (f"#0000e{digit}" for digit in range(8))
 _VARIABLES = dict(
@@ -68,3 +70,9 @@ def draw(name: str, paint: Callable[[Sequence[Axes]], None], widths: Sequence[fl
     for color, variable in _VARIABLES.items():
         svg = svg.replace(color, f"var(--{variable})")
     return svg
+
+
+def standalone(svg: str) -> str:
+    """A figure as a file of its own: it brings the page's colours with it."""
+    tag, rest = svg.split(">", 1)
+    return f"{tag}><style>{COLOURS}</style>{rest}"

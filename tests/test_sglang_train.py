@@ -1,0 +1,54 @@
+"""Whole runs of the training command with SGLang servers of their own."""
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import runs
+from tests import sglang_lane as lane
+from tests.zygote import Zygote
+
+pytestmark = [pytest.mark.sglang, pytest.mark.timeout(600)]
+ENGINE = {"kind": "sglang", "python": str(lane.PYTHON), "args": lane.SERVER_ARGS, "request_timeout": 20.0}
+
+
+def train_and_kill(arguments: list[str], kill_at: int) -> runs.End:
+    """On a rank: the training command; before its `kill_at`-th exploration the server is killed."""
+    from megatron_refine.engine.sglang import SGLangEngine
+
+    rollout, calls = SGLangEngine.rollout, 0
+
+    def killing(self: Any, request: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == kill_at and self.fleet:
+            os.killpg(self.fleet.servers[0].process.pid, signal.SIGKILL)
+        return rollout(self, request)
+
+    SGLangEngine.rollout = killing  # type: ignore[method-assign]
+    return runs.command(arguments, saves=False)
+
+
+@pytest.mark.parametrize(
+    ("server_tp", "mode", "kill_at"), [(1, "distributed", 2), (2, "distributed", 0), (2, "disk", 0)]
+)
+def test_a_run_ends_with_rollouts_of_its_own_weights(
+    ranks: Zygote, tmp_path: Path, server_tp: int, mode: str, kill_at: int
+) -> None:
+    """New weights at every step, with servers of tp 1 and 2; also where the server is killed under way."""
+    sections: dict[str, dict[str, Any]] = {
+        "run": {"timeout_minutes": 5.0},
+        "train": {"steps": 4, "micro_batch_size": 4},
+        "engine": ENGINE | {"tp": server_tp, "sync": mode},
+    }
+    path = runs.write_config(tmp_path, tmp_path / "data", **sections)
+    arguments = ["--config", str(path), *runs.TP2]
+    ends = ranks(2, train_and_kill, 500, arguments=arguments, kill_at=kill_at)
+    assert [end.code for end in ends] == [0, 0], ends[0].err
+    steps = [row for row in runs.rows(tmp_path) if "rollout/logprob_gap_max" in row]
+    assert len(steps) == 4 and max(row["rollout/logprob_gap_max"] for row in steps) < lane.TOLERANCE
+    for key in ("engine/recoveries", "engine/restarts"):
+        assert [row[key] for row in steps] == [int(bool(kill_at) and i + 1 >= kill_at) for i in range(4)], ends[0].out
