@@ -96,7 +96,16 @@ def environment(engine: Engine) -> dict[str, str]:
     kept |= {"SGLANG_RETURN_ORIGINAL_LOGPROB": "1", "HF_HUB_OFFLINE": "1"}
     if not platform.has_gpu():
         kept |= {"SGLANG_USE_CPU_ENGINE": "1"} | CPU_MEMORY
+        if engine.tp > 1:  # without it SGLang wants a NUMA node for each
+            kept.setdefault("SGLANG_CPU_OMP_THREADS_BIND", _cores(engine.tp))
     return kept | engine.env
+
+
+def _cores(tp: int) -> str:
+    """Our cores, shared out to the ranks of a server, as in 0,1|2,3; one core for several ranks where they are few."""
+    cores = sorted(os.sched_getaffinity(0))
+    shares = [cores[rank::tp] or [cores[rank % len(cores)]] for rank in range(tp)]
+    return "|".join(",".join(map(str, share)) for share in shares)
 
 
 def reserve_port(host: str) -> socket.socket:
