@@ -130,6 +130,15 @@ def test_a_server_inherits_no_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert not found.keys() & {"RANK", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "SLURM_PROCID"}
 
 
+def test_the_ranks_of_a_server_share_out_our_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    variable, engine = "SGLANG_CPU_OMP_THREADS_BIND", lane_config(tmp_path, "engine.tp=4").engine
+    for cores, shares in (({1, 2, 3, 5, 8}, "1,8|2|3|5"), ({0, 1}, "0|1|0|1")):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: cores)
+        assert environment(engine)[variable] == shares
+    monkeypatch.setenv(variable, "7|8|9|10")  # the user knows better
+    assert environment(engine)[variable] == "7|8|9|10"
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
