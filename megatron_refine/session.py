@@ -65,6 +65,8 @@ class Session:
         self.progress = self._resume()
         self.stop = StopRequest()
         self.folder = RunFolder(config, self.progress.step, print) if self.ranks.is_main else None
+        if self.folder:
+            self.folder.keep_tokenizer(self.data.tokenizer)
         self.peak_flops = platform.peak_flops() * self.ranks.world
 
     def __enter__(self) -> "Session":

@@ -27,8 +27,9 @@ class SentencePieceModel:
         """Raises ConfigError, beginning with `key`, where the file is damaged or the library is missing."""
         self._model = _load(path, key)
         self.largest_id: int = self._model.vocab_size() - 1
-        bos = self._model.bos_id()
+        bos, eos = self._model.bos_id(), self._model.eos_id()
         self.bos_id: int | None = bos if bos >= 0 else None
+        self.eos_id: int | None = eos if eos >= 0 else None
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Ids of each text. Control pieces never come from text: "<s>" in a document is three characters.

@@ -14,6 +14,7 @@ from megatron_refine.data.sentencepiece_model import SentencePieceModel
 BOS, EOS = "<bos>", "<eos>"
 FILES = ("tokenizer.json", "tokenizer.model")  # what a model's folder calls it, the preferred one first
 _BOS_NAMES = (BOS, "<s>", "<|begin_of_text|>", "<|bos|>", "[BOS]")  # what published tokenizers call it
+_EOS_NAMES = (EOS, "</s>", "<|end_of_text|>", "<|endoftext|>", "<|eos|>", "[EOS]")
 _SMALLEST_BPE = 256 + 2  # every byte, BOS and EOS
 _BATCH_CHARS = 1 << 20  # text encoded at once: bounds memory, keeps the threads busy
 
@@ -23,6 +24,7 @@ class Tokenizer(Protocol):
 
     largest_id: int
     bos_id: int | None  # None: it has no such token
+    eos_id: int | None
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Ids of each text, without special tokens."""
@@ -45,14 +47,17 @@ class JsonTokenizer:
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
         self.largest_id: int = max(self._tokenizer.get_vocab().values(), default=-1)
-        found = (self._tokenizer.token_to_id(name) for name in _BOS_NAMES)
-        self.bos_id: int | None = next((token for token in found if token is not None), None)
+        self.bos_id, self.eos_id = self._find(_BOS_NAMES), self._find(_EOS_NAMES)
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=False)
+
+    def _find(self, names: Sequence[str]) -> int | None:
+        found = (self._tokenizer.token_to_id(name) for name in names)
+        return next((token for token in found if token is not None), None)
 
 
 def find_tokenizer(path: Path, key: str) -> Path:

@@ -1,6 +1,8 @@
-"""The run folder and the screen: config.yaml, metrics.jsonl, samples.json, logs/attempt_<n>/train.log, report.html."""
+"""The run folder and the screen: config.yaml, metrics.jsonl, samples.json, tokenizer.*, logs/attempt_<n>/train.log,
+report.html."""
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,12 @@ class RunFolder:
             self.say(eval_line(row))
         if self._wandb:
             self._wandb.log(row, step=row["step"])
+
+    def keep_tokenizer(self, path: Path) -> None:
+        """Copy the tokenizer into the folder, which then has all that an evaluation of its checkpoints needs."""
+        name = f"tokenizer{path.suffix}"
+        shutil.copyfile(path, self.path / f"{name}.tmp")
+        (self.path / f"{name}.tmp").replace(self.path / name)
 
     def save_samples(self, samples: Mapping[str, Any]) -> None:
         """Selected positions and rollouts of a held-out sequence, for the report."""

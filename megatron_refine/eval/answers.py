@@ -1,0 +1,81 @@
+"""Answers of a model to prompts: encoded, batched by length, decoded greedily, ended by EOS or a stop string."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from megatron_refine import platform
+from megatron_refine.config import ConfigError
+from megatron_refine.data.tokenizer import Tokenizer
+from megatron_refine.trainer.generate import generate
+from megatron_refine.trainer.parallel import Ranks
+
+
+@dataclass(frozen=True)
+class Question:
+    prompt: str
+    max_new_tokens: int
+    stops: tuple[str, ...] = ()  # the answer ends before the first of them
+
+
+class Answerer:
+    """Answers any number of questions with one model, on all ranks of its layout at once."""
+
+    def __init__(
+        self, model: nn.Module, tokenizer: Tokenizer, ranks: Ranks, *, batch_size: int, bos: int | None = None
+    ):  # fmt: skip
+        """batch_size: prompts a pass and replica; bos: the token that begins every prompt."""
+        self.model, self.tokenizer, self.ranks, self.batch_size = model, tokenizer, ranks, batch_size
+        self.head = [] if bos is None else [bos]
+
+    def encode(self, questions: Sequence[Question], max_length: int = 0) -> list[list[int]]:
+        """Token ids of each prompt. Raises ConfigError where one is empty, or longer than `max_length` (0: any)."""
+        prompts = [self.head + ids for ids in self.tokenizer.encode([q.prompt for q in questions])]
+        for i, ids in enumerate(prompts):
+            if not ids:
+                raise ConfigError(f"prompt {i} is empty and there is no BOS token to begin with; leave it out")
+            if max_length and len(ids) > max_length:
+                raise ConfigError(f"prompt {i} has {len(ids)} tokens, {max_length} are allowed; raise the limit")
+        return prompts
+
+    def __call__(self, questions: Sequence[Question], prompts: Sequence[list[int]]) -> Iterator[dict[int, str]]:
+        """Answers by the question's number, as batches of all replicas get done, the longest prompts first.
+
+        prompts: as of `encode`. The same on every rank; every rank gets all answers.
+        """
+        order = sorted(range(len(questions)), key=lambda i: -len(prompts[i]))  # equal lengths together: little padding
+        step = self.batch_size * self.ranks.dp
+        for start in range(0, len(order), step):
+            mine = order[start : start + step][self.ranks.dp_rank :: self.ranks.dp]
+            found = dict(zip(mine, self._answer([questions[i] for i in mine], [prompts[i] for i in mine]), strict=True))
+            everyone: list[dict[int, str]] = [{}] * self.ranks.dp
+            dist.all_gather_object(everyone, found, group=self.ranks.dp_group)
+            yield {i: text for part in everyone for i, text in part.items()}
+
+    def _answer(self, questions: list[Question], prompts: list[list[int]]) -> list[str]:
+        if not questions:
+            return []
+        lengths = torch.tensor([len(ids) for ids in prompts])
+        tokens = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.int64)
+        for row, ids in zip(tokens, prompts, strict=True):
+            row[: len(ids)] = torch.tensor(ids)
+
+        def finished(i: int, written: list[int]) -> bool:
+            if written[-1] == self.tokenizer.eos_id:
+                return True
+            stops = questions[i].stops
+            return bool(stops) and any(stop in self.tokenizer.decode(written) for stop in stops)
+
+        device, limits = platform.device(), [q.max_new_tokens for q in questions]
+        written = generate(self.model, tokens.to(device), lengths.to(device), limits, finished)
+        return [self._text(q, ids) for q, ids in zip(questions, written, strict=True)]
+
+    def _text(self, question: Question, written: list[int]) -> str:
+        if written[-1] == self.tokenizer.eos_id:
+            written = written[:-1]
+        text = self.tokenizer.decode(written)
+        ends = [text.index(stop) for stop in question.stops if stop in text]
+        return text[: min(ends)] if ends else text

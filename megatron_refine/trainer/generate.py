@@ -1,0 +1,43 @@
+"""Answers by greedy decoding: one pass over the prompts, then a token at a time from each prompt's own state.
+
+A state has one size however long the prompt or the answer is, so that memory does not grow with what is written.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from megatron_refine.trainer import forward, head
+from megatron_refine.trainer.model import unwrap
+
+Finished = Callable[[int, list[int]], bool]
+"""finished(sequence, its new tokens) -> whether it needs no more. The same on every rank, or the ranks part ways."""
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module, tokens: Tensor, lengths: Tensor, max_new: Sequence[int], finished: Finished
+) -> list[list[int]]:
+    """The most probable token after each prompt, and so on; the lowest id of equal ones.
+
+    Args: tokens [B, T], right-padded; lengths [B] >= 1, tokens of each prompt; max_new [B] >= 1, most tokens to write.
+    Returns: the new tokens of each prompt, the one that finished it included. The same at any layout but for rounding.
+    """
+    everyone = torch.arange(len(tokens), device=tokens.device)
+    main = forward.main_pass(model, tokens)
+    states, hidden = main.states(everyone, lengths), main.rows[lengths - 1, everyone]
+    del main
+    written: list[list[int]] = [[] for _ in max_new]
+    unused = torch.zeros(len(tokens), dtype=torch.float64, device=tokens.device)  # no draw: the highest logit wins
+    open_ = set(range(len(max_new)))
+    while True:
+        token, _ = head.sample(unwrap(model), hidden, unused, 0.0)
+        for i, new in enumerate(token.tolist()):
+            if i in open_:
+                written[i].append(new)
+                if len(written[i]) == max_new[i] or finished(i, written[i]):
+                    open_.discard(i)
+        if not open_:
+            return written
+        hidden, states = forward.decode_step(model, token, states)

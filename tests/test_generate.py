@@ -1,0 +1,55 @@
+"""Greedy decoding from states against the slow way: a whole forward pass for every token."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_refine.config import Config
+from tests import parity
+from tests.zygote import Zygote
+
+LENGTHS = (1, 15, 16, 17, 40, 47)  # LaCT's chunks have 16 tokens: within one, at its end, beyond; the longest is full
+NEW = 20  # crosses the end of a chunk whatever the length
+MAX_NEW = (NEW, 3, NEW, 1, NEW, NEW)
+
+
+def finished(sequence: int, written: list[int]) -> bool:
+    """Ends the fifth prompt's answer early."""
+    return sequence == 4 and len(written) == 7
+
+
+def decoded(config: Config, slow: bool) -> list[list[int]]:
+    """On a rank: the answers, from states or by whole passes."""
+    from megatron_refine.trainer import forward, head
+    from megatron_refine.trainer.generate import generate
+    from megatron_refine.trainer.model import unwrap
+
+    model, _ = parity.build(config, torch.float64)
+    tokens = parity.batch(len(LENGTHS), max(LENGTHS)).tokens
+    if not slow:
+        return generate(model, tokens, torch.tensor(LENGTHS), MAX_NEW, finished)
+    answers = []
+    for i, length in enumerate(LENGTHS):
+        text, count = tokens[i, :length].tolist(), MAX_NEW[i] if i != 4 else 7
+        for _ in range(count):
+            rows = forward.main_pass(model, torch.tensor([text])).rows
+            token, _ = head.sample(unwrap(model), rows[-1], torch.zeros(1), 0.0)
+            text.append(int(token))
+        answers.append(text[length:])
+    return answers
+
+
+@pytest.mark.parametrize("model", ["delta_net", "gated_delta_net", "lact", "lact muon"])
+def test_decoding_from_states_equals_whole_passes(model: str, ranks: Zygote, tmp_path: Path) -> None:
+    """In fp64, at two layouts: ragged prompts, answers of different lengths."""
+
+    def run(*overrides: str, slow: bool = False) -> list[Any]:
+        config = parity.small_config(tmp_path, *overrides, model=model)
+        return ranks(config.parallel.tp, decoded, config=config, slow=slow)
+
+    expected = run(slow=True)
+    assert [len(answer) for answer in expected[0]] == [NEW, 3, NEW, 1, 7, NEW]
+    assert run() == expected
+    assert run("parallel.tp=2", "parallel.sp=true") == expected * 2
