@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_refine.config import ConfigError
 
-TABLES = {".jsonl": "json", ".parquet": "parquet"}  # suffix -> reader of the `datasets` library
+TABLES = (".jsonl", ".parquet")  # suffixes of files of which a row is a document or an example
 _PARQUET_ROWS = 64  # rows decoded at once: documents are long, and a file's own row groups may hold thousands
 
 
@@ -44,55 +44,79 @@ def _read_text(path: Path, key: str) -> str:
         ) from None
 
 
+def read_rows(path: Path, key: str) -> Iterator[dict[str, Any]]:
+    """Rows of a .jsonl or .parquet file in file order, streamed: column -> value, whatever its type.
+
+    Values come as they stand in the file, odd characters too. Raises ConfigError naming the file and, in jsonl, the
+    line, for an unknown suffix and for a file that is broken or cannot be read.
+    """
+    if path.suffix not in TABLES:
+        raise ConfigError(
+            f"{key}: {path}: no table (known by their names: {' and '.join(TABLES)}); convert or rename it"
+        )
+    yield from _jsonl_rows(path, key) if path.suffix == ".jsonl" else _parquet_rows(path, key)
+
+
+def flaw(value: object) -> str:
+    """What a cell holds instead of text that has an encoding; "" where nothing is wrong."""
+    if value is None:
+        return "nothing (null or missing)"
+    if not isinstance(value, str):
+        return f"{type(value).__name__}, not text"
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # jsonl can escape half a pair, no tokenizer takes it
+        return f"half a surrogate pair at character {error.start}, not text"
+    return ""
+
+
 def _read_table(path: Path, column: str, key: str) -> Iterator[str]:
-    with reading(path, key):
-        if path.stat().st_size == 0 and path.suffix == ".jsonl":
-            return  # no lines, no documents: the library stumbles over it
-    for number, record in enumerate(_records(path, key), 1):
-        if column not in record:
+    for number, row in enumerate(read_rows(path, key), 1):
+        if column not in row:
             raise ConfigError(
-                f"data.text_column={column}: {path} ({key}) has no such column; it has {', '.join(map(str, record))}"
+                f"data.text_column={column}: {path} ({key}): row {number} has no such column; it has "
+                f"{', '.join(map(str, row))}"
             )
-        text = record[column]
-        if not isinstance(text, str):
-            found = "nothing (null or missing)" if text is None else type(text).__name__
+        if found := flaw(row[column]):
             raise ConfigError(
-                f"data.text_column={column}: {path} ({key}): row {number} holds {found}, not text; "
+                f"data.text_column={column}: {path} ({key}): row {number} holds {found}; "
                 "fix the row or name another column"
             )
-        yield text
+        yield row[column]
 
 
-def _records(path: Path, key: str) -> Iterator[dict[str, Any]]:
-    """Rows of a table, streamed: nothing is copied to disk."""
+def _jsonl_rows(path: Path, key: str) -> Iterator[dict[str, Any]]:
+    """Not through `datasets`: it turns text that looks like dates into dates, and drops half surrogate pairs."""
+    with reading(path, key), path.open("rb") as lines:  # bytes: only b"\n" ends a line, U+2028 does not
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                if not isinstance(row, dict):
+                    raise ValueError(f"{type(row).__name__}, not an object")
+            except ValueError as error:
+                reason = f"line {number}: {error}"
+                raise ConfigError(f"{key}: {path}: broken jsonl file: {reason}; repair it or leave it out") from None
+            yield row
+
+
+def _parquet_rows(path: Path, key: str) -> Iterator[dict[str, Any]]:
+    """Nothing is copied to disk."""
     import datasets  # late: takes seconds
     import pyarrow
 
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # failures come as exceptions, told in one line below
-    options = {"batch_size": _PARQUET_ROWS} if path.suffix == ".parquet" else {}
     with reading(path, key), tempfile.TemporaryDirectory() as scratch:
         try:
             yield from datasets.load_dataset(
-                TABLES[path.suffix],
+                "parquet",
                 data_files=glob.escape(str(path.absolute())),
                 split="train",
                 streaming=True,
                 cache_dir=scratch,  # only lock files, yet the default folder may not be writable
-                **options,
+                batch_size=_PARQUET_ROWS,
             )
         except (ValueError, pyarrow.ArrowException, datasets.exceptions.DatasetsError) as error:
-            reason = (_bad_line(path) if path.suffix == ".jsonl" else None) or " ".join(str(error).split())
-            raise ConfigError(
-                f"{key}: {path}: broken {path.suffix[1:]} file: {reason}; repair it or leave it out"
-            ) from None
-
-
-def _bad_line(path: Path) -> str | None:
-    """Where a jsonl file breaks: its readers count rows within a block only."""
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                json.loads(line) if line.strip() else None
-            except ValueError as error:
-                return f"line {number}: {error}"
-    return None
+            reason = " ".join(str(error).split())
+            raise ConfigError(f"{key}: {path}: broken parquet file: {reason}; repair it or leave it out") from None
