@@ -4,5 +4,6 @@ corpus.py     which files, their documents and fingerprint;  readers.py  text, j
 tokenizer.py  load or train one, encode, decode;  sentencepiece_model.py  a tokenizer.model
 packing.py    a document's rows, written once as Megatron .bin/.idx;  packed.py  opens and checks them
 order.py      which row is sample i of the run
+examples.py   prompts with their answers, from tables
 prepare.py    the configuration -> packed rows
 """
