@@ -25,9 +25,9 @@ EXIT_CONFIG, EXIT_NON_FINITE, EXIT_CHECKPOINT, EXIT_ENGINE, EXIT_MISMATCH, EXIT_
 def train(session: "Session") -> int:
     """The run, on this rank. Returns the exit code."""
     config = session.config
-    last, start = config.train.steps, config.refine.start_step
-    session.say(f"run {config.run.dir}: step {session.progress.step}/{last}, {session.ranks.world} ranks, "
-                f"{'fused' if config.fused else 'two-pass'} update")  # fmt: skip
+    last, start = session.total_steps, config.refine.start_step
+    session.say(f"run {config.run.dir}: {config.train.phase} step {session.progress.step}/{last}, "
+                f"{session.ranks.world} ranks, {'fused' if config.fused else 'two-pass'} update")  # fmt: skip
     if session.progress.step == 0:
         session.record({"step": 0, "consumed_samples": 0} | session.evaluate())
     while session.progress.step < last:
@@ -38,15 +38,14 @@ def train(session: "Session") -> int:
             metrics |= session.evaluate()
         stop = session.stop.agreed()
         if _due(step, config.checkpoint.every) or stop or step == last:
-            metrics["time/checkpoint"] = session.save()
+            metrics |= session.save()
         session.record(metrics)
         if stop and step < last:
             session.say(
                 f"stopped by {session.stop.name or 'a signal'} after step {step}: run the same command to go on"
             )
             return EXIT_REQUEUE
-    if session.folder:
-        session.folder.finish()
+    session.finish()
     return 0
 
 

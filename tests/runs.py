@@ -98,7 +98,7 @@ def command(
 
     _fault = fault
     RefineStep.explore = _observed(RefineStep.explore, record)  # type: ignore[method-assign]
-    save = Session.save if saves else lambda self: 0.0
+    save = Session.save if saves else lambda self: {}
     Session.save = failing(broken)(save) if broken else save  # type: ignore[method-assign]
     with _captured() as texts:
         code = main(arguments)

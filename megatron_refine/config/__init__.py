@@ -18,11 +18,13 @@ from megatron_refine.config.schema import (
     Refine,
     Run,
     Section,
+    Task,
+    TestTime,
     Train,
     Update,
 )
 
 __all__ = [
     "Checkpoint", "Config", "ConfigError", "Data", "Engine", "Eval", "ModelConfig", "Optimizer", "Parallel", "Refine",
-    "Run", "Section", "Train", "Update", "check_world_size", "cross_check", "load",
+    "Run", "Section", "Task", "TestTime", "Train", "Update", "check_world_size", "cross_check", "load",
 ]  # fmt: skip

@@ -30,7 +30,7 @@ def check_world_size(config: Config, world_size: int) -> int:
 
 def cross_check(c: Config) -> Config:
     """The configuration itself. Raises ConfigError for contradictions between its keys."""
-    problems = (*_layout_problems(c), *_training_problems(c), *_engine_problems(c))
+    problems = (*_layout_problems(c), *_training_problems(c), *_phase_problems(c), *_engine_problems(c))
     found = [message for wrong, message in problems if wrong]
     if found:
         raise ConfigError("\n".join(found))
@@ -49,12 +49,12 @@ def _layout_problems(c: Config) -> Iterator[tuple[bool, str]]:
     yield layers % p.pp != 0, f"parallel.pp={p.pp}: must divide model.num_layers={layers}; change either"
     yield p.sp and p.tp == 1, "parallel.sp=true: sequence parallelism needs parallel.tp > 1; set parallel.sp=false"
     yield p.cp > 1, f"parallel.cp={p.cp}: context parallelism is not available in this version; set parallel.cp=1"
-    rollouts = c.refine.enabled or c.eval.sequences > 0
+    rollouts = c.refine.enabled or c.eval.sequences > 0 or bool(c.eval.tasks) or c.train.phase == "testtime"
     yield (
         p.pp > 1 and rollouts,
         (
             f"parallel.pp={p.pp}: rollouts and evaluations do not cross pipeline stages in this version; "
-            "set parallel.pp=1, or refine.enabled=false and eval.sequences=0"
+            "set parallel.pp=1, or refine.enabled=false, eval.sequences=0 and eval.tasks=[]"
         ),
     )
     yield (
@@ -98,6 +98,36 @@ def _training_problems(c: Config) -> Iterator[tuple[bool, str]]:
     )
     low, high = c.optimizer.min_lr, c.optimizer.lr
     yield low > high, f"optimizer.min_lr={low}: exceeds optimizer.lr={high}; lower it"
+
+
+def _phase_problems(c: Config) -> Iterator[tuple[bool, str]]:
+    phase, match = c.train.phase, c.train.match
+    yield (
+        match != "data" and c.refine.enabled,
+        f"train.match={match}: is for baselines; set refine.enabled=false with it, or leave it out",
+    )
+    if phase == "midtrain":
+        yield bool(c.task.paths), "task.paths: midtrain trains on data.paths; set train.phase=posttrain or testtime"
+        return
+    yield not c.task.paths, f"train.phase={phase}: needs task.paths, jsonl or parquet files with prompts and answers"
+    yield (
+        not c.data.tokenizer,
+        f"train.phase={phase}: needs data.tokenizer, that of the model that it starts from (a run's folder has it)",
+    )
+    yield (
+        phase == "testtime" and (c.optimizer.schedule != "constant" or c.optimizer.warmup_steps > 0),
+        f"optimizer.schedule={c.optimizer.schedule}, optimizer.warmup_steps={c.optimizer.warmup_steps}: test-time "
+        "training has one rate for all batches; set optimizer.schedule=constant optimizer.warmup_steps=0",
+    )
+    plain = phase == "posttrain" and not c.task.inner_step
+    yield (
+        plain and c.refine.enabled,
+        "task.inner_step=false: leaves nothing for REFINE to do; set refine.enabled=false for plain SFT",
+    )
+    yield (
+        plain and match == "optimizer_steps",
+        "train.match=optimizer_steps: plain SFT has one optimizer step a batch; choose data or compute",
+    )
 
 
 def _engine_problems(c: Config) -> Iterator[tuple[bool, str]]:

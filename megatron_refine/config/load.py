@@ -11,15 +11,19 @@ from pydantic import BaseModel, ValidationError
 from megatron_refine.config.checks import cross_check
 from megatron_refine.config.schema import Config, ConfigError, ModelConfig, with_model
 
+MODELS = Path(__file__).parents[2] / "configs" / "models"
+
 
 def load(paths: str | Path | list[str], overrides: list[str], families: dict[str, type[ModelConfig]]) -> Config:
     """Read a file, or several of which later ones win, apply `key.sub=value` overrides, validate.
 
-    `families` maps model.family to its schema. Raises ConfigError with one line a problem.
+    `model=NAME` takes the model of configs/models/NAME.yaml, `model=FILE` that of a YAML file. `families` maps
+    model.family to its schema. Raises ConfigError with one line a problem.
     """
     files = paths if isinstance(paths, list) else [str(paths)]
+    files = files + [_preset(o.removeprefix("model=")) for o in overrides if o.startswith("model=")]
     path, tree = " + ".join(files), _overlay([_read(Path(file)) for file in files])
-    for override in overrides:
+    for override in (o for o in overrides if not o.startswith("model=")):
         _override(tree, override)
     model = tree.get("model")
     if not isinstance(model, dict) or "family" not in model:
@@ -74,6 +78,16 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: must hold sections (model:, data:, ...)" + (", is empty" if tree is None else ""))
     return {key: value for key, value in tree.items() if value is not None}  # `train:` alone means the defaults
+
+
+def _preset(name: str) -> str:
+    """The file of a model's name. Raises ConfigError where there is none."""
+    if name.endswith(".yaml"):
+        return name
+    if not (MODELS / f"{name}.yaml").exists():
+        known = sorted(path.stem for path in MODELS.glob("*.yaml"))
+        raise ConfigError(f"model={name}: unknown; choose one of {', '.join(known)}, or name a YAML file")
+    return str(MODELS / f"{name}.yaml")
 
 
 def _override(tree: dict[str, Any], text: str) -> None:

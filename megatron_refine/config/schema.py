@@ -70,6 +70,35 @@ class Data(Section):
     add_bos: bool = Field(False, description="begin every row with the tokenizer's BOS token")
 
 
+class Task(Section):
+    """Prompts with answers, of post-training and test-time training."""
+
+    paths: list[str] = Field(default_factory=list, description="jsonl or parquet files, a row a prompt")
+    valid_paths: list[str] = Field(
+        default_factory=list, description="files whose prompts are answered and scored in evaluations"
+    )
+    prompt_column: str = "prompt"
+    answer_column: str = Field("", description="text, or a list of accepted texts; empty: answers, or else answer")
+    max_new_tokens: int = Field(32, ge=1, description="of an answer, where a file has no column max_gen_tokens")
+    add_eos: bool = Field(False, description="posttrain: end answers with EOS; the official code does not")
+    skip_too_long: bool = Field(
+        False, description="leave out, and count, rows that data.seq_length cannot hold; false: they are an error"
+    )
+    inner_step: bool = Field(
+        True, description="posttrain: a step on the prompts before that on the answers; false: plain SFT"
+    )
+
+
+class TestTime(Section):
+    """Test-time training."""
+
+    reset: Literal["per_batch", "online"] = Field(
+        "per_batch",
+        description="per_batch: every batch starts from the same weights and a fresh optimizer; online: the batches "
+        "before it remain, as in the official code",
+    )
+
+
 class Parallel(Section):
     tp: int = Field(1, ge=1, description="tensor parallel size")
     sp: bool = Field(False, description="sequence parallel (with tp > 1)")
@@ -95,7 +124,19 @@ class Optimizer(Section):
 
 
 class Train(Section):
-    steps: int = Field(100, ge=1, description="batches in all, NTP-only ones included")
+    phase: Literal["midtrain", "posttrain", "testtime"] = Field(
+        "midtrain",
+        description="midtrain: on documents; posttrain: on prompts, then on their answers; testtime: on the prompts of "
+        "each test batch, which is then answered",
+    )
+    match: Literal["data", "optimizer_steps", "compute"] = Field(
+        "data",
+        description="what a baseline (refine.enabled=false) shares with the REFINE run of the same configuration: its "
+        "batches; these and the optimizer steps of each; or the optimizer steps of each batch and the FLOPs in all",
+    )
+    steps: int = Field(
+        100, ge=1, description="batches in all, NTP-only ones included; testtime: one pass over task.paths instead"
+    )
     global_batch_size: int = Field(128, ge=1, description="sequences a batch, over all ranks")
     micro_batch_size: int = Field(1, ge=1, description="sequences a forward pass, per rank")
     precision: Literal["fp32", "bf16"] = "bf16"
@@ -167,7 +208,13 @@ class Engine(Section):
 
 class Eval(Section):
     every: int = Field(0, ge=0, description="steps between evaluations; 0: before and after each part only")
-    sequences: int = Field(16, ge=0, description="held-out sequences; 0: no evaluation")
+    sequences: int = Field(16, ge=0, description="held-out sequences; 0: no evaluation on them")
+    tasks: list[str] = Field(default_factory=list, description="tasks or groups, as of tools/evaluate.py")
+    lengths: list[int] = Field(default_factory=lambda: [4096], description="context lengths of generated tasks")
+    examples: int = Field(100, ge=1, description="most examples of a task and length, and of task.valid_paths")
+    data: str = Field("", description="folder of the files that tasks read")
+    essays: str = Field("", description="folder of texts for essay haystacks; empty: a built-in corpus")
+    batch_size: int = Field(0, ge=0, description="prompts answered at once, a replica; 0: train.micro_batch_size")
 
 
 class Checkpoint(Section):
@@ -180,6 +227,8 @@ class Config(Section):
     model: ModelConfig
     run: Run = Run()
     data: Data = Data()
+    task: Task = Task()
+    ttt: TestTime = TestTime()
     parallel: Parallel = Parallel()
     optimizer: Optimizer = Optimizer()
     train: Train = Train()
@@ -198,6 +247,16 @@ class Config(Section):
         """Whether the update keeps the graphs of scoring and rescoring."""
         exact = self.mini_batch_size == self.train.global_batch_size and self.parallel.pp == 1
         return self.update.mode == "fused" or (self.update.mode == "auto" and exact)
+
+    def mini_batch_at(self, step: int, refine: bool) -> int:
+        """Sequences an optimizer step of the batch `step`: all of an NTP-only one, but for a matched baseline."""
+        matched = not self.refine.enabled and self.train.match != "data" and step >= self.refine.start_step
+        return self.mini_batch_size if refine or matched else self.train.global_batch_size
+
+    @property
+    def resets(self) -> bool:
+        """Whether each batch starts from the same weights, so that there are none to save."""
+        return self.train.phase == "testtime" and self.ttt.reset == "per_batch"
 
     @property
     def branch_rows(self) -> int:

@@ -48,6 +48,32 @@ def step_flops(config: Config) -> StepFlops:
     )
 
 
+def batch_flops(config: Config, refine: bool) -> int:
+    """FLOPs of a batch of the run's phase, REFINE or next-token prediction; answers' decoding aside."""
+    step = step_flops(config)
+    inner, outer = (step.refine if refine else step.ntp), step.ntp
+    if config.train.phase != "posttrain":
+        return inner
+    return outer + inner * config.task.inner_step
+
+
+def matched_ratio(config: Config) -> float:
+    """FLOPs of a batch of the REFINE run / of this baseline: the passes over data that `train.match=compute` allows."""
+    refine = config.model_copy(
+        update={"refine": config.refine.model_copy(update={"enabled": True}),
+                "task": config.task.model_copy(update={"inner_step": True})}
+    )  # fmt: skip
+    return batch_flops(refine, refine=True) / batch_flops(config, refine=False)
+
+
+def total_steps(config: Config) -> int:
+    """Batches of a run: train.steps, and of a baseline of equal compute as many more as its batches cost less."""
+    steps, start = config.train.steps, min(config.refine.start_step, config.train.steps)
+    if config.refine.enabled or config.train.match != "compute":
+        return steps
+    return start + round((steps - start) * matched_ratio(config))
+
+
 def _forward(config: Config) -> tuple[int, int, int, int]:
     """Forward FLOPs a sequence: the main stream, its forks, the branch rows, the rollouts token by token."""
     r, model, cost = config.refine, config.model, family.flops(config.model.family)

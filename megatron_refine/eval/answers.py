@@ -3,13 +3,13 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
 import torch.distributed as dist
 from torch import nn
 
 from megatron_refine import platform
 from megatron_refine.config import ConfigError
 from megatron_refine.data.tokenizer import Tokenizer
+from megatron_refine.eval.documents import padded
 from megatron_refine.trainer.generate import generate
 from megatron_refine.trainer.parallel import Ranks
 
@@ -58,10 +58,7 @@ class Answerer:
     def _answer(self, questions: list[Question], prompts: list[list[int]]) -> list[str]:
         if not questions:
             return []
-        lengths = torch.tensor([len(ids) for ids in prompts])
-        tokens = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.int64)
-        for row, ids in zip(tokens, prompts, strict=True):
-            row[: len(ids)] = torch.tensor(ids)
+        tokens, lengths = padded(prompts, platform.device())
 
         def finished(i: int, written: list[int]) -> bool:
             if written[-1] == self.tokenizer.eos_id:
@@ -69,8 +66,7 @@ class Answerer:
             stops = questions[i].stops
             return bool(stops) and any(stop in self.tokenizer.decode(written) for stop in stops)
 
-        device, limits = platform.device(), [q.max_new_tokens for q in questions]
-        written = generate(self.model, tokens.to(device), lengths.to(device), limits, finished)
+        written = generate(self.model, tokens, lengths, [q.max_new_tokens for q in questions], finished)
         return [self._text(q, ids) for q, ids in zip(questions, written, strict=True)]
 
     def _text(self, question: Question, written: list[int]) -> str:

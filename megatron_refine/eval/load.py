@@ -56,6 +56,19 @@ class Source:
 
 
 @dataclass(frozen=True)
+class Text:
+    """A model's tokenizer, and the token that begins its prompts."""
+
+    path: Path
+    tokenizer: Tokenizer
+    bos: int | None
+
+    def count(self, text: str) -> int:
+        """Tokens of a prompt, BOS included."""
+        return len(self.tokenizer.encode([text])[0]) + (self.bos is not None)
+
+
+@dataclass(frozen=True)
 class Loaded:
     model: RefineModel
     tokenizer: Tokenizer
@@ -95,21 +108,24 @@ def layout(
     )
 
 
-def load(source: Source, config: Config, tokenizer: str = "", add_bos: bool | None = None) -> Loaded:
-    """On every rank: the model without what training needs. `add_bos` None: as it was trained.
+def text(source: Source, tokenizer: str = "", add_bos: bool | None = None) -> Text:
+    """`tokenizer`, or what came with the model. `add_bos` None: as the run trained; without a run, no BOS.
 
-    Raises ConfigError, ConversionError, CheckpointError.
+    Raises ConfigError.
     """
     path = source.tokenizer(tokenizer)
-    text = load_tokenizer(path, source.model.vocab_size, "--tokenizer")
+    found = load_tokenizer(path, source.model.vocab_size, "--tokenizer")
     begins = source.add_bos if add_bos is None else add_bos
-    bos = bos_id(text, path) if begins else None
+    return Text(path, found, bos_id(found, path) if begins else None)
+
+
+def load(source: Source, config: Config, text: Text) -> Loaded:
+    """On every rank: the model without what training needs. Raises ConfigError, ConversionError, CheckpointError."""
     ranks = init_parallel(config)
     model = build_module(config, ranks).eval()
     if source.is_checkpoint:
-        files = read_manifest(source.folder)["files"]
-        check_files(source.folder, files, ranks.rank, ranks.world)
+        check_files(source.folder, read_manifest(source.folder)["files"], ranks.rank, ranks.world)
         load_weights(model, source.folder)
     else:
         parity.load(model, HFSource(source.folder), ranks)
-    return Loaded(model, text, ranks, bos)
+    return Loaded(model, text.tokenizer, ranks, text.bos)

@@ -3,7 +3,7 @@ report.html."""
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,15 @@ from megatron_refine.report.metrics import MetricsLog, Row, read
 from megatron_refine.report.screen import comparison, eval_line, step_line
 from megatron_refine.report.summary import is_step, milestones, step_times
 
+PROGRESS = "progress.json"
+
 
 class RunFolder:
     """What the main rank writes of a run. Each attempt has its own logs; metrics go on in one file."""
 
-    def __init__(self, config: Config, done_steps: int, show: Callable[[str], None]):
+    def __init__(self, config: Config, done_steps: int, total_steps: int, show: Callable[[str], None]):
         """Raises OSError where the folder cannot be written."""
-        self.config, self.path, self.show = config, Path(config.run.dir), show
+        self.config, self.path, self.total_steps, self.show = config, Path(config.run.dir), total_steps, show
         logs = self.path / "logs"
         logs.mkdir(parents=True, exist_ok=True)
         numbers = [int(p.name.removeprefix("attempt_")) for p in logs.glob("attempt_*")]
@@ -29,6 +31,7 @@ class RunFolder:
         (self.path / "config.yaml").write_text(config.to_yaml())
         self.metrics = MetricsLog(self.path / "metrics.jsonl")
         self.metrics.truncate_after(done_steps)
+        self.predictions = Predictions(self.path / "predictions.jsonl", done_steps)
         self._wandb = _start_wandb(config)
 
     def say(self, line: str) -> None:
@@ -41,7 +44,7 @@ class RunFolder:
         row = row | {"attempt": self.attempt}
         self.metrics.append(row)
         if is_step(row):
-            self.say(step_line(row, self.config.train.steps))
+            self.say(step_line(row, self.total_steps))
         if "eval/ntp_loss" in row:
             self.say(eval_line(row))
         if self._wandb:
@@ -52,6 +55,12 @@ class RunFolder:
         name = f"tokenizer{path.suffix}"
         shutil.copyfile(path, self.path / f"{name}.tmp")
         (self.path / f"{name}.tmp").replace(self.path / name)
+
+    def keep_progress(self, progress: Mapping[str, Any]) -> None:
+        """Where the run stands, for `read_progress`. Atomic."""
+        temporary = self.path / f"{PROGRESS}.tmp"
+        temporary.write_text(json.dumps(dict(progress)))
+        temporary.replace(self.path / PROGRESS)
 
     def save_samples(self, samples: Mapping[str, Any]) -> None:
         """Selected positions and rollouts of a held-out sequence, for the report."""
@@ -66,6 +75,37 @@ class RunFolder:
         self.say(f"report {write_report(self.path)}")
         if self._wandb:
             self._wandb.finish()
+
+
+class Predictions:
+    """Answers of test-time training, a JSON object each, with the step of its batch."""
+
+    def __init__(self, path: Path, done_steps: int):
+        """Drops the rows after `done_steps` and a torn last line: what a resumed run will write again."""
+        self.path = path
+        kept = [row for row in self.read() if row["step"] <= done_steps]
+        if kept or path.exists():
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text("".join(map(_line, kept)))
+            temporary.replace(path)
+
+    def append(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
+        with self.path.open("a") as file:
+            file.writelines(_line({"step": step} | dict(row)) for row in rows)
+
+    def read(self) -> list[dict[str, Any]]:
+        lines = self.path.read_text().split("\n") if self.path.exists() else []
+        return [json.loads(line) for line in lines[:-1]]  # what follows the last line's end is torn, or nothing
+
+
+def read_progress(run_dir: Path) -> dict[str, Any] | None:
+    """What `keep_progress` kept last; None of a new run."""
+    path = run_dir / PROGRESS
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(row) + "\n"
 
 
 def _start_wandb(config: Config) -> Any:

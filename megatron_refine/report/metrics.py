@@ -10,13 +10,13 @@ from typing import Any
 Row = dict[str, Any]
 
 _NAMES = {
-    "train": "loss ntp_loss nsp_loss grad_norm lr clip_fraction ratio_mean optimizer_steps",
+    "train": "loss ntp_loss nsp_loss answer_loss grad_norm lr clip_fraction ratio_mean optimizer_steps",
     "rollout": "reward_mean reward_std entropy_mean zero_variance_groups "
     "logprob_gap_mean logprob_gap_max masked_fraction importance_mean weight_version",
     "eval": "ntp_loss ntp_accuracy entropy reward_mean greedy_match",
     "engine": "recoveries restarts transfer_seconds guard_seconds cached_fraction",
     "perf": "tokens_per_sec mfu peak_memory_bytes",
-    "time": "score select rollout rescore reward update sync checkpoint step",
+    "time": "score select rollout rescore reward update answer sync checkpoint step",
 }
 KEYS = frozenset(f"{group}/{name}" for group, names in _NAMES.items() for name in names.split()) | {
     "step",
@@ -35,8 +35,9 @@ class MetricsLog:
         self._file = self.path.open("a", buffering=1)
 
     def append(self, row: Mapping[str, float | int | None]) -> None:
-        """Write one step. Its keys are of KEYS, `step` among them; a number that is not finite is written as null."""
-        assert "step" in row and row.keys() <= KEYS, sorted(row.keys() - KEYS) or "no step"
+        """Write one step. Keys: of KEYS, `step` among them, or task/<task>. Numbers that are not finite become null."""
+        unknown = [key for key in row.keys() - KEYS if not key.startswith("task/")]
+        assert "step" in row and not unknown, unknown or "no step"
         finite = {key: value if value is not None and math.isfinite(value) else None for key, value in row.items()}
         self._file.write(json.dumps(finite, allow_nan=False) + "\n")
 

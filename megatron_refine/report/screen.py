@@ -20,9 +20,11 @@ _SHARES = ("score", "rollout", "update")
 def step_line(metrics: Row, total_steps: int) -> str:
     """One training step; shares are of the step's seconds, the gap is the mean between engine and trainer in nats.
 
-    How many rollouts were masked is said where any were.
+    Masked rollouts, the loss of answers (post-training) and their score (test time) are told where there are any.
     """
     losses = f"step {metrics['step']}/{total_steps} loss {number(metrics, 'train/loss', '.2f')}"
+    losses += f" answer {number(metrics, 'train/answer_loss', '.2f')}" if "train/answer_loss" in metrics else ""
+    losses += f" score {number(metrics, 'task/score', '.1%')}" if "task/score" in metrics else ""
     if not is_refine(metrics):
         return f"{losses} | {_speed(metrics)} | {number(metrics, 'time/step', '.2f')}s"
     reward = f"{number(metrics, 'rollout/reward_mean', '.2f')}±{number(metrics, 'rollout/reward_std', '.2f')}"

@@ -70,7 +70,8 @@ class RefineStep:
     def __call__(self, batch: Batch, step: int, refine: bool) -> dict[str, float]:
         """One step on this rank's part of the batch (its part of each mini-batch in turn).
 
-        NTP-only steps make one optimizer step. Returns the train/, rollout/ and time/ metrics, means over all ranks.
+        NTP-only steps make one optimizer step, unless train.match asks for more. Returns the train/, rollout/ and time/
+        metrics, means over all ranks.
         Raises MismatchError on all ranks where the engine is too far off; the model has then learned from it.
         """
         size = self.config.train.micro_batch_size
@@ -79,14 +80,14 @@ class RefineStep:
         if refine:
             with self.clock("sync"):
                 self.engine.sync(step)  # before the first rollout: it also follows a resume and NTP-only steps
+        count = self.config.mini_batch_at(step, refine) // (self.ranks.dp * size)
         if not refine:
-            results = [self._update(micros, [], self._main)]
+            results = [self._update(micros[i : i + count], [], self._main) for i in range(0, len(micros), count)]
         elif self.config.fused:
             results = [self._update(micros, [], lambda model, item: self._fused(item, step, explored), refine=True)]
         else:
             with torch.no_grad():
                 explored = [self.explore(micro, step, keep_graph=False)[0] for micro in micros]
-            count = self.config.mini_batch_size // (self.ranks.dp * size)
             results = [
                 self._update(micros[i : i + count], explored[i : i + count], self._packed, refine=True)
                 for i in range(0, len(micros), count)
@@ -169,7 +170,7 @@ class RefineStep:
         c = self.config.refine
         lengths = torch.cat([m.lengths for m in micros])
         rollouts = usable(lengths, c.num_chunks, c.margin, c.rollout_len).sum() * self.config.branch_rows * refine
-        counts = sum_over(torch.stack([(lengths - 1).sum(), rollouts]).double(), self.ranks.dp_group)
+        counts = sum_over(torch.stack([(lengths - 1).clamp(min=0).sum(), rollouts]).double(), self.ranks.dp_group)
         ntp, nsp = counts.clamp(min=1).tolist()
         records: list[Experience | None] = [e.experience for e in explored] or [None] * len(micros)
         items = [Item(micro, record, ntp, nsp) for micro, record in zip(micros, records, strict=True)]

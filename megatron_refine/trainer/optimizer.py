@@ -12,6 +12,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
 from megatron_refine.config import Config
+from megatron_refine.estimate.flops import total_steps
 from megatron_refine.trainer.errors import NonFiniteError
 from megatron_refine.trainer.gradients import Forward, Loss, accumulate
 from megatron_refine.trainer.parallel import Ranks
@@ -72,6 +73,25 @@ class Updater:
             )
         return UpdateResult(sums, norm, skipped)
 
+    def weights(self) -> list[Tensor]:
+        """A copy of this rank's weights, to `restart` from."""
+        return [parameter.detach().clone() for parameter in self.model.parameters()]
+
+    @torch.no_grad()
+    def restart(self, weights: list[Tensor]) -> None:
+        """As it was with these `weights` before any step: bit by bit, Adam's moments and count of steps at zero."""
+        for parameter, value in zip(self.model.parameters(), weights, strict=True):
+            parameter.copy_(value)
+        self.optimizer.reload_model_params()
+        self.skipped_in_a_row = 0
+        for part in self.parts:
+            for group in part.optimizer.param_groups:
+                if "step" in group:  # where fused Adams count
+                    group["step"] = 0
+            for state in part.optimizer.state.values():
+                for value in (v for v in state.values() if isinstance(v, Tensor)):
+                    value.zero_()
+
     def advance_schedule(self) -> None:
         """Once a batch, however many optimizer steps it took."""
         self.scheduler.step(1)
@@ -98,7 +118,7 @@ def _build_optimizer(config: Config, model: DistributedDataParallel) -> Any:
 
 def _build_scheduler(config: Config, optimizer: Any) -> OptimizerParamScheduler:
     """Megatron's scheduler also applies the weight-decay multipliers: without it, norms would decay."""
-    settings, steps = config.optimizer, config.train.steps
+    settings, steps = config.optimizer, total_steps(config)
     constant = settings.schedule == "constant"
     return OptimizerParamScheduler(
         optimizer,

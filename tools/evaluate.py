@@ -1,0 +1,115 @@
+"""Score a model on RULER, LongBench and held-out documents.
+
+    evaluate.py MODEL --tasks niah,ruler_qa,longbench,heldout --lengths 4096,8192,16384 --data DIR --out DIR
+    torchrun --nproc-per-node 2 tools/evaluate.py MODEL ... --tp 2
+
+MODEL is a checkpoint, a run, or a folder in Hugging Face's format. The folder --out gets every answer as it comes, then
+scores.json and scores.md; the same command goes on where it stopped. Exit codes: 0 done, 2 what was asked cannot be,
+4 weights or checkpoint.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from megatron_refine.config import ConfigError
+
+EXIT_CONFIG, EXIT_CHECKPOINT = 2, 4
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The command line; ends the process with 2 where it is wrong."""
+    parser = argparse.ArgumentParser(description="Score a model on RULER, LongBench and held-out documents.")
+    add = parser.add_argument
+    add("model", type=Path, metavar="MODEL", help="a checkpoint, a run or a model in Hugging Face's format")
+    add(
+        "--tasks",
+        required=True,
+        type=_names,
+        help="names of tasks and groups: niah, ruler, ruler_qa, longbench, heldout",
+    )
+    add("--lengths", type=_numbers, default=[4096], help="context lengths of RULER's tasks, in tokens (4096)")
+    add("--examples", type=int, default=500, help="most examples of a task and length, and documents (500)")
+    add("--data", default="", metavar="DIR", help="folder with the files of ruler_qa, longbench, qa_squad, qa_hotpot")
+    add("--essays", default="", metavar="DIR", help="folder of texts for essay haystacks (a built-in corpus)")
+    add("--heldout", nargs="+", default=[], metavar="FILE", help="documents of the task heldout: text, jsonl, parquet")
+    add("--text-column", default="text", help="column of jsonl and parquet documents (text)")
+    add("--heldout-length", type=int, default=16384, help="tokens of a document that count (16384)")
+    add("--out", required=True, type=Path, metavar="DIR", help="folder of answers and scores")
+    add("--tokenizer", default="", metavar="FILE", help="default: the one that came with the model")
+    add("--bos", action=argparse.BooleanOptionalAction, help="begin with BOS (default: as the run trained, else not)")
+    add("--tp", type=int, default=1, help="tensor parallel size; start as many ranks, or a multiple, with torchrun")
+    add("--sp", action="store_true", help="sequence parallelism")
+    add("--precision", choices=["fp32", "bf16"], default="", help="default: bf16 on a GPU, fp32 without")
+    add("--batch-size", type=int, default=8, help="prompts at once, a replica (8)")
+    add("--seed", type=int, default=1, help="of generated examples (1)")
+    return parser.parse_args(arguments)
+
+
+def _names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in _names(text)]
+
+
+def main(arguments: list[str]) -> int:
+    """Evaluate; the first rank prints the tables, or one line for what is wrong. Returns the exit code."""
+    options = parse(arguments)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    from megatron_refine import platform
+
+    platform.install()
+    import torch.distributed as dist
+
+    from megatron_refine.convert.errors import ConversionError
+    from megatron_refine.trainer.errors import CheckpointError
+
+    try:
+        table = run(options)
+    except (ConfigError, ConversionError, CheckpointError) as error:
+        if platform.global_rank() == 0:
+            print(error, file=sys.stderr)
+        return EXIT_CONFIG if isinstance(error, ConfigError) else EXIT_CHECKPOINT
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    if platform.global_rank() == 0:
+        print(f"{table}\n\n{options.out}/scores.md")
+    return 0
+
+
+def run(options: argparse.Namespace) -> str:
+    """On each rank: everything that is asked is checked before the weights are read. Returns the tables."""
+    from megatron_refine import platform
+    from megatron_refine.eval import evaluation, load
+    from megatron_refine.eval.results import Results
+    from megatron_refine.eval.suite import collect
+
+    source = load.find(options.model)
+    config = load.layout(
+        source, tp=options.tp, sp=options.sp, world=platform.world_size(), precision=options.precision
+    )  # fmt: skip
+    names = [name for name in options.tasks if name != evaluation.HELDOUT]
+    if evaluation.HELDOUT in options.tasks and not options.heldout:
+        raise ConfigError("--tasks heldout: needs --heldout FILE, the documents")
+    text = load.text(source, options.tokenizer, options.bos)
+    results = Results(
+        options.out, evaluation.identity(source, text, config.train.precision), writes=platform.global_rank() == 0
+    )
+    parts = collect(
+        names, options.lengths, options.examples, options.seed, text.count, data=options.data, essays=options.essays
+    )  # fmt: skip
+    documents = None
+    if evaluation.HELDOUT in options.tasks:
+        documents = evaluation.read_documents(
+            options.heldout, options.text_column, text, options.heldout_length, options.examples
+        )  # fmt: skip
+    loaded = load.load(source, config, text)
+    return evaluation.evaluate(str(options.model), parts, documents, loaded, results, options.batch_size)[1]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
