@@ -137,8 +137,8 @@ def code_similarity(prediction: str, references: Sequence[str]) -> float:
     A line with "`", "#" or "//" counts as a comment, "\n" at the beginning do not count. Where all lines are comments
     the score is 0, as in LongBench; the official REFINE code then compares the whole prediction.
 
-    The likeness is fuzz.ratio of fuzzywuzzy 0.18.0 on Python's own difflib: with python-Levenshtein installed that
-    library gives other numbers, and a score must not depend on what else is installed.
+    The likeness is what fuzz.ratio of fuzzywuzzy 0.18.0 gives on Python's own difflib. With python-Levenshtein beside
+    it that library gives other numbers, and a score must not depend on what else is installed.
     """
     lines = prediction.lstrip("\n").split("\n")
     code = next((line for line in lines if not any(mark in line for mark in _COMMENTS)), "")
