@@ -8,8 +8,9 @@ EXTRAS = {
     "gpu": ["transformer-engine[pytorch]", "flash-linear-attention"],
     # Servers run in a Python environment of their own: SGLang pins its own PyTorch.
     "sglang": ["sglang==0.5.23"],
-    "eval": ["lm-eval", "rouge-score", "rapidfuzz"],
-    "dev": ["pytest", "pytest-timeout", "ruff", "mypy", "types-PyYAML"],
+    "eval": ["lm-eval"],
+    # fuzzywuzzy: a test holds our likeness of code to it.
+    "dev": ["fuzzywuzzy==0.18.0", "pytest", "pytest-timeout", "ruff", "mypy", "types-PyYAML"],
 }
 
 setup(
@@ -31,6 +32,7 @@ setup(
         "psutil",  # without it a Megatron checkpoint save hangs
         "pydantic>=2",
         "pyyaml",
+        "rouge==1.0.1",  # its ROUGE-L is LongBench's, and no other library's
         "safetensors",
         "sentencepiece>=0.2",
         "tokenizers",

@@ -1,0 +1,56 @@
+"""The files of tasks that are not generated, found in a folder: by their names, or else by what they hold."""
+
+import re
+from pathlib import Path
+
+from megatron_refine.config import ConfigError
+from megatron_refine.data.corpus import find_corpus
+from megatron_refine.data.examples import Columns, Example, read_examples
+from megatron_refine.data.readers import TABLES, read_rows
+from megatron_refine.eval.tasks import Task
+
+
+def read(task: Task, folder: str, key: str, length: int | None = None) -> list[Example]:
+    """All examples of the task's file, see `find`. Raises ConfigError also where a row belongs to another task."""
+    path = find(task, folder, key, length)
+    examples = read_examples([str(path)], Columns(), key, task=task.name, max_new_tokens=task.max_new_tokens)
+    for number, example in enumerate(examples, 1):
+        if example.task != task.name:
+            raise ConfigError(
+                f"{key}: {path}: row {number} belongs to {example.task}, not to {task.name}; rename the file"
+            )
+    return examples
+
+
+def find(task: Task, folder: str, key: str, length: int | None = None) -> Path:
+    """The one table below `folder` with examples of the task, at `length` if that is given.
+
+    Names are those of the REFINE paper's files, qasper_16384.parquet or ruler_squadqa_delta_net_4096_200_test.parquet,
+    or a task's name alone; a file named for training is never taken. If no name fits, the first row of every table is
+    asked, its columns `task` and `max_seq_length`. Raises ConfigError where no file fits, or several do.
+    """
+    tables = [path for _, path in find_corpus([folder], "", key).files if path.suffix in TABLES]
+    tables = [path for path in tables if not path.stem.endswith("_train")]
+    found = [path for path in tables if _named(task, path.stem, length)]
+    found = found or [path for path in tables if _holds(task, path, key, length)]
+    what = task.name if length is None else f"{task.name} at length {length}"
+    if not found:
+        raise ConfigError(
+            f"{key}: {folder}: no file of {what} among {len(tables)} .jsonl and .parquet files; it is known by its "
+            f"name ({task.name}{'_4096_200_test' if task.sized else '_16384'}.parquet) or its column task"
+        )
+    if len(found) > 1:
+        names = ", ".join(str(path) for path in found)
+        raise ConfigError(f"{key}: {folder}: {len(found)} files of {what}: {names}; name a folder with one of them")
+    return found[0]
+
+
+def _named(task: Task, stem: str, length: int | None) -> bool:
+    model = r"(_[a-z][a-z_]*)?" if task.sized else ""  # such files were made for one model's tokenizer
+    found = re.fullmatch(rf"{re.escape(task.name)}({model}_(?P<length>\d+)(_\d+)?(_test)?)?", stem)
+    return found is not None and (length is None or found["length"] == str(length))
+
+
+def _holds(task: Task, path: Path, key: str, length: int | None) -> bool:
+    row = next(read_rows(path, key), {})
+    return row.get("task") == task.name and (length is None or row.get("max_seq_length") == length)
