@@ -8,7 +8,7 @@ from tests.parity import small_config
 
 def test_wandb_offline_writes_into_the_run_folder(tmp_path: Path) -> None:
     shown: list[str] = []
-    folder = RunFolder(small_config(tmp_path, "run.wandb=offline"), 0, shown.append)
+    folder = RunFolder(small_config(tmp_path, "run.wandb=offline"), 0, 10, shown.append)
     folder.record({"step": 1, "train/loss": 2.0, "perf/tokens_per_sec": 10.0, "time/step": 1.0})
     folder.finish()
     assert shown[0].startswith("step 1/10 loss 2.00")

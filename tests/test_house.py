@@ -25,6 +25,7 @@ ORDER = (
     {"engine"},
     {"data"},
     {"eval", "report"},
+    {"phases"},
     {"session"},
     {"train"},
 )

@@ -9,7 +9,7 @@ import pytest
 from megatron_refine.config import ConfigError
 from megatron_refine.eval import files
 from megatron_refine.eval.metrics import whole
-from megatron_refine.eval.tasks import GROUPS, TASKS, Task, expand, score
+from megatron_refine.eval.tasks import GROUPS, TASKS, Task, expand, of
 
 ROUGE_ONE = 2 / (2 + 1e-8)  # the rouge library's score of two equal texts
 DATA = Path(os.environ.get("REFINE_DATA", Path(__file__).parents[2] / "shared/data"))
@@ -83,13 +83,13 @@ def test_scripted_answers(name):
     references, partial, expected = CASES[name]
     perfect = " ".join(references) if CASES[name] is MATCH_ALL else references[0]
     one = ROUGE_ONE if CASES[name] is ROUGE else 1.0
-    assert score(name, perfect, references) == pytest.approx(one, abs=1e-12)
-    assert score(name, partial, references) == pytest.approx(expected, abs=1e-12)
-    assert score(name, "", references) == score(name, "\t", references) == 0.0
-    assert score(name, "\n\n", references) == 0.0
+    assert of(name).score(perfect, references) == pytest.approx(one, abs=1e-12)
+    assert of(name).score(partial, references) == pytest.approx(expected, abs=1e-12)
+    assert of(name).score("", references) == of(name).score("\t", references) == 0.0
+    assert of(name).score("\n\n", references) == 0.0
     after = AFTER_THE_LINE.get(name, one)
-    assert score(name, f"{perfect}\nState 13 Rome", references) == pytest.approx(after, abs=1e-12)
-    assert score(name, f"\n{perfect}", references) == pytest.approx(AFTER_A_BREAK.get(name, one), abs=1e-12)
+    assert of(name).score(f"{perfect}\nState 13 Rome", references) == pytest.approx(after, abs=1e-12)
+    assert of(name).score(f"\n{perfect}", references) == pytest.approx(AFTER_A_BREAK.get(name, one), abs=1e-12)
     assert 1 <= TASKS[name].max_new_tokens <= 512
 
 
@@ -99,7 +99,7 @@ def test_stop_strings_change_no_score(name):
     for answer in (references[0], partial):
         for text in (answer, f"{answer}\nState 13 Rome", f"\n{answer}", f"\n\n{answer}\n", f" \n{answer}"):
             ends = [text.index(stop) for stop in TASKS[name].stops if stop in text]
-            assert score(name, text[: min(ends, default=None)], references) == score(name, text, references)
+            assert of(name).score(text[: min(ends, default=None)], references) == of(name).score(text, references)
 
 
 def test_only_tasks_of_one_line_have_a_stop_string():

@@ -161,7 +161,7 @@ def test_the_run_folder_holds_all_of_the_run(whole: Any) -> None:
     folder, _, end = whole
     assert end.code == 0 and not end.err
     run = folder / "run"
-    names = {"config.yaml", "metrics.jsonl", "checkpoints", "logs", "report.html", "samples.json"}
+    names = {"config.yaml", "metrics.jsonl", "checkpoints", "logs", "report.html", "samples.json", "tokenizer.json"}
     assert {p.name for p in run.iterdir()} == names
     kept = {"step_0000004", "step_0000006", "latest"}  # checkpoint.keep=2
     assert {p.name for p in (run / "checkpoints").iterdir()} == kept

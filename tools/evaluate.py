@@ -16,6 +16,7 @@ from pathlib import Path
 from megatron_refine.config import ConfigError
 
 EXIT_CONFIG, EXIT_CHECKPOINT = 2, 4
+GENERATED = 500  # samples of a generated task and length, as RULER's own
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -30,7 +31,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         help="names of tasks and groups: niah, ruler, ruler_qa, longbench, heldout",
     )
     add("--lengths", type=_numbers, default=[4096], help="context lengths of RULER's tasks, in tokens (4096)")
-    add("--examples", type=int, default=500, help="most examples of a task and length, and documents (500)")
+    add(
+        "--examples",
+        type=int,
+        default=0,
+        help="samples of a generated task and length (500), most rows of a file (all) and documents (500)",
+    )
     add("--data", default="", metavar="DIR", help="folder with the files of ruler_qa, longbench, qa_squad, qa_hotpot")
     add("--essays", default="", metavar="DIR", help="folder of texts for essay haystacks (a built-in corpus)")
     add("--heldout", nargs="+", default=[], metavar="FILE", help="documents of the task heldout: text, jsonl, parquet")
@@ -86,7 +92,7 @@ def run(options: argparse.Namespace) -> str:
     from megatron_refine import platform
     from megatron_refine.eval import evaluation, load
     from megatron_refine.eval.results import Results
-    from megatron_refine.eval.suite import collect
+    from megatron_refine.eval.suite import Request, collect
 
     source = load.find(options.model)
     config = load.layout(
@@ -99,13 +105,15 @@ def run(options: argparse.Namespace) -> str:
     results = Results(
         options.out, evaluation.identity(source, text, config.train.precision), writes=platform.global_rank() == 0
     )
-    parts = collect(
-        names, options.lengths, options.examples, options.seed, text.count, data=options.data, essays=options.essays
+    rows = options.examples or None
+    wanted = Request(
+        names, options.lengths, rows or GENERATED, rows, options.seed, options.data, options.essays
     )  # fmt: skip
+    parts = collect(wanted, text.count, progress=platform.global_rank() == 0)
     documents = None
     if evaluation.HELDOUT in options.tasks:
         documents = evaluation.read_documents(
-            options.heldout, options.text_column, text, options.heldout_length, options.examples
+            options.heldout, options.text_column, text, options.heldout_length, rows or GENERATED
         )  # fmt: skip
     loaded = load.load(source, config, text)
     return evaluation.evaluate(str(options.model), parts, documents, loaded, results, options.batch_size)[1]

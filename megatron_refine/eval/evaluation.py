@@ -62,10 +62,14 @@ def evaluate(
     held = _heldout(documents, loaded, results, batch_size) if documents else {}
     scores = {
         "model": name,
-        "tasks": {part.label: asdict(s.score) for part, s in zip(parts, scored, strict=True)},
+        "tasks": {
+            part.label: asdict(s.score) | ({"note": part.note} if part.note else {})
+            for part, s in zip(parts, scored, strict=True)
+        },
         HELDOUT: {key: asdict(score) for key, score in held.items()},
     }
-    table = markdown(name, scored, held)
+    notes = dict.fromkeys(f"Haystacks: {part.note}" for part in parts if part.note)
+    table = "\n\n".join([markdown(name, scored, held), *notes])
     results.finish(scores, table)
     return scores, table
 

@@ -5,9 +5,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_refine.config import Config
+from tqdm import tqdm
+
+from megatron_refine.config import Config, ConfigError
 from megatron_refine.data.examples import Columns, Example, read_examples
-from megatron_refine.eval import tasks
+from megatron_refine.eval import files, ruler, tasks
 from megatron_refine.eval.answers import Answerer, Question
 
 
@@ -29,6 +31,7 @@ class Part:
     task: str
     length: int | None  # context length where the task has several
     examples: list[Example]
+    note: str = ""  # what a reader of the score must know of the examples
 
     @property
     def label(self) -> str:
@@ -53,15 +56,59 @@ class Score:
         return f"{100 * self.mean:.1f} ± {100 * self.error:.1f}"
 
 
+@dataclass(frozen=True)
+class Request:
+    """Tasks that are wanted. `option` makes of a field's name how the user writes it, in errors."""
+
+    tasks: Sequence[str]  # names of tasks and groups
+    lengths: Sequence[int]  # of tasks that come at several
+    examples: int  # of a generated task at a length
+    rows: int | None  # most of a file; None: all
+    seed: int
+    data: str = ""  # folder of the tasks' files
+    essays: str = ""  # file or folder of the haystacks' prose
+    option: Callable[[str], str] = "--{}".format
+
+
+def collect(request: Request, count_tokens: Callable[[str], int], progress: bool = False) -> list[Part]:
+    """All examples of the tasks, a part a task and length. Raises ConfigError for what cannot be found or made."""
+    r, key = request, request.option("data")
+    wanted = tasks.expand(r.tasks, r.option("tasks"))
+    if reading := [task.name for task in wanted if task.source == "files"]:
+        if not r.data:
+            raise ConfigError(f"{key}: names no folder; {reading[0]} is read from a file, name the folder that has it")
+    if not r.lengths and any(task.sized for task in wanted):
+        raise ConfigError(f"{r.option('lengths')}: names no length; name one in tokens, 4096")
+    parts: list[Part] = []
+    for task in wanted:
+        for length in sorted(set(r.lengths)) if task.sized else (None,):
+            if task.source == "files":
+                parts.append(Part(task.name, length, files.read(task, r.data, key, length)[: r.rows]))
+            else:
+                assert length is not None
+                parts.append(_generated(task, length, request, count_tokens, progress))
+    return parts
+
+
+def _generated(
+    task: tasks.Task, length: int, r: Request, count_tokens: Callable[[str], int], progress: bool
+) -> Part:  # fmt: skip
+    made = ruler.generate(task.name, length, range(r.examples), r.seed, count_tokens, essays=r.essays, data=r.data)
+    shown = tqdm(
+        made, f"making {task.name}@{length}", r.examples, leave=False, unit="prompt", disable=None if progress else True
+    )
+    return Part(task.name, length, list(shown), ruler.haystack_of(task.name, r.essays))
+
+
 def questions(examples: Sequence[Example]) -> list[Question]:
     """What the model is asked."""
-    return [Question(e.prompt, e.max_new_tokens, tasks.stops(e.task)) for e in examples]
+    return [Question(e.prompt, e.max_new_tokens, tasks.of(e.task).stops) for e in examples]
 
 
 def predictions(examples: Sequence[Example], texts: Sequence[str]) -> list[Prediction]:
     """Answers, scored as their task is."""
     return [
-        Prediction(e.task, e.index, text, e.references, tasks.score(e.task, text, e.references))
+        Prediction(e.task, e.index, text, e.references, tasks.of(e.task).score(text, e.references))
         for e, text in zip(examples, texts, strict=True)
     ]
 
@@ -84,12 +131,10 @@ class TaskEvaluation:
         """Raises ConfigError for what cannot be found or made."""
         e, t = config.eval, config.task
         self.answerer = answerer
-        self.parts = [
-            Part(task.name, length, examples)
-            for task, length, examples in tasks.collect(
-                e.tasks, e.lengths, e.examples, config.run.seed, count_tokens, data=e.data, essays=e.essays
-            )
-        ]
+        wanted = Request(
+            e.tasks, e.lengths, e.examples, e.examples, config.run.seed, e.data, e.essays, option="eval.{}".format
+        )
+        self.parts = collect(wanted, count_tokens)
         if t.valid_paths:
             columns = Columns(t.prompt_column, t.answer_column)
             found = read_examples(t.valid_paths, columns, "task.valid_paths", max_new_tokens=t.max_new_tokens)

@@ -53,7 +53,7 @@ class TestTime:
         mine = [sample if sample in rows else -1 for sample in samples]
         batch, _ = self.prompts.batch(mine, samples, rows, c.shortest_refine_row, answers=False)
         metrics: dict[str, Any] = {}
-        steps = 0
+        steps = 0.0
         for _ in range(self._passes(step)):
             metrics = self.step(batch.to(self.device), step, refine)
             steps += metrics["train/optimizer_steps"]
