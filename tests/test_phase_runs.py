@@ -66,7 +66,7 @@ def test_every_preset_runs_scaled_down(preset: str, ranks: Zygote, files: Path, 
         f"run.dir={tmp_path / 'run'}", "eval.every=0", *TP2,
     ]  # fmt: skip
     if phase == "midtrain":
-        arguments += [f"data.paths=[{argparse.__file__}]", "data.split_documents=true", "eval.sequences=2"]
+        arguments += [f"data.paths=[{argparse.__file__},{random.__file__}]", "data.split_documents=true", "eval.sequences=2"]
     else:
         arguments += [f"task.paths=[{files / 'numbers.jsonl'}]", "task.max_new_tokens=3"]
     ends = ranks(2, runs.command, arguments=arguments, saves=False, timeout=120)
@@ -168,7 +168,7 @@ def test_post_training_evaluates_answers(ranks: Zygote, files: Path, tmp_path: P
 
 BAD: list[tuple[str, str, list[str]]] = [
     ("posttrain", "task.paths=[]", ["task.paths", "jsonl or parquet"]),
-    ("posttrain", "data.tokenizer=", ["data.tokenizer", "the model that it starts from"]),
+    ("posttrain", "data.tokenizer=''", ["data.tokenizer", "the model that it starts from"]),
     ("midtrain", "", ["task.paths", "train.phase=posttrain"]),
     ("posttrain", "task.inner_step=false", ["task.inner_step=false", "refine.enabled=false"]),
     ("posttrain", "train.match=compute", ["train.match=compute", "refine.enabled=false"]),

@@ -64,7 +64,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     assert [row["step"] for row in runs.rows(tmp_path)][-1] == 3
     ends = job(record=tmp_path / "second", saves=world == 1)  # the last checkpoint costs seconds
     assert [end.code for end in ends] == [0] * world
-    assert f"run {tmp_path / 'run'}: step 3/6" in ends[0].out
+    assert f"run {tmp_path / 'run'}: midtrain step 3/6" in ends[0].out
     check_same_run(tmp_path, uninterrupted(world), stopped_after=3)
 
 
@@ -168,7 +168,8 @@ def test_the_run_folder_holds_all_of_the_run(whole: Any) -> None:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [*range(7)]
     assert [row["step"] for row in rows if "eval/ntp_loss" in row] == [0, 2, 3, 4, 6]
-    native = {key for key in KEYS if not key.startswith("engine/")}  # this engine has no servers
+    other = ("engine/", "train/answer_loss", "time/answer")  # there are no servers and no prompts here
+    native = {key for key in KEYS if not key.startswith(other)}
     assert rows[6].keys() == native
     assert rows[5].keys() == {key for key in native if not key.startswith("eval/") and key != "time/checkpoint"}
     for row in rows[1:4]:
@@ -183,7 +184,7 @@ def test_the_run_folder_holds_all_of_the_run(whole: Any) -> None:
 def test_the_screen_tells_the_run(whole: Any) -> None:
     folder, _, end = whole
     lines = end.out.splitlines()
-    assert lines[0] == f"run {folder / 'run'}: step 0/6, 1 ranks, fused update"
+    assert lines[0] == f"run {folder / 'run'}: midtrain step 0/6, 1 ranks, fused update"
     assert lines[1].startswith("eval step 0: ntp 6.") and " reward " in lines[1] and " greedy_match " in lines[1]
     steps = [line for line in lines if line.startswith("step ")]
     assert [line.split()[1] for line in steps] == [f"{i}/6" for i in range(1, 7)]
