@@ -66,7 +66,11 @@ def test_every_preset_runs_scaled_down(preset: str, ranks: Zygote, files: Path, 
         f"run.dir={tmp_path / 'run'}", "eval.every=0", *TP2,
     ]  # fmt: skip
     if phase == "midtrain":
-        arguments += [f"data.paths=[{argparse.__file__},{random.__file__}]", "data.split_documents=true", "eval.sequences=2"]
+        arguments += [
+            f"data.paths=[{argparse.__file__},{random.__file__}]",
+            "data.split_documents=true",
+            "eval.sequences=2",
+        ]
     else:
         arguments += [f"task.paths=[{files / 'numbers.jsonl'}]", "task.max_new_tokens=3"]
     ends = ranks(2, runs.command, arguments=arguments, saves=False, timeout=120)

@@ -94,6 +94,7 @@ def run(options: argparse.Namespace) -> str:
     from megatron_refine.eval.results import Results
     from megatron_refine.eval.suite import Request, collect
 
+    _check(options)
     source = load.find(options.model)
     config = load.layout(
         source, tp=options.tp, sp=options.sp, world=platform.world_size(), precision=options.precision
@@ -117,6 +118,17 @@ def run(options: argparse.Namespace) -> str:
         )  # fmt: skip
     loaded = load.load(source, config, text)
     return evaluation.evaluate(str(options.model), parts, documents, loaded, results, options.batch_size)[1]
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Raises ConfigError for a number that is too small, and where nothing is asked."""
+    least = {"examples": 0, "batch_size": 1, "heldout_length": 2, "tp": 1}
+    for name, number in least.items():
+        if getattr(options, name) < number:
+            key = name.replace("_", "-")
+            raise ConfigError(f"--{key}={getattr(options, name)}: must be {number} or more")
+    if not options.tasks:
+        raise ConfigError("--tasks: names no task; name some, --tasks niah,longbench")
 
 
 if __name__ == "__main__":
