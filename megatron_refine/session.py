@@ -20,6 +20,7 @@ from megatron_refine.phases.sources import Sources
 from megatron_refine.phases.testtime import TestTime
 from megatron_refine.records import Batch, RolloutEngine
 from megatron_refine.report.folder import RunFolder, read_progress
+from megatron_refine.step.hooks import check_hooks
 from megatron_refine.step.refine import RefineStep
 from megatron_refine.trainer.checkpoint import Checkpoints, Progress
 from megatron_refine.trainer.model import build_model
@@ -52,9 +53,9 @@ class Session:
     def __init__(self, config: Config):
         if platform.global_rank() == 0:
             _check_writable(Path(config.run.dir))
-            Sources.of(
-                config
-            )  # once, before any group exists: bad data ends the run here; the other ranks find the rows
+            check_hooks(config)
+            # once, before any group exists: bad data ends the run here; the other ranks find the rows
+            Sources.of(config)
         self.config, self.ranks = config, init_parallel(config)
         self.folder: RunFolder | None = None
         dist.barrier()

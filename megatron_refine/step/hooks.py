@@ -4,7 +4,10 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
-from megatron_refine.config import ConfigError
+import torch
+
+from megatron_refine import platform
+from megatron_refine.config import Config, ConfigError
 
 
 def resolve(key: str, name: str, builtin: dict[str, Callable[..., Any]]) -> Callable[..., Any]:
@@ -23,3 +26,40 @@ def resolve(key: str, name: str, builtin: dict[str, Callable[..., Any]]) -> Call
     if not callable(found):
         raise ConfigError(f"{key}={name}: is not a function")
     return found
+
+
+def check_hooks(config: Config) -> None:
+    """Call the functions of the user's own on small random input. Raises ConfigError where one cannot be used."""
+    r, device = config.refine, platform.device()
+    shape = b, c, n, k = 2, r.num_chunks, r.num_rollouts, r.rollout_len
+    if ":" in r.reward:
+        tokens = torch.zeros(*shape, dtype=torch.int64, device=device)
+        truth = torch.zeros(b, c, k, dtype=torch.int64, device=device)
+        states = torch.rand(*shape, config.model.hidden_size, device=device)
+        true_states = torch.rand(b, c, k, config.model.hidden_size, device=device)
+        called = "(tokens [B, c, n, k], truth [B, c, k], h_pred [B, c, n, k, h], h_true [B, c, k, h])"
+        _try("refine.reward", r.reward, called, (tokens, truth, states, true_states), (b, c, n))
+    if ":" in r.selection:
+        length = max(64, config.shortest_refine_row)
+        entropy = torch.rand(b, length, device=device)
+        lengths = torch.full((b,), length, device=device)
+        _try("refine.selection", r.selection, "(entropy [B, T], lengths [B], rollout_len)",
+             (entropy, lengths, k), (b, length))  # fmt: skip
+
+
+def _try(key: str, name: str, called: str, arguments: tuple[Any, ...], shape: tuple[int, ...]) -> None:
+    function = resolve(key, name, {})
+    try:
+        with torch.no_grad():
+            found = function(*arguments)
+    except Exception as error:  # whatever is wrong with it
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ConfigError(f"{key}={name}: called as {called} it raises {reason}; correct it") from None
+    if not isinstance(found, torch.Tensor) or tuple(found.shape) != shape or not found.is_floating_point():
+        held = f"{found.dtype} {list(found.shape)}" if isinstance(found, torch.Tensor) else type(found).__name__
+        raise ConfigError(
+            f"{key}={name}: returns {held} where a floating-point tensor {list(shape)} is due, one value for each "
+            f"{'rollout' if key == 'refine.reward' else 'index'}; correct it"
+        )
+    if not bool(found.isfinite().all()):
+        raise ConfigError(f"{key}={name}: returns a value that is not finite; correct it")
