@@ -82,6 +82,8 @@ def test_every_preset_runs_scaled_down(preset: str, ranks: Zygote, files: Path, 
     if phase == "testtime":
         assert [row["index"] for row in predictions(tmp_path)] == list(range(ROWS))
         assert "numbers  " in ends[0].out and f"(n {ROWS})" in ends[0].out
+        report = (tmp_path / "run" / "report.html").read_text()
+        assert "<h2>Answers</h2>" in report and "<td>numbers</td>" in report
 
 
 @pytest.mark.parametrize("reset, world", [("per_batch", 2), ("online", 1)])
@@ -232,3 +234,36 @@ def test_batches_of_prompts(files: Path, tmp_path: Path) -> None:
     assert batch.lengths.tolist() == [len(prompt), 0] and lengths.tolist() == [len(prompt + answer), 0]
     assert not batch.tokens[1].any() and batch.sample_ids.tolist() == [5, 6] and batch.tokens.shape[1] % 64 == 0
     assert not found.batch([2], [0], [2], 8, answers=False)[0].tokens[0, len(prompt) :].any()
+
+
+def test_a_run_evaluates_tasks_on_its_way(ranks: Zygote, tmp_path: Path) -> None:
+    """Generated tasks and files, at their steps and at both ends, on the screen, in the metrics and in the report."""
+    rows = [{"prompt": f"Type of question {i}", "answers": ["City"]} for i in range(3)]
+    (tmp_path / "trec_512.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    evaluation = {"every": 2, "tasks": ["trec", "niah_single_1"], "lengths": [1024, 768], "examples": 2}
+    config = runs.write_config(
+        tmp_path, tmp_path / "cache", eval=evaluation | {"data": str(tmp_path), "batch_size": 4}, train={"steps": 3}
+    )
+    ends = ranks(2, runs.command, arguments=["--config", str(config), *TP2], saves=False, timeout=120)
+    assert [end.code for end in ends] == [0, 0], ends[0].err
+    keys = {"task/trec", "task/niah_single_1@768", "task/niah_single_1@1024"}
+    found = [row for row in runs.rows(tmp_path) if "task/trec" in row]
+    assert [row["step"] for row in found] == [0, 2, 3] and all(keys <= row.keys() for row in found)
+    assert "eval step 2: trec 0.0 ± 0.0, niah_single_1@768 0.0 ± 0.0, niah_single_1@1024 0.0 ± 0.0" in ends[0].out
+    assert "niah_single_1@768" in (tmp_path / "run" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    "evaluation, words",
+    [
+        ({"tasks": ["nhia"]}, "eval.tasks=nhia: no such task; did you mean niah?"),
+        ({"tasks": ["trec"]}, "eval.data: names no folder; trec is read from a file"),
+        ({"tasks": ["trec"], "data": "gone"}, "eval.data: gone: no such file or folder"),
+        ({"tasks": ["niah_single_1"], "lengths": [128]}, "niah_single_1 at length 128: the smallest haystack"),
+        ({"tasks": ["vt"], "lengths": []}, "eval.lengths: names no length"),
+    ],
+)
+def test_tasks_that_a_run_cannot_evaluate(evaluation: Any, words: str, ranks: Zygote, tmp_path: Path) -> None:
+    config = runs.write_config(tmp_path, tmp_path / "cache", eval=evaluation)
+    end = ranks(1, runs.command, arguments=["--config", str(config)])[0]
+    assert end.code == 2 and end.err.startswith(words) and end.err.count("\n") == 1, end.err

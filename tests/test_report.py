@@ -115,7 +115,7 @@ SECTIONS = [
 
 def test_keys_are_those_of_a_row() -> None:
     assert KEYS >= REFINE_ROW.keys() | EVAL.keys() | {"consumed_samples", "attempt", "perf/peak_memory_bytes"}
-    assert len(KEYS) == 3 + 8 + 9 + 5 + 5 + 3 + 9
+    assert len(KEYS) == 3 + 9 + 9 + 5 + 5 + 3 + 10
 
 
 def test_metrics_round_trip_writes_what_is_not_finite_as_null(tmp_path: Path) -> None:

@@ -25,7 +25,11 @@ def losses(rows: Sequence[Row]) -> str:
         _curve(ntp, [row for row in rows if "train/ntp_loss" in row], "train/ntp_loss", BLUE, "training")
         held_out = [row for row in rows if is_evaluation(row)]
         x, y = _column(held_out, "step"), _column(held_out, "eval/ntp_loss")
-        ntp.plot(x, y, "o-", color=ORANGE, ms=4, label="held-out")
+        if len(x):
+            ntp.plot(x, y, "o-", color=ORANGE, ms=4, label="held-out")
+        answered = [row for row in rows if "train/answer_loss" in row]
+        if answered:
+            _curve(ntp, answered, "train/answer_loss", GREEN, "answers")
         nsp.set(title="NSP (policy) loss", xlabel="step")
         _curve(nsp, [row for row in rows if is_refine(row)], "train/nsp_loss", PURPLE)
         _mark_start(ntp, rows)

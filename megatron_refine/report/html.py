@@ -37,6 +37,8 @@ def _body(run: Path, rows: Sequence[Row], samples: Samples) -> list[str]:
         f"<h1>{escape(run.resolve().name)}</h1>",
         _headline(rows),
         _comparison(rows),
+        _tasks(rows),
+        _answers(run),
         _losses(rows),
         _rewards(rows, samples),
         _entropy(samples),
@@ -73,6 +75,30 @@ def _comparison(rows: Sequence[Row]) -> str:
     body = page.table(["held-out", "step", *COLUMNS], cells, numbers=range(1, 2 + len(COLUMNS)))
     note = "Accuracy is of the most probable token; reward and greedy match compare rollouts with the true text."
     return page.section("Comparison", body, f"{note} {median_line(step_times(rows))}.")
+
+
+def _tasks(rows: Sequence[Row]) -> str:
+    """Of runs that evaluate tasks on their way."""
+    names = list(dict.fromkeys(key for row in rows for key in row if key.startswith("task/") and key != "task/score"))
+    if not names:
+        return ""
+    scored = [row for row in rows if any(name in row for name in names)]
+    cells = [[str(row["step"]), *(number(row, name, ".1%") for name in names)] for row in scored]
+    heads = ["step", *(escape(name.removeprefix("task/")) for name in names)]
+    return page.section("Tasks", page.table(heads, cells, numbers=range(len(heads))), "Mean score of each evaluation.")
+
+
+def _answers(run: Path) -> str:
+    """Of test-time training."""
+    path = run / "predictions.jsonl"
+    if not path.exists():
+        return ""
+    scores: dict[str, list[float]] = {}
+    for row in read(path):
+        scores.setdefault(row["task"], []).append(row["score"])
+    cells = [[escape(task), str(len(found)), f"{sum(found) / len(found):.1%}"] for task, found in scores.items()]
+    body = page.table(("task", "prompts", "mean score"), cells, numbers=(1, 2))
+    return page.section("Answers", body, "After a step on each batch of prompts; every answer is in predictions.jsonl.")
 
 
 def _losses(rows: Sequence[Row]) -> str:
