@@ -1,5 +1,6 @@
 """Every class of bad configuration is one line that names the key and the remedy."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -176,6 +177,15 @@ def test_presets_are_valid(preset: Path) -> None:
     elif preset.stem.startswith(("posttrain", "testtime")):  # what no preset can name
         overrides = ["task.paths=[train.parquet]", "data.tokenizer=tokenizer.model"]
     assert load(files, overrides, FAMILIES).model.num_layers >= 4
+
+
+def test_every_key_is_documented() -> None:
+    """And nothing else is."""
+    page = (Path(__file__).parents[1] / "docs/configuration.md").read_text()
+    known = {f"{section}.{key}" for section, field in Config.model_fields.items() if section != "model"
+             for key in field.annotation.model_fields}  # fmt: skip
+    known |= {f"model.{key}" for family in FAMILIES.values() for key in family.model_fields}
+    assert set(re.findall(r"^\| `(\w+\.\w+)` \|", page, re.MULTILINE)) == known
 
 
 def test_missing_file(tmp_path: Path) -> None:
