@@ -55,7 +55,7 @@ clean: ## remove the environment and all caches; runs/ stays
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(INSTALL) setuptools
 	@$(install_torch)
-	@echo "installing the other requirements into .venv (a minute or two)"
+	@echo "installing the other requirements into .venv (two or three minutes)"
 	@$(INSTALL) --no-build-isolation --editable ".[dev]"
 	@$(BIN)/python -c 'import sys; from importlib.metadata import version as v; t = v("torch").split("+")[0]; \
 		sys.exit(t != "$(TORCH)" and f"torch is {t}, not $(TORCH): make clean, then again")'

@@ -2,15 +2,17 @@
 
 from setuptools import find_packages, setup
 
+# lm_eval's RULER tasks import transformers, which `ruler` does not ask for.
+HARNESS = ["lm-eval[ruler]==0.4.13", "transformers"]
 EXTRAS = {
     # Transformer Engine brings the fused Adam. Apex is optional and built from source: the package of that name on the
     # index is something else.
     "gpu": ["transformer-engine[pytorch]", "flash-linear-attention"],
     # Servers run in a Python environment of their own: SGLang pins its own PyTorch.
     "sglang": ["sglang==0.5.23"],
-    "eval": ["lm-eval"],
+    "eval": HARNESS,
     # fuzzywuzzy: a test holds our likeness of code to it.
-    "dev": ["fuzzywuzzy==0.18.0", "pytest", "pytest-timeout", "ruff", "mypy", "types-PyYAML"],
+    "dev": [*HARNESS, "fuzzywuzzy==0.18.0", "pytest", "pytest-timeout", "ruff", "mypy", "types-PyYAML"],
 }
 
 setup(

@@ -3,13 +3,12 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import torch.distributed as dist
 from torch import nn
 
 from megatron_refine import platform
 from megatron_refine.config import ConfigError
 from megatron_refine.data.tokenizer import Tokenizer
-from megatron_refine.eval.documents import padded
+from megatron_refine.eval.batches import over_replicas, padded
 from megatron_refine.trainer.generate import generate
 from megatron_refine.trainer.parallel import Ranks
 
@@ -46,18 +45,13 @@ class Answerer:
 
         prompts: as of `encode`. The same on every rank; every rank gets all answers.
         """
-        order = sorted(range(len(questions)), key=lambda i: -len(prompts[i]))  # equal lengths together: little padding
-        step = self.batch_size * self.ranks.dp
-        for start in range(0, len(order), step):
-            mine = order[start : start + step][self.ranks.dp_rank :: self.ranks.dp]
-            found = dict(zip(mine, self._answer([questions[i] for i in mine], [prompts[i] for i in mine]), strict=True))
-            everyone: list[dict[int, str]] = [{}] * self.ranks.dp
-            dist.all_gather_object(everyone, found, group=self.ranks.dp_group)
-            yield {i: text for part in everyone for i, text in part.items()}
+        lengths = [len(ids) for ids in prompts]
+        yield from over_replicas(
+            lengths, self.batch_size, self.ranks,
+            lambda mine: self._answer([questions[i] for i in mine], [prompts[i] for i in mine]),
+        )  # fmt: skip
 
     def _answer(self, questions: list[Question], prompts: list[list[int]]) -> list[str]:
-        if not questions:
-            return []
         tokens, lengths = padded(prompts, platform.device())
 
         def finished(i: int, written: list[int]) -> bool:

@@ -91,7 +91,7 @@ def _heldout(documents: Documents, loaded: Loaded, results: Results, batch_size:
 
     def run(skip: frozenset[int]) -> Any:
         for found in heldout(loaded.model, loaded.ranks, documents.ids, batch_size, skip):
-            yield {sums.index: vars(sums) for sums in found}
+            yield {place: vars(sums) for place, sums in found.items()}
 
     rows = _resumed(HELDOUT, inputs, results, run)
     tokens = np.array([row["tokens"] for row in rows], np.float64)

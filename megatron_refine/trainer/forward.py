@@ -48,6 +48,11 @@ def main_pass(model: nn.Module, tokens: Tensor) -> MainPass:
     return MainPass(rows, score_main(model, rows, tokens), handles)
 
 
+def score_pass(model: nn.Module, tokens: Tensor) -> head.Scores:
+    """tokens [B, T] -> the scores of `main_pass`, without what its handles pin of every layer."""
+    return score_main(model, _rows(model, tokens, Branches(main_len=tokens.shape[1])), tokens)
+
+
 def ntp_pass(model: nn.Module, tokens: Tensor) -> Any:
     """tokens [B, T] -> {"logprobs": [B, T-1]}; before the last pipeline stage, the hidden rows to send on."""
     output = _forward(model, tokens, Branches(main_len=tokens.shape[1]))
