@@ -101,7 +101,7 @@ def test_a_checkpoint_of_another_model(again: Callable[..., End]) -> None:
 
 
 def test_other_data_than_the_run_began_with(again: Callable[..., End], tmp_path: Path) -> None:
-    pattern = r"step_0000002: the run was trained on other data .*restore data\.\* .*or choose a new run\.dir"
+    pattern = r"step_0000002: the run was trained on other data .*restore data\.\*, .*or choose a new run\.dir"
     before = (tmp_path / "run/metrics.jsonl").read_text()
     check_refused(again("data.seq_length=160"), 2, pattern)
     assert (tmp_path / "run/metrics.jsonl").read_text() == before

@@ -39,56 +39,60 @@ def answer(prompt: str, number: int) -> str:
     return [f" {value}.", f" it is {value.upper()}\nthen\x07 more", f" {value[:-1]}"][number % 3]
 
 
-def scores(model: Path) -> dict[str, Any]:
-    """On a rank: mean scores of the harness and of ours, of its prompts and of ours."""
-    import lm_eval
-    from lm_eval.tasks import TaskManager
-    from lm_eval.tasks.ruler import common_utils, prepare_niah
-
+def scripted(model: Path) -> Any:
+    """On a rank: the adapter, whose answers are those above."""
     from megatron_refine import platform
-    from megatron_refine.eval import load, ruler, tasks
+    from megatron_refine.eval import load
     from megatron_refine.eval.answers import Question
     from megatron_refine.eval.harness import HarnessLM
+    from megatron_refine.eval.tasks import TASKS
 
     platform.install()
-    source, made = load.find(model), prepare_niah.generate_samples
-    text = load.text(source)
+    source, said = load.find(model), list[str]()
+    lm = HarnessLM(load.load(source, load.layout(source), load.text(source)))
 
-    class Scripted(HarnessLM):
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            self.answerer._answer = lambda questions, prompts: [self.say(q) for q in questions]  # type: ignore
-            self.said: list[str] = []
+    def say(question: Question) -> str:
+        assert question.max_new_tokens == TASKS["niah_single_1"].max_new_tokens and not question.stops
+        said.append(question.prompt)
+        return answer(question.prompt, len(said))
 
-        def say(self, question: Question) -> str:
-            self.said.append(question.prompt)
-            assert question.max_new_tokens == tasks.of("niah_single_1").max_new_tokens and not question.stops
-            return answer(question.prompt, len(self.said))
+    lm.answerer._answer = lambda questions, prompts: list(map(say, questions))  # type: ignore[method-assign]
+    return lm
 
-    lm = Scripted(load.load(source, load.layout(source), text))
+
+def harness_results(model: Path) -> Any:
+    """On a rank: what the harness finds on a few of its own prompts."""
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+    from lm_eval.tasks.ruler import prepare_niah
+
+    made = prepare_niah.generate_samples
     prepare_niah.generate_samples = lambda *a, **k: made(*a, **k | {"num_samples": SAMPLES})  # of 500
-    folder = Path(prepare_niah.__file__).parent
-    manager = TaskManager(
-        include_path=str(folder), include_defaults=False,
-        metadata={"tokenizer": str(model), "max_seq_lengths": [LENGTH]},
-    )  # fmt: skip
-    found = lm_eval.simple_evaluate(model=lm, tasks=OFFLINE, task_manager=manager, bootstrap_iters=0)
-    pairs: dict[str, Any] = {}
+    folder, metadata = Path(prepare_niah.__file__).parent, {"tokenizer": str(model), "max_seq_lengths": [LENGTH]}
+    manager = TaskManager(include_path=str(folder), include_defaults=False, metadata=metadata)
+    return lm_eval.simple_evaluate(model=scripted(model), tasks=OFFLINE, task_manager=manager, bootstrap_iters=0)
+
+
+def scores(model: Path) -> dict[str, Any]:
+    """On a rank: mean scores of the harness and of ours, of its prompts and of ours."""
+    from lm_eval.tasks.ruler import common_utils
+
+    from megatron_refine.eval import load, ruler, tasks
+
+    found, text, pairs = harness_results(model), load.text(load.find(model)), dict[str, Any]()
     for name in OFFLINE:
         task, samples = tasks.of(name), found["samples"][name]
-        own = [task.score(s["filtered_resps"][0], s["doc"]["outputs"]) for s in samples]
         example = next(ruler.generate(name, LENGTH, [0], 1, text.count))
-        theirs = [
-            common_utils.process_results({"max_length": LENGTH, "outputs": list(example.references)}, [said])
-            for said in (answer(example.prompt, i) for i in range(3))
-        ]
-        ours = [task.score(answer(example.prompt, i), example.references) for i in range(3)]
-        lengths = [text.count(s["arguments"][0][0]) for s in samples]
+        said, wanted = [answer(example.prompt, i) for i in range(3)], list(example.references)
+        theirs = [common_utils.process_results({"max_length": LENGTH, "outputs": wanted}, [each]) for each in said]
         pairs[name] = {
-            "harness": found["results"][name][f"{LENGTH},none"], "own": own, "lengths": lengths,
+            "harness": found["results"][name][f"{LENGTH},none"],
+            "own": [task.score(s["filtered_resps"][0], s["doc"]["outputs"]) for s in samples],
+            "lengths": [text.count(s["arguments"][0][0]) for s in samples],
             "prompt": (samples[0]["arguments"][0][0], example.prompt),
-            "theirs": [score[str(LENGTH)] for score in theirs], "ours": ours,
-        }  # fmt: skip
+            "theirs": [score[str(LENGTH)] for score in theirs],
+            "ours": [task.score(each, example.references) for each in said],
+        }
     return pairs
 
 

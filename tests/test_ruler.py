@@ -104,9 +104,11 @@ def test_prompts_hold_what_they_ask_for(task, length):
         if task not in ("cwe", "fwe"):  # there nothing is said of their order
             assert tuple(answers) == example.references or task == "niah_multivalue"
         half = answers[: len(answers) // 2]
-        assert tasks.score(task, f" {', '.join(answers)}.\n\nMore", example.references) == 1.0
-        assert tasks.score(task, " ".join(half), example.references) == len(half) / len(answers)
-        assert tasks.score(task, "", example.references) == tasks.score(task, "No idea", example.references) == 0.0
+        assert tasks.of(task).score(f" {', '.join(answers)}.\n\nMore", example.references) == 1.0
+        assert tasks.of(task).score(" ".join(half), example.references) == len(half) / len(answers)
+        assert (
+            tasks.of(task).score("", example.references) == tasks.of(task).score("No idea", example.references) == 0.0
+        )
 
 
 COUNTS = {"niah_multikey_1": (4, 1), "niah_multivalue": (4, 4), "niah_multiquery": (4, 4)}  # needles, answers
@@ -298,8 +300,8 @@ def test_questions_on_documents(task, data):
         assert len({text for _, text in documents}) == len(documents) > 10
         holding = [int(number) for number, text in documents if re.search(rf"\b{example.references[0]}\b", text)]
         assert len(holding) == (1 if task == "qa_squad" else 10)
-        assert tasks.score(task, f"It is {example.references[-1]}", example.references) == 1.0
-        assert tasks.score(task, "", example.references) == tasks.score(task, "None?", example.references) == 0.0
+        assert tasks.of(task).score(f"It is {example.references[-1]}", example.references) == 1.0
+        assert tasks.of(task).score("", example.references) == tasks.of(task).score("None?", example.references) == 0.0
         assert len(set(example.references)) == len(example.references) == (2 if task == "qa_squad" else 1)
     assert len(set(asked)) == 25
     longer = make(task, 2000, range(25), data=data)
@@ -350,6 +352,7 @@ def test_no_torch():
     """Samples are made and scored where no torch is needed, or installed."""
     code = (
         "import sys; from megatron_refine.eval import files, tasks; from megatron_refine.eval.ruler import generate; "
-        "next(generate('vt', 4000, [0], 1, len)); tasks.score('qmsum', 'a', ['a']); assert 'torch' not in sys.modules"
+        "next(generate('vt', 4000, [0], 1, len)); tasks.of('qmsum').score('a', ['a']); "
+        "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=True)
