@@ -26,7 +26,7 @@ ORDER = (
     {"data"},
     {"eval", "report"},
     {"phases"},
-    {"session"},
+    {"session", "bench"},
     {"train"},
 )
 ONLY = {"data": {"config", "records"}, "report": {"config", "records"}}

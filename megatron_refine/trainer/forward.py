@@ -41,11 +41,17 @@ class BranchPass:
 
 def main_pass(model: nn.Module, tokens: Tensor) -> MainPass:
     """tokens [B, T]; in the graph where gradients are enabled."""
+    rows, handles = prefill(model, tokens)
+    return MainPass(rows, score_main(model, rows, tokens), handles)
+
+
+def prefill(model: nn.Module, tokens: Tensor) -> tuple[Tensor, dict[int, Handle]]:
+    """tokens [B, T] -> rows [T, B, hidden] and the handles of the layers; no head."""
     layout = Branches(main_len=tokens.shape[1], handles={})
     rows = _rows(model, tokens, layout)
     handles, layout.handles = layout.handles, None  # a recomputation in the backward pass must not collect again
     assert handles is not None
-    return MainPass(rows, score_main(model, rows, tokens), handles)
+    return rows, handles
 
 
 def score_pass(model: nn.Module, tokens: Tensor) -> head.Scores:

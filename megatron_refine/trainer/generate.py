@@ -25,9 +25,10 @@ def generate(
     Returns: the new tokens of each prompt, the one that finished it included. The same at any layout but for rounding.
     """
     everyone = torch.arange(len(tokens), device=tokens.device)
-    main = forward.main_pass(model, tokens)
-    states, hidden = main.states(everyone, lengths), main.rows[lengths - 1, everyone]
-    del main
+    rows, handles = forward.prefill(model, tokens)
+    states = {layer: handles.pop(layer).at(everyone, lengths) for layer in list(handles)}
+    hidden = rows[lengths - 1, everyone]
+    del rows
     written: list[list[int]] = [[] for _ in max_new]
     unused = torch.zeros(len(tokens), dtype=torch.float64, device=tokens.device)  # no draw: the highest logit wins
     open_ = set(range(len(max_new)))

@@ -1,0 +1,105 @@
+"""Seconds of an NTP-only step, of fused and two-pass REFINE steps, and of the official scheme, on the same batches."""
+
+import os
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+from megatron_refine.bench.timing import Timings, saved_bytes
+from megatron_refine.config import Config
+from megatron_refine.records import Batch
+
+KINDS = {"NTP": None, "fused": "fused", "two-pass": "two_pass"}
+OFFICIAL = "official"
+
+
+def run(config: Config, rounds: int, official: bool = False) -> str:
+    """`rounds` steps of each kind on one model, which goes on learning from all of them. The first rank's table.
+
+    With `official` its scheme is one of the kinds: on one rank, with one optimizer step a batch.
+    """
+    import torch.distributed as dist
+
+    from megatron_refine.trainer.parallel import init_parallel
+
+    ranks = init_parallel(config)
+    batches = Batches(config, ranks)
+    kinds, stages = _kinds(config, ranks, official), dict[str, dict[str, list[float]]]()
+
+    def timed(kind: str) -> Callable[[int], None]:
+        def step(i: int) -> None:
+            metrics = kinds[kind](batches(i), i)
+            for name in (n for n in metrics if n.startswith("time/")):
+                stages.setdefault(kind, {}).setdefault(name[5:], []).append(metrics[name])
+
+        return step
+
+    timings = Timings({kind: timed(kind) for kind in kinds}, rounds, dist.barrier)
+    kept = {kind: saved_bytes(lambda kind=kind: kinds[kind](batches(0), 0)) for kind in KINDS}  # type: ignore[misc]
+    if not ranks.is_main:
+        return ""
+    notes = {kind: _note(stages[kind], kept.get(kind), kept["NTP"]) for kind in kinds}
+    tables = [shapes(config, ranks.world, rounds), timings.table("NTP", notes)]
+    if official:
+        tables.append(f"official / fused {timings.ratio(OFFICIAL, 'fused'):.1f}: median of the rounds")
+    return "\n".join(tables)
+
+
+class Batches:
+    """This rank's part of each batch, from the run's own data."""
+
+    def __init__(self, config: Config, ranks: Any):
+        import torch.distributed as dist
+
+        from megatron_refine.data.prepare import prepare
+
+        if os.environ.get("RANK", "0") == "0":
+            prepare(config)
+        dist.barrier()
+        self.config, self.ranks, self.rows = config, ranks, prepare(config).train
+
+    def __call__(self, i: int) -> Batch:
+        from megatron_refine import platform
+        from megatron_refine.data.order import rank_samples, sample_rows
+
+        c, size = self.config, self.config.train.global_batch_size
+        samples = rank_samples(i * size, size, c.mini_batch_size, self.ranks.dp_rank, self.ranks.dp)
+        order = sample_rows(c.run.seed, i * size, size, len(self.rows))
+        return self.rows.batch(order[samples - i * size], samples).to(platform.device())
+
+
+def _kinds(config: Config, ranks: Any, official: bool) -> dict[str, Callable[[Batch, int], dict[str, float]]]:
+    """What takes a step of each kind: all on the same model and optimizer."""
+    from megatron_refine.bench.official import OfficialStep
+    from megatron_refine.engine.native import NativeEngine
+    from megatron_refine.step.refine import RefineStep
+    from megatron_refine.trainer.model import build_model
+    from megatron_refine.trainer.optimizer import Updater
+
+    model = build_model(config, ranks)
+    updater = Updater(config, model, ranks)
+
+    def kind(step: type[RefineStep], mode: str | None) -> Callable[[Batch, int], dict[str, float]]:
+        update = config.update.model_copy(update={"mode": mode or "auto"})
+        own = step(config.model_copy(update={"update": update}), model, NativeEngine(model), updater, ranks)
+        return lambda batch, i: own(batch, i, refine=mode is not None)
+
+    found = {name: kind(RefineStep, mode) for name, mode in KINDS.items()}
+    return found | ({OFFICIAL: kind(OfficialStep, "auto")} if official else {})
+
+
+def shapes(c: Config, world: int, rounds: int) -> str:
+    """What was measured, in a line."""
+    p, r, m = c.parallel, c.refine, c.model
+    return (
+        f"{m.family} hidden {m.hidden_size}, {m.num_layers} layers, vocabulary {m.vocab_size}; batch "
+        f"{c.train.global_batch_size} x {c.data.seq_length}; c {r.num_chunks} n {r.num_rollouts} k {r.rollout_len}; "
+        f"{world} ranks, tp {p.tp}{' sp' if p.sp else ''}; {c.train.precision}, recompute {c.train.recompute}; "
+        f"medians of {rounds}"
+    )
+
+
+def _note(stages: dict[str, list[float]], kept: int | None, base: int) -> str:
+    parts = [f"{name} {1e3 * statistics.median(found):.0f}" for name, found in stages.items()]
+    saved = f"saved {kept / 2**20:.0f} MiB ({kept / base:.3f}); " if kept is not None else ""
+    return f"{saved}ms: {', '.join(parts)}"
