@@ -78,6 +78,7 @@ def command(arguments: list[str]) -> End:
     [
         ("step", ["--official"], ["official / fused", "two-pass", "saved", "NTP"]),
         ("step", ["model=lact_tiny", "data.seq_length=128", "--official"], ["official / fused", "lact hidden 128"]),
+        ("length", ["--lengths", "192,128"], ["fused / NTP", "     128 ", "     192 "]),
         ("rollout", [], ["prefilled, padded", "forked"]),
         ("kernels", [], ["recurrence", "T 192"]),
         ("kernels", ["model=lact_tiny", "data.seq_length=64"], ["recurrence", "T 64"]),

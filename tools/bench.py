@@ -4,6 +4,7 @@
 
 step     seconds and saved bytes of an NTP-only step, a fused and a two-pass REFINE step, and their ratios;
          with --official the official scheme too (one rank)
+length   seconds of an NTP-only and a fused step over the length of the sequences; --plot draws them
 rollout  rollouts from forked states, and from prefixes that are prefilled first, padded or not
 kernels  the mixer's operation in chunks, and a token after the other
 sync     weights to an SGLang server, and plain broadcasts of as many bytes to a process that only receives them
@@ -14,6 +15,7 @@ import argparse
 import os
 import sys
 from functools import partial
+from pathlib import Path
 
 from megatron_refine import config as configuration
 from megatron_refine.models.family import FAMILIES
@@ -22,10 +24,12 @@ from megatron_refine.models.family import FAMILIES
 def main(arguments: list[str]) -> int:
     """Run a benchmark; the first rank prints. Returns the exit code: 0, or 2 where configuration or data are wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("benchmark", choices=["step", "rollout", "kernels", "sync", "data"])
+    parser.add_argument("benchmark", choices=["step", "length", "rollout", "kernels", "sync", "data"])
     parser.add_argument("--config", required=True, action="append", metavar="FILE", help="a YAML file; later ones win")
     parser.add_argument("--rounds", type=int, default=12, help="measurements of each kind (default: 12)")
     parser.add_argument("--official", action="store_true", help="step: the official scheme too")
+    parser.add_argument("--lengths", default="4096,8192,16384,32768,65536", help="length: tokens of a sequence")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="length: an .svg or .png of it")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="values that replace the file's")
     options = parser.parse_intermixed_args(arguments)
     try:
@@ -46,13 +50,20 @@ def run(options: argparse.Namespace, config: configuration.Config) -> str:
         raise configuration.ConfigError(f"--rounds={options.rounds}: must be 1 or more")
     if options.official and (int(os.environ.get("WORLD_SIZE", 1)) > 1 or not config.fused):
         raise configuration.ConfigError("--official: runs on one rank, with one optimizer step a batch; set update.*")
+    try:
+        lengths = [int(text) for text in options.lengths.split(",")]
+    except ValueError:
+        raise configuration.ConfigError(f"--lengths={options.lengths}: not whole numbers with commas between") from None
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     import torch.distributed as dist
 
-    from megatron_refine.bench import data, kernels, rollout, step, sync
+    from megatron_refine.bench import data, kernels, length, rollout, step, sync
 
-    runs = {"step": partial(step.run, official=options.official), "rollout": rollout.run, "kernels": kernels.run,
-            "sync": sync.run, "data": data.run}  # fmt: skip
+    runs = {
+        "step": partial(step.run, official=options.official),
+        "length": partial(length.run, lengths=lengths, plot=options.plot),
+        "rollout": rollout.run, "kernels": kernels.run, "sync": sync.run, "data": data.run,
+    }  # fmt: skip
     try:
         return runs[options.benchmark](config, options.rounds)  # type: ignore[operator]
     finally:

@@ -2,7 +2,7 @@
 
 import os
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from megatron_refine.bench.timing import Timings, saved_bytes
@@ -24,7 +24,8 @@ def run(config: Config, rounds: int, official: bool = False) -> str:
 
     ranks = init_parallel(config)
     batches = Batches(config, ranks)
-    kinds, stages = _kinds(config, ranks, official), dict[str, dict[str, list[float]]]()
+    kinds = steps(config, ranks, [*KINDS, OFFICIAL] if official else [*KINDS])
+    stages = dict[str, dict[str, list[float]]]()
 
     def timed(kind: str) -> Callable[[int], None]:
         def step(i: int) -> None:
@@ -68,8 +69,8 @@ class Batches:
         return self.rows.batch(order[samples - i * size], samples).to(platform.device())
 
 
-def _kinds(config: Config, ranks: Any, official: bool) -> dict[str, Callable[[Batch, int], dict[str, float]]]:
-    """What takes a step of each kind: all on the same model and optimizer."""
+def steps(config: Config, ranks: Any, names: Sequence[str]) -> dict[str, Callable[[Batch, int], dict[str, float]]]:
+    """What takes a step of each kind named: all on the same model and optimizer."""
     from megatron_refine.bench.official import OfficialStep
     from megatron_refine.engine.native import NativeEngine
     from megatron_refine.step.refine import RefineStep
@@ -84,8 +85,7 @@ def _kinds(config: Config, ranks: Any, official: bool) -> dict[str, Callable[[Ba
         own = step(config.model_copy(update={"update": update}), model, NativeEngine(model), updater, ranks)
         return lambda batch, i: own(batch, i, refine=mode is not None)
 
-    found = {name: kind(RefineStep, mode) for name, mode in KINDS.items()}
-    return found | ({OFFICIAL: kind(OfficialStep, "auto")} if official else {})
+    return {name: kind(OfficialStep, "auto") if name == OFFICIAL else kind(RefineStep, KINDS[name]) for name in names}
 
 
 def shapes(c: Config, world: int, rounds: int) -> str:
