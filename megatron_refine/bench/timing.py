@@ -15,14 +15,20 @@ WARM_UP = 2  # rounds that do not count: caches, memory, connections
 class Timings:
     """Seconds of each kind, round by round."""
 
-    def __init__(self, kinds: Mapping[str, Callable[[int], object]], rounds: int, begin: Callable[[], object] = int):
-        """Run the kinds in turn, `rounds` times and WARM_UP before, each told the round; `begin` comes before each."""
+    def __init__(
+        self,
+        kinds: Mapping[str, Callable[[int], object]],
+        rounds: int,
+        begin: Callable[[], object] = int,
+        warm_up: int = WARM_UP,
+    ):
+        """Run the kinds in turn, `rounds` times and `warm_up` before, each told the round; `begin` comes before each."""
         self.seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
-        for i in range(-WARM_UP, rounds):
+        for i in range(-warm_up, rounds):
             for kind, run in kinds.items():
                 begin()
                 start = time.perf_counter()
-                run(i + WARM_UP)
+                run(i + warm_up)
                 platform.synchronize()
                 if i >= 0:
                     self.seconds[kind].append(time.perf_counter() - start)
