@@ -22,7 +22,7 @@ class Timings:
         begin: Callable[[], object] = int,
         warm_up: int = WARM_UP,
     ):
-        """Run the kinds in turn, `rounds` times and `warm_up` before, each told the round; `begin` comes before each."""
+        """Run the kinds in turn, `rounds` times and `warm_up` before, each told the round; `begin` before each."""
         self.seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
         for i in range(-warm_up, rounds):
             for kind, run in kinds.items():
