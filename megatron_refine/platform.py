@@ -132,6 +132,19 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def record(run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+    """A CUDA graph of what `run` launches: what replays it, and the result, whose tensors every replay fills anew."""
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):  # kernels are chosen, workspaces and communicators made
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.graph(graph):
+        result = run()
+    return graph.replay, result
+
+
 def peak_memory_bytes() -> int:
     """Highest allocated device memory; on CPU the process's highest resident set."""
     if has_gpu():

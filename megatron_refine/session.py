@@ -40,8 +40,10 @@ def _check_writable(folder: Path) -> None:
 
 
 def _engine(config: Config, model: nn.Module, ranks: Ranks, say: Callable[[str], None]) -> RolloutEngine:
+    if config.engine.cuda_graphs and not platform.has_gpu():
+        raise ConfigError("engine.cuda_graphs=true: there is no GPU here; leave it out")
     if config.engine.kind == "native" or not config.refine.enabled:
-        return NativeEngine(model)
+        return NativeEngine(model, config.engine.cuda_graphs)
     from megatron_refine.engine.sglang import SGLangEngine
 
     return SGLangEngine(config, model, ranks, say)

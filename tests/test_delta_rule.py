@@ -242,6 +242,19 @@ def test_triton_kernels_equal_torch(gated: bool, dtype: torch.dtype) -> None:
     assert max(relative(f, e) for f, e in zip(*results, strict=True)) < 2e-2
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("length", [1, 5])
+def test_decoding_on_triton_kernels_equals_torch(length: int, gated: bool) -> None:
+    """Without gradients few tokens take the recurrent kernel."""
+    pytest.importorskip("fla", reason="needs flash-linear-attention")
+    x = make_inputs(4, length, gated, states=2, key=64, value=64, decay=0.05)
+    own = {n: v.detach().to(platform.device(), torch.float32) for n, v in x.items()}
+    with torch.no_grad():
+        found, expected = delta_rule(**own), chunk_delta_rule(**own)
+    assert max(relative(f, e) for f, e in zip(found[:2], expected[:2], strict=True)) < 2e-2  # inputs in bf16
+
+
 @pytest.mark.parametrize("length", [1, 2, 9])
 @pytest.mark.parametrize("with_tail", [False, True])
 def test_short_conv_is_torchs_causal_convolution(with_tail: bool, length: int) -> None:

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from megatron_refine import platform
 from megatron_refine.config import Config, ConfigError, load
 from megatron_refine.kernels.lact import Rule, Tokens, chunk_lact
 from megatron_refine.kernels.lact.reference import recurrent_lact
 from megatron_refine.kernels.window_attention import branch_attention, window_attention
+from megatron_refine.kernels.window_attention.gpu import flex_window_attention
 from megatron_refine.kernels.window_attention.reference import full_window_attention
 from megatron_refine.models.family import FAMILIES
 from megatron_refine.models.lact import flops
@@ -92,6 +94,31 @@ def test_window_attention_equals_the_whole_matrix(length: int) -> None:
     gradients = [torch.autograd.grad((o * weighting).sum(), inputs) for o in (found, expected)]
     for mine, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(mine, theirs, **EXACT)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("length", [9, 37])
+def test_flex_attention_sees_the_same_window(length: int) -> None:
+    """What a GPU compiles, by torch's own slow way."""
+    inputs = [x.detach() for x in attention_inputs(length)]
+    found = flex_window_attention(*inputs, window=8)
+    torch.testing.assert_close(found, full_window_attention(*inputs, window=8), **EXACT)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_window_attention_on_a_gpu(dtype: torch.dtype) -> None:
+    """flash-attn where it is installed, FlexAttention else: outputs and gradients of the matrix in fp64."""
+    generator = torch.Generator().manual_seed(0)
+    whole = [torch.randn(2, 700, 4, 64, generator=generator).to(dtype).double().requires_grad_() for _ in range(3)]
+    own = [x.detach().to(platform.device(), dtype).requires_grad_() for x in whole]
+    found, expected = window_attention(*own, window=256), full_window_attention(*whole, window=256)
+    weighting = torch.randn(expected.shape, generator=generator, dtype=torch.float64)
+    theirs = [expected, *torch.autograd.grad((expected * weighting).sum(), whole)]
+    mine = [found, *torch.autograd.grad((found * weighting.to(found)).sum(), own)]
+    bound = 2e-2 if dtype == torch.bfloat16 else 5e-3  # rounding of bf16; products in TF32
+    for a, b in zip(mine, theirs, strict=True):
+        assert (a.double().cpu() - b).norm() < bound * b.norm()
 
 
 @pytest.mark.parametrize("earlier", [0, 2])

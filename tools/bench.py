@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 2 tools/bench.py step --config FILE [--official] [--rounds 12] [key.sub=value ...]
 
-step     seconds and saved bytes of an NTP-only step, a fused and a two-pass REFINE step, and their ratios;
-         with --official the official scheme too (one rank)
+step     seconds and saved bytes of an NTP-only step, a fused and a two-pass REFINE step, and their ratios; with
+         --official the official scheme too, with --hf an NTP step of flash-linear-attention's model (one rank each)
 length   seconds of an NTP-only and a fused step over the length of the sequences; --plot draws them
 rollout  rollouts from forked states, and from prefixes that are prefilled first, padded or not
 kernels  the mixer's operation in chunks, and a token after the other
@@ -28,6 +28,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--config", required=True, action="append", metavar="FILE", help="a YAML file; later ones win")
     parser.add_argument("--rounds", type=int, default=12, help="measurements of each kind (default: 12)")
     parser.add_argument("--official", action="store_true", help="step: the official scheme too")
+    parser.add_argument("--hf", action="store_true", help="step: flash-linear-attention's model too; needs a GPU")
     parser.add_argument("--lengths", default="4096,8192,16384,32768,65536", help="length: tokens of a sequence")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="length: an .svg or .png of it")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="values that replace the file's")
@@ -48,7 +49,10 @@ def run(options: argparse.Namespace, config: configuration.Config) -> str:
     """The table of the benchmark; "" but on the first rank."""
     if options.rounds < 1:
         raise configuration.ConfigError(f"--rounds={options.rounds}: must be 1 or more")
-    if options.official and (int(os.environ.get("WORLD_SIZE", 1)) > 1 or not config.fused):
+    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+    if options.hf and not alone:
+        raise configuration.ConfigError("--hf: runs on one rank")
+    if options.official and not (alone and config.fused):
         raise configuration.ConfigError("--official: runs on one rank, with one optimizer step a batch; set update.*")
     try:
         lengths = [int(text) for text in options.lengths.split(",")]
@@ -60,7 +64,7 @@ def run(options: argparse.Namespace, config: configuration.Config) -> str:
     from megatron_refine.bench import data, kernels, length, rollout, step, sync
 
     runs = {
-        "step": partial(step.run, official=options.official),
+        "step": partial(step.run, official=options.official, hf=options.hf),
         "length": partial(length.run, lengths=lengths, plot=options.plot),
         "rollout": rollout.run, "kernels": kernels.run, "sync": sync.run, "data": data.run,
     }  # fmt: skip

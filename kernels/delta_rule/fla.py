@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 SEGMENT = 512
+DECODED = 16  # tokens that the recurrent kernel takes faster than the chunked one, where no gradient is wanted
 
 
 @dataclass(frozen=True)
@@ -65,12 +66,15 @@ def fla_delta_rule(
 
 
 def _kernel(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
-    from fla.ops.delta_rule import chunk_delta_rule
-    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+    from fla.ops.delta_rule import chunk_delta_rule, fused_recurrent_delta_rule
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
 
     low = torch.bfloat16 if q.dtype == torch.float32 else q.dtype  # the kernels refuse fp32
     q, k, v, beta = (x.to(low).contiguous() for x in (q, k, v, beta))
     options: dict[str, Any] = {"initial_state": state.float().contiguous(), "output_final_state": True}
+    recurrent = q.shape[1] <= DECODED and not torch.is_grad_enabled()
     if g is None:
-        return chunk_delta_rule(q, k, v, beta, **options)
-    return chunk_gated_delta_rule(q, k, v, g.float().contiguous(), beta, **options)
+        plain = fused_recurrent_delta_rule if recurrent else chunk_delta_rule
+        return plain(q, k, v, beta=beta, **options)
+    gated = fused_recurrent_gated_delta_rule if recurrent else chunk_gated_delta_rule
+    return gated(q, k, v, g=g.float().contiguous(), beta=beta, **options)

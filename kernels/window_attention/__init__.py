@@ -9,11 +9,15 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     """A token sees itself and the window - 1 before it. q, k, v [N, T, h, d] -> [N, T, h, d].
 
     In blocks of a window, each against itself and the block before, by torch's fused attention: memory and work are
-    linear in T.
+    linear in T. On a GPU a kernel that knows of windows does it.
     """
     length = q.shape[1]
     if length <= window:
         return _attend(q, k, v, None)
+    if q.device.type == "cuda" and q.dtype != torch.float64:
+        from megatron_refine.kernels.window_attention.gpu import gpu_window_attention
+
+        return gpu_window_attention(q, k, v, window)
     q, k, v = (F.pad(x, (0, 0, 0, 0, 0, -length % window)).unflatten(1, (-1, window)) for x in (q, k, v))
     first = _attend(q[:, 0], k[:, 0], v[:, 0], None)
     keys, values = (torch.cat([x[:, :-1], x[:, 1:]], 2).flatten(0, 1) for x in (k, v))

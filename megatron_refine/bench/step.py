@@ -10,13 +10,14 @@ from megatron_refine.config import Config
 from megatron_refine.records import Batch
 
 KINDS = {"NTP": None, "fused": "fused", "two-pass": "two_pass"}
-OFFICIAL = "official"
+OFFICIAL, HF = "official", "fla NTP"
 
 
-def run(config: Config, rounds: int, official: bool = False) -> str:
+def run(config: Config, rounds: int, official: bool = False, hf: bool = False) -> str:
     """`rounds` steps of each kind on one model, which goes on learning from all of them. The first rank's table.
 
-    With `official` its scheme is one of the kinds: on one rank, with one optimizer step a batch.
+    On one rank, with `official` its scheme is one of the kinds (one optimizer step a batch), with `hf` an NTP step of
+    flash-linear-attention's model.
     """
     import torch.distributed as dist
 
@@ -25,6 +26,10 @@ def run(config: Config, rounds: int, official: bool = False) -> str:
     ranks = init_parallel(config)
     batches = Batches(config, ranks)
     kinds = steps(config, ranks, [*KINDS, OFFICIAL] if official else [*KINDS])
+    if hf:
+        from megatron_refine.bench.hf import ntp_step
+
+        kinds[HF] = ntp_step(config)
     stages = dict[str, dict[str, list[float]]]()
 
     def timed(kind: str) -> Callable[[int], None]:
@@ -39,8 +44,9 @@ def run(config: Config, rounds: int, official: bool = False) -> str:
     kept = {kind: saved_bytes(lambda kind=kind: kinds[kind](batches(0), 0)) for kind in KINDS}  # type: ignore[misc]
     if not ranks.is_main:
         return ""
-    notes = {kind: _note(stages[kind], kept.get(kind), kept["NTP"]) for kind in kinds}
-    tables = [shapes(config, ranks.world, rounds), timings.table("NTP", notes)]
+    notes = {kind: _note(stages.get(kind, {}), kept.get(kind), kept["NTP"]) for kind in kinds}
+    speeds = (_speed(config, ranks.world, kind, statistics.median(timings.seconds[kind])) for kind in KINDS)
+    tables = [shapes(config, ranks.world, rounds), timings.table("NTP", notes), "; ".join(speeds)]
     if official:
         tables.append(f"official / fused {timings.ratio(OFFICIAL, 'fused'):.1f}: median of the rounds")
     return "\n".join(tables)
@@ -97,6 +103,16 @@ def shapes(c: Config, world: int, rounds: int) -> str:
         f"{world} ranks, tp {p.tp}{' sp' if p.sp else ''}; {c.train.precision}, recompute {c.train.recompute}; "
         f"medians of {rounds}"
     )
+
+
+def _speed(config: Config, world: int, kind: str, seconds: float) -> str:
+    from megatron_refine import platform
+    from megatron_refine.estimate.flops import batch_flops
+
+    tokens = config.train.global_batch_size * config.data.seq_length / seconds
+    own = config.model_copy(update={"update": config.update.model_copy(update={"mode": KINDS[kind] or "auto"})})
+    utilization = batch_flops(own, kind != "NTP") / seconds / world / platform.peak_flops()
+    return f"{kind} {tokens:.0f} tokens/s, mfu {utilization:.0%}"
 
 
 def _note(stages: dict[str, list[float]], kept: int | None, base: int) -> str:

@@ -132,6 +132,10 @@ def _phase_problems(c: Config) -> Iterator[tuple[bool, str]]:
 
 def _engine_problems(c: Config) -> Iterator[tuple[bool, str]]:
     e = c.engine
+    yield (
+        e.cuda_graphs and (e.kind != "native" or c.model.family == "lact"),
+        "engine.cuda_graphs=true: is for engine.kind=native with DeltaNet or Gated DeltaNet; leave it out",
+    )
     if e.kind == "native":
         return
     yield (

@@ -174,6 +174,9 @@ class Engine(Section):
     kind: Literal["native", "sglang"] = Field(
         "native", description="native: forks the trainer's own model; sglang: SGLang servers with a copy of the weights"
     )
+    cuda_graphs: bool = Field(
+        False, description="native: record the decoding of rollouts as CUDA graphs (DeltaNet, Gated DeltaNet)"
+    )
     python: str = Field("", description="interpreter of the environment with SGLang, to launch servers with")
     urls: list[str] = Field(default_factory=list, description="servers that run already; empty: launch them")
     servers: int = Field(1, ge=1, description="servers to launch, on the first rank's machine")

@@ -3,17 +3,17 @@
 import torch
 from torch import nn
 
+from megatron_refine.engine.decode import DecodeGraphs, decode, recordable
 from megatron_refine.records import RolloutRequest, Rollouts
-from megatron_refine.trainer import forward, head
-from megatron_refine.trainer.model import unwrap
 from megatron_refine.trainer.random import ROLLOUT, uniform
 
 
 class NativeEngine:
     """All branches of a micro-batch decode as one batch from their forked states. Needs `request.fork`."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, cuda_graphs: bool = False):
         self.model = model
+        self._graphs = DecodeGraphs(model) if cuda_graphs else None
         self.weight_version = 0
 
     def sync(self, weight_version: int) -> None:
@@ -38,12 +38,7 @@ class NativeEngine:
         rollouts = torch.arange(positions.shape[1] * n, device=positions.device).view(-1, n)
         places = torch.arange(request.rollout_len, device=positions.device).view(-1, 1, 1, 1)
         draws = uniform(request.seed, ROLLOUT, request.step, samples, positions, rollouts, places)  # [k, B, c, n]
-        tokens, logprobs = [], []
-        for j, u in enumerate(draws.flatten(1)):
-            token, logprob = head.sample(unwrap(self.model), hidden, u, request.temperature)
-            tokens.append(token)
-            logprobs.append(logprob)
-            if j + 1 < request.rollout_len:
-                hidden, states = forward.decode_step(self.model, token, states)
-        stack = [torch.stack(column, -1).view(*shape, -1) for column in (tokens, logprobs)]
-        return Rollouts(stack[0], stack[1], self.weight_version)
+        given = states, hidden, draws.flatten(1), request.temperature
+        graphs = self._graphs if recordable(states) else None
+        tokens, logprobs = graphs(*given) if graphs else decode(self.model, *given)
+        return Rollouts(tokens.T.reshape(*shape, -1), logprobs.T.reshape(*shape, -1), self.weight_version)

@@ -1,0 +1,84 @@
+"""Decoding as a CUDA graph: what is given in and taken out here, the graph itself on a GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_refine import platform
+from megatron_refine.config import Config
+from tests import parity
+from tests.runs import write_config
+from tests.zygote import Zygote
+
+ROOT = Path(__file__).parents[1]
+
+
+def replayed(run: Any) -> Any:
+    """Stands in for `platform.record`: runs anew at each replay, into the tensors of the first time."""
+    found = [tensor.clone() for tensor in run()]
+
+    def replay() -> None:
+        for mine, fresh in zip(found, run(), strict=True):
+            mine.copy_(fresh)
+
+    return replay, tuple(found)
+
+
+def decoded(config: Config) -> Any:
+    """On a rank: rollouts of three micro-batches, plain and recorded, and the number of recordings; or None."""
+    from megatron_refine.engine import decode
+    from megatron_refine.trainer import forward
+
+    model, _ = parity.build(config, torch.float64)
+    platform.record = replayed
+    graphs, results = decode.DecodeGraphs(model), []
+    for seed, chunks in ((0, 4), (1, 4), (2, 3)):
+        b, generator = parity.batch(2, seed=seed), torch.Generator().manual_seed(seed)
+        positions = torch.randint(6, 180, (2, chunks), generator=generator)
+        sequences = torch.arange(2).repeat_interleave(chunks)
+        with torch.no_grad():
+            main = forward.main_pass(model, b.tokens)
+            hidden, states = main.rows[positions.flatten() - 1, sequences], main.states(sequences, positions.flatten())
+        if not decode.recordable(states):
+            return None
+        given = states, hidden, torch.rand(5, 2 * chunks, generator=generator, dtype=torch.float64), 0.7
+        results.append((decode.decode(model, *given), graphs(*given)))
+    return results, len(graphs._recorded)
+
+
+@pytest.mark.parametrize("model", ["delta_net", "gated_delta_net"])
+def test_recorded_decoding_gives_the_same_rollouts(model: str, ranks: Zygote, tmp_path: Path) -> None:
+    """Later requests of a shape replay the first one's recording; results of earlier ones stay as they were."""
+    results, recordings = ranks(1, decoded, config=parity.small_config(tmp_path, model=model))[0]
+    assert recordings == 2
+    for plain, recorded in results:
+        assert all(a.equal(b) for a, b in zip(plain, recorded, strict=True))
+    assert not results[0][1][0].equal(results[1][1][0])
+
+
+def test_states_with_positions_are_not_recorded(ranks: Zygote, tmp_path: Path) -> None:
+    assert ranks(1, decoded, config=parity.small_config(tmp_path, model="lact"))[0] is None
+
+
+@pytest.mark.gpu
+def test_a_run_with_cuda_graphs_is_the_run_without(tmp_path: Path) -> None:
+    """The same draws from the same weights: rewards of the first REFINE steps agree to bf16's rounding."""
+    rewards = []
+    for graphs in ("false", "true"):
+        folder = tmp_path / graphs
+        folder.mkdir()
+        path = write_config(folder, tmp_path / "data", train={"precision": "bf16", "steps": 3})
+        arguments = ["--config", str(path), f"engine.cuda_graphs={graphs}", "parallel.tp=1", "parallel.sp=false"]
+        environment = os.environ | {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+        done = subprocess.run([sys.executable, "-m", "megatron_refine.train", *arguments], cwd=ROOT, env=environment,
+                              capture_output=True, text=True)  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        lines = (folder / "run/metrics.jsonl").read_text().splitlines()
+        rewards.append([row["rollout/reward_mean"] for row in map(json.loads, lines) if "rollout/reward_mean" in row])
+    assert rewards[0] and rewards[1] == pytest.approx(rewards[0], rel=0.05)
