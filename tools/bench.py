@@ -6,6 +6,7 @@ step     seconds and saved bytes of an NTP-only step, a fused and a two-pass REF
          --official the official scheme too, with --hf an NTP step of flash-linear-attention's model (one rank each)
 length   seconds of an NTP-only and a fused step over the length of the sequences; --plot draws them
 rollout  rollouts from forked states, and from prefixes that are prefilled first, padded or not
+profile  the ten hottest operators (on a GPU: kernels) of an NTP-only and a fused step
 kernels  the mixer's operation in chunks, and a token after the other
 sync     weights to an SGLang server, and plain broadcasts of as many bytes to a process that only receives them
 data     text to rows, rows to batches
@@ -24,7 +25,7 @@ from megatron_refine.models.family import FAMILIES
 def main(arguments: list[str]) -> int:
     """Run a benchmark; the first rank prints. Returns the exit code: 0, or 2 where configuration or data are wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("benchmark", choices=["step", "length", "rollout", "kernels", "sync", "data"])
+    parser.add_argument("benchmark", choices=["step", "length", "profile", "rollout", "kernels", "sync", "data"])
     parser.add_argument("--config", required=True, action="append", metavar="FILE", help="a YAML file; later ones win")
     parser.add_argument("--rounds", type=int, default=12, help="measurements of each kind (default: 12)")
     parser.add_argument("--official", action="store_true", help="step: the official scheme too")
@@ -61,12 +62,12 @@ def run(options: argparse.Namespace, config: configuration.Config) -> str:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     import torch.distributed as dist
 
-    from megatron_refine.bench import data, kernels, length, rollout, step, sync
+    from megatron_refine.bench import data, kernels, length, profile, rollout, step, sync
 
     runs = {
         "step": partial(step.run, official=options.official, hf=options.hf),
         "length": partial(length.run, lengths=lengths, plot=options.plot),
-        "rollout": rollout.run, "kernels": kernels.run, "sync": sync.run, "data": data.run,
+        "profile": profile.run, "rollout": rollout.run, "kernels": kernels.run, "sync": sync.run, "data": data.run,
     }  # fmt: skip
     try:
         return runs[options.benchmark](config, options.rounds)  # type: ignore[operator]
