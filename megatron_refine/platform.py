@@ -188,11 +188,11 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 def _keep_freed_memory() -> None:
     """Let glibc reuse large blocks: by default each large tensor is mapped and cleared by the kernel anew."""
-    trim_threshold, mmap_threshold = -1, -3  # parameters of mallopt(3)
+    trim_threshold, mmap_max = -1, -4  # parameters of mallopt(3)
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
-        libc.mallopt(mmap_threshold, 1 << 25)  # glibc's maximum
-        libc.mallopt(trim_threshold, (1 << 31) - 1)
+        libc.mallopt(mmap_max, 0)  # a threshold would not do: glibc's highest is 32 MiB
+        libc.mallopt(trim_threshold, -1)  # never give back
 
 
 def _run_as_batch() -> None:

@@ -10,6 +10,7 @@ The layout rides to every layer as `packed_seq_params`, which Megatron hands on 
 """
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -41,6 +42,13 @@ class Branches(PackedSeqParams):
     def num_rows(self) -> int:
         """Rows a sequence, without padding."""
         return self.main_len + self.branch_rows
+
+    @cached_property
+    def cuts(self) -> list[int] | None:
+        """Numbers of main tokens after which states will be asked for; None where nobody knows yet."""
+        if self.handles is not None:
+            return None
+        return [] if self.positions is None else sorted(set(self.positions.tolist()))
 
     def split(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """[S, B, ...] -> main rows [B, T, ...] and branch rows [P * n, k, ...], sequence-major.

@@ -1,13 +1,13 @@
 """What every sequence mixer offers: a main stream, the state at any of its positions, and branches from there.
 
-    main(x)            -> (y, handle)   handle keeps what the pass has anyway
+    main(x, cuts)      -> (y, handle)   handle keeps what the pass has anyway
     handle.at(p)       -> State         the state after p main tokens, lazy, in the graph if x was
     branch(x_b, State) -> (y_b, State)  k rows a branch, from that state
 
 Everything else in the model is row-wise and does not know of branches. See docs/branch-packing.md.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -59,8 +59,8 @@ class Mixer(MegatronModule):
         """[S (/tp), B, hidden] -> projected rows [S, B, *local]."""
         raise NotImplementedError
 
-    def main(self, rows: Tensor) -> tuple[Tensor, Handle]:
-        """[B, T, *local] -> outputs [B, T, local], handle."""
+    def main(self, rows: Tensor, cuts: Sequence[int] | None) -> tuple[Tensor, Handle]:
+        """[B, T, *local] -> outputs [B, T, local], handle. cuts: where states will be asked for; None: anywhere."""
         raise NotImplementedError
 
     def branch(self, rows: Tensor, state: Any) -> tuple[Tensor, State]:
@@ -80,7 +80,7 @@ class Mixer(MegatronModule):
         main, branches = layout.split(rows)
         parts, handle = [], None
         if layout.main_len:
-            mixed, handle = self.main(main)
+            mixed, handle = self.main(main, layout.cuts)
             parts.append(mixed.transpose(0, 1))
             if layout.handles is not None:
                 layout.handles[self.layer_number] = handle

@@ -3,6 +3,7 @@
 import importlib.util
 import math
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -179,9 +180,16 @@ def test_half_precision_is_computed_in_single(state: torch.dtype) -> None:
 def segments(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """The fla path with short segments, and the recurrence in place of the Triton kernel."""
 
-    def kernel(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
-        o, states = recurrent_delta_rule(q, k, v, beta, g, state)
-        return o, states[-1]
+    def kernel(
+        q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, state: Tensor, ends: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        if ends is None:
+            o, states = recurrent_delta_rule(q, k, v, beta, g, state)
+            return o, states[-1]
+        whole, found = (q, k, v, beta, g), []
+        for i, (start, end) in enumerate(zip(ends.tolist(), ends[1:].tolist(), strict=False)):
+            found.append(kernel(*(None if x is None else x[:, start:end] for x in whole), state[i : i + 1]))
+        return torch.cat([o for o, _ in found], 1), torch.cat([final for _, final in found])
 
     monkeypatch.setattr(fla, "_kernel", kernel)
     monkeypatch.setattr(fla, "SEGMENT", 16)
@@ -190,11 +198,13 @@ def segments(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
 
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("length", [5, 16, 32, 45])
-def test_chained_segments_and_replay(length: int, gated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("cut", ["anywhere", "where asked", "nowhere"])
+def test_chained_segments_and_replay(length: int, cut: str, gated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     x = make_inputs(2, length, gated, states=2)
     at = torch.tensor([p for p in (0, 1, 15, 16, 17, 31, 32, length) if p <= length] * 2)
     rows = torch.arange(2).repeat_interleave(len(at) // 2)
-    o, final, trace = segments(monkeypatch)(**x)
+    cuts = {"anywhere": None, "where asked": at.tolist(), "nowhere": []}[cut]
+    o, final, trace = segments(monkeypatch)(**x, cuts=cuts)
     truth, states = recurrent(x)
     starts = at // 16 * 16  # positions without anything to replay are a case of their own
     found = [o, final, trace.state_at(rows, at), trace.state_at(rows, starts)]
@@ -234,12 +244,13 @@ def test_triton_kernels_equal_torch(gated: bool, dtype: torch.dtype) -> None:
     low = {n: v.requires_grad_() for n, v in low.items()}
     rows, at = torch.tensor([0, 1, 3, 2], device=device), torch.tensor([1, 600, 1024, 1100], device=device)
     results = []
-    for path in (delta_rule, chunk_delta_rule):
+    for path in (delta_rule, partial(delta_rule, cuts=at.tolist()), chunk_delta_rule):
         o, final, trace = path(**low)
         values = [o, final, trace.state_at(rows[1:], at[1:])]
         results.append([*values, *gradients([v.float() for v in values], low).values()])
     # the kernels multiply in bf16, which rounds at 4e-3, whatever the inputs are
-    assert max(relative(f, e) for f, e in zip(*results, strict=True)) < 2e-2
+    for found in results[:-1]:
+        assert max(relative(f, e) for f, e in zip(found, results[-1], strict=True)) < 2e-2
 
 
 @pytest.mark.gpu

@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -26,12 +27,13 @@ def delta_rule(
     g: Tensor | None = None,
     state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    cuts: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor, Trace]:
     """S <- e^g S;  S <- S + k (beta (v - S^T k))^T;  o = S^T q / sqrt(K).
 
     Args: q, k [N, T, H, K], k of unit length; v [N, T, H, V]; beta, g [N, T, H], g a log decay; state [P, H, K, V]
     where P divides N, each start state serving N/P consecutive sequences. With cu_seqlens [N+1], q..g hold N sequences
-    end to end in one row [1, total, H, *].
+    end to end in one row [1, total, H, *]. cuts: numbers of tokens after which states will be asked for; None: any.
     Returns: o shaped as v, final state [N, H, K, V], trace (its rows are sequences). On a GPU in low precision the
     Triton kernels compute it; a GPU without them is a RuntimeError, never a silent slow path.
     """
@@ -41,7 +43,7 @@ def delta_rule(
         _require_fla()
         from megatron_refine.kernels.delta_rule.fla import fla_delta_rule
 
-        return fla_delta_rule(q, k, v, beta, g, state)
+        return fla_delta_rule(q, k, v, beta, g, state, cuts)
     return chunk_delta_rule(q, k, v, beta, g, state)
 
 
@@ -72,6 +74,10 @@ def _require_fla() -> None:
 
 
 def l2_normalize(x: Tensor) -> Tensor:
-    """x / sqrt(sum x^2 + 1e-6) over the last dimension, in at least fp32 (fla's l2norm: epsilon inside the root)."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    return x * torch.rsqrt(x.pow(2).sum(-1, keepdim=True) + 1e-6)
+    """x / sqrt(sum x^2 + 1e-6) over the last dimension, in at least fp32 (fla's l2norm: epsilon inside the root).
+
+    On a GPU the result is in x's precision, as the kernels take it.
+    """
+    high = x.to(torch.promote_types(x.dtype, torch.float32))
+    found = high * torch.rsqrt(high.pow(2).sum(-1, keepdim=True) + 1e-6)
+    return found.to(x.dtype) if x.device.type == "cuda" else found

@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_refine.kernels.fused import fused
+
 Fast = tuple[Tensor, Tensor, Tensor]
 """W0 [..., H, I, D], W1 [..., H, D, I], W2 [..., H, I, D], or what is shaped like them."""
 
@@ -128,23 +130,33 @@ def read(weights: Fast, q: Tensor) -> Tensor:
     """f_W(q), shaped as q [N, t, H, D]; weights [P, H, ...], P dividing N: each serves N/P consecutive sequences."""
     w0, w1, w2 = (w.to(q.dtype) for w in weights)
     z = _fold(q, w0.shape[0])
-    hidden = F.silu(z @ w0.mT) * (z @ w2.mT)
-    return _unfold(hidden @ w1.mT, q.shape[0])
+    return _unfold(_gated(z @ w0.mT, z @ w2.mT) @ w1.mT, q.shape[0])
+
+
+@fused
+def _gated(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
 
 
 def gradient(weights: Fast, tokens: Tokens) -> Fast:
     """G of the tokens, in at least fp32: weights [N, H, ...] -> the same shapes."""
     k, v, rates = tokens.k.transpose(1, 2), tokens.v.transpose(1, 2), tokens.rates.transpose(1, 2)  # [N, H, t, *]
     w0, w1, w2 = (w.to(k.dtype) for w in weights)
-    gate, up = k @ w0.mT, k @ w2.mT
-    sigmoid = gate.sigmoid()
-    silu = gate * sigmoid
-    into = v @ w1  # d<f(k), v> / d hidden
-    into_gate = into * up * sigmoid * (1 + gate * (1 - sigmoid))
-    rate0, rate1, rate2 = rates.to(k.dtype).split(1, -1)
-    found = (into_gate.mT @ (k * rate0), v.mT @ (silu * up * rate1), (into * silu).mT @ (k * rate2))
+    # v W1 is d<f(k), v> / d hidden
+    into_gate, hidden, into_up, k0, k2 = _weighted(k @ w0.mT, k @ w2.mT, v @ w1, k, rates.to(k.dtype))
+    found = (into_gate.mT @ k0, v.mT @ hidden, into_up.mT @ k2)
     g0, g1, g2 = (g.to(torch.promote_types(g.dtype, torch.float32)) for g in found)
     return g0, g1, g2
+
+
+@fused
+def _weighted(gate: Tensor, up: Tensor, into: Tensor, k: Tensor, rates: Tensor) -> tuple[Tensor, ...]:
+    """d/d gate, the hidden rows times rate 1, d/d up, and keys times rates 0 and 2: the sides of G's three products."""
+    sigmoid = gate.sigmoid()
+    silu = gate * sigmoid
+    into_gate = into * up * sigmoid * (1 + gate * (1 - sigmoid))
+    rate0, rate1, rate2 = rates.split(1, -1)
+    return into_gate, silu * up * rate1, into * silu, k * rate0, k * rate2
 
 
 def orthogonal(g: Tensor, dtype: torch.dtype) -> Tensor:

@@ -107,6 +107,7 @@ def transformer_config(config: Config, dtype: torch.dtype) -> TransformerConfig:
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
+        bias_activation_fusion=platform.has_gpu(),  # one compiled kernel, which keeps its input alone
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         persist_layer_norm=False,

@@ -4,7 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_refine.kernels.fused import fused
 
+
+@fused
 def short_conv(x: Tensor, weight: Tensor, tail: Tensor | None = None) -> Tensor:
     """SiLU of a causal depthwise convolution.
 

@@ -1,5 +1,6 @@
 """What the mixers with a delta-rule memory share: convolution, state, main stream and branches from its positions."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,9 +87,9 @@ class DeltaMixer(Mixer):
     def project(self, hidden: Tensor) -> Tensor:
         return self.in_proj(hidden)[0].unflatten(-1, (self.groups, self.channels + self.others))
 
-    def main(self, rows: Tensor) -> tuple[Tensor, DeltaHandle]:
+    def main(self, rows: Tensor, cuts: Sequence[int] | None) -> tuple[Tensor, DeltaHandle]:
         inputs, before = self._inputs(rows, None)
-        o, _, trace = delta_rule(**inputs)
+        o, _, trace = delta_rule(**inputs, cuts=cuts)
         return o, DeltaHandle(trace, before, self.conv.shape[-1])
 
     def branch(self, rows: Tensor, state: DeltaState) -> tuple[Tensor, DeltaState]:

@@ -151,7 +151,8 @@ class DeltaAttention(nn.Module):
         widths = [c.weight.shape[0] for c in (self.q_conv1d, self.k_conv1d, self.v_conv1d)]
         head_dims = (self.shape.key_dim, self.shape.key_dim, self.shape.value_dim)
         q, k, v = (z.unflatten(-1, (-1, d)) for z, d in zip(mixed.split(widths, -1), head_dims, strict=True))
-        o, final, _ = delta_rule(**self.rule_inputs(x, q, k, v, ragged), state=state)
+        inputs: dict[str, Any] = self.rule_inputs(x, q, k, v, ragged)
+        o, final, _ = delta_rule(**inputs, state=state)
         memory[slots] = final.to(memory.dtype)
         normed = self.gate(x, self.o_norm(ragged.rows(o)))
         return self.o_proj(normed.to(x.dtype).flatten(-2))[0]

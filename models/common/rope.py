@@ -3,7 +3,10 @@
 import torch
 from torch import Tensor
 
+from megatron_refine.kernels.fused import fused
 
+
+@fused
 def rope(x: Tensor, positions: Tensor, theta: float) -> Tensor:
     """Turn x [N, T, heads, d] by its positions [N or 1, T]. Angles in fp64: long positions keep their precision."""
     half = x.shape[-1] // 2

@@ -5,8 +5,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_refine.kernels.delta_rule import l2_normalize
+from megatron_refine.kernels.fused import fused
 
 
+@fused
 def rule_inputs(
     q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor, beta_range: float
 ) -> dict[str, Tensor]:
@@ -22,6 +24,7 @@ def rule_inputs(
     return {"q": q, "k": k, "v": v, "beta": b.to(dtype).sigmoid() * beta_range, "g": g}
 
 
+@fused
 def gate_output(normed: Tensor, gate: Tensor) -> Tensor:
     """Normed outputs times SiLU of the gate, both [..., H, V]."""
     return normed * F.silu(gate.to(normed.dtype))

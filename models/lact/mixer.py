@@ -12,7 +12,7 @@ w0_left [heads, I, rank], w0_right [heads, rank, D].
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor, nn
 
+from megatron_refine.kernels.fused import fused
 from megatron_refine.kernels.lact import Fast, Rule, Tokens, Weights, chunk_lact, join, read
 from megatron_refine.kernels.window_attention import branch_attention, window_attention
 from megatron_refine.models.common.norm import HeadNorm
@@ -120,7 +121,7 @@ class LactMixer(Mixer):
         bias = self.in_bias.view(self.heads, -1)
         return rows + F.pad(bias, (rows.shape[-1] - bias.shape[1], 0))
 
-    def main(self, rows: Tensor) -> tuple[Tensor, LactHandle]:
+    def main(self, rows: Tensor, cuts: Sequence[int] | None) -> tuple[Tensor, LactHandle]:
         x = self._inputs(rows, torch.arange(rows.shape[1], device=rows.device)[None])
         attended = window_attention(x.q, x.k, x.v, self.model.window_size)
         found, weights, chunks = chunk_lact(self.initial(), x.fast_q, x.tokens, self.rule)
@@ -182,7 +183,7 @@ class LactMixer(Mixer):
         qkv, rates, momentum, scale = rows.split(self.widths, -1)
         q, k, v = qkv.split(self.dim, -1)  # [N, m, H, D]
         factor, offset = (x.view(self.heads, self.dim, 2).unbind(-1) for x in (self.qk_scale, self.qk_offset))
-        fast_q, fast_k = (self._fast(x * f + o, positions) for x, f, o in zip((q, k), factor, offset, strict=True))
+        fast_q, fast_k = (self._fast(x, f, o, positions) for x, f, o in zip((q, k), factor, offset, strict=True))
         fast_v = F.silu(v) if m.qkv_silu and not m.no_v_silu else v
         high = torch.promote_types(rates.dtype, torch.float32)
         tokens = Tokens(
@@ -193,11 +194,9 @@ class LactMixer(Mixer):
         q, k = rope(q, positions, m.rope_theta), rope(k, positions, m.rope_theta)
         return Inputs(q, k, v, fast_q, tokens, F.silu(scale[..., 0]) if m.learnable_ttt_scale else None)
 
-    def _fast(self, x: Tensor, positions: Tensor) -> Tensor:
+    def _fast(self, x: Tensor, factor: Tensor, offset: Tensor, positions: Tensor) -> Tensor:
         """Queries or keys of the fast weights: SiLU, unit length, position by attention head."""
-        x = F.silu(x) if self.model.qkv_silu else x
-        high = x.to(torch.promote_types(x.dtype, torch.float32))
-        x = (high / (high.norm(dim=-1, keepdim=True) + UNIT_EPS)).to(x.dtype)
+        x = _unit(x, factor, offset, self.model.qkv_silu)
         if self.model.ttt_nope:
             return x
         return rope(self._attention_heads(x), positions, self.model.rope_theta).reshape(x.shape)
@@ -215,6 +214,14 @@ class LactMixer(Mixer):
 
     def output(self, mixed: Tensor, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         return self.out_proj(mixed.to(rows.dtype))
+
+
+@fused
+def _unit(x: Tensor, factor: Tensor, offset: Tensor, silu: bool) -> Tensor:
+    x = x * factor + offset
+    x = F.silu(x) if silu else x
+    high = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (high / (high.norm(dim=-1, keepdim=True) + UNIT_EPS)).to(x.dtype)
 
 
 def _trimmed(state: LactState, window: tuple[Tensor, Tensor], size: int) -> LactState:
