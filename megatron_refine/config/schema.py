@@ -20,6 +20,12 @@ class Run(Section):
     seed: int = Field(1, ge=0, description="seed of the weights, the data order, the selection and the rollouts")
     wandb: Literal["off", "offline", "online"] = Field("off", description="Weights & Biases logging")
     timeout_minutes: float = Field(10.0, gt=0, description="deadline of every collective")
+    phase_minutes: float = Field(
+        120.0, gt=0, description="deadline of every phase: preparation, resumption, a step, an evaluation, a save"
+    )
+    reserve_minutes: float = Field(
+        1.0, ge=0, description="before the end of a SLURM job: left over when the last step and save are done"
+    )
 
 
 class ModelConfig(Section):
@@ -224,6 +230,7 @@ class Checkpoint(Section):
     every: int = Field(0, ge=0, description="steps between checkpoints; 0: at the end only")
     keep: int = Field(2, ge=1, description="complete checkpoints kept")
     load: str = Field("", description="a checkpoint folder to start from when the run has none of its own")
+    fallback: bool = Field(False, description="where the newest checkpoint is damaged, go on from the one before it")
 
 
 class Config(Section):

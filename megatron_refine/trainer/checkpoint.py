@@ -3,6 +3,7 @@
 A failure on any rank is raised on all of them, so that none waits for another.
 """
 
+import contextlib
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_refine import platform
 from megatron_refine.config import Config
-from megatron_refine.trainer.errors import CheckpointError
+from megatron_refine.trainer.errors import CheckpointError, DamagedError, FencedError, lost_rank
 from megatron_refine.trainer.manifest import (
     ORIGIN,
     TEMPORARY,
@@ -32,8 +33,10 @@ from megatron_refine.trainer.manifest import (
 )
 from megatron_refine.trainer.model import RefineModel, unwrap
 from megatron_refine.trainer.optimizer import Updater
+from megatron_refine.trainer.ownership import Ownership
 from megatron_refine.trainer.parallel import Ranks
 
+_KINDS: tuple[type[CheckpointError], ...] = (DamagedError, FencedError)  # told apart across ranks
 # the one format of the distributed optimizer that loads at any tp, pp and dp
 _OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
 
@@ -48,10 +51,10 @@ class Progress:
 
 
 class Checkpoints:
-    """The checkpoints of a run, in `root`."""
+    """The checkpoints of a run, in `root`; written while `owner`, if one is given, owns the run's folder."""
 
-    def __init__(self, root: Path, config: Config, ranks: Ranks):
-        self.root, self.config, self.ranks = root, config, ranks
+    def __init__(self, root: Path, config: Config, ranks: Ranks, owner: Ownership | None = None):
+        self.root, self.config, self.ranks, self.owner = root, config, ranks, owner
         self._origin: Path | None = None  # the checkpoint whose hf/ folder goes into the next one
 
     def latest(self) -> Path | None:
@@ -59,12 +62,28 @@ class Checkpoints:
         found = complete_folders(self.root)
         return found[-1] if found else None
 
+    def load_latest(self, updater: Updater, say: Callable[[str], object]) -> Progress | None:
+        """Restore the newest checkpoint; None where there is none. With checkpoint.fallback a damaged one is passed
+        over for the one before it, and `say` is told. Raises CheckpointError on all ranks."""
+        found = complete_folders(self.root)
+        for folder, earlier in zip(found[::-1], [*found[-2::-1], None], strict=True):
+            try:
+                return self.load(folder, updater)
+            except DamagedError as error:
+                if earlier is None or not self.config.checkpoint.fallback:
+                    raise
+                say(f"{error}; checkpoint.fallback: going on from {earlier.name}")
+        return None
+
     def save(self, progress: Progress, updater: Updater) -> Path:
-        """Write a checkpoint; the previous ones stay until it is complete. Raises CheckpointError on all ranks."""
+        """Write a checkpoint; the previous ones stay until it is complete. Raises CheckpointError on all ranks.
+
+        The folder of an attempt has its name, so that a fenced one cannot write into another's.
+        """
         final = step_folder(self.root, progress.step)
-        folder = self.root / f"{TEMPORARY}{final.name}"
+        folder = self.root / f"{TEMPORARY}{self.owner.name + '-' if self.owner else ''}{final.name}"
         needed = self._bytes(updater)
-        self._together("prepare", folder, lambda: self._clear(folder, needed), only_main=True)
+        self._together("prepare", folder, lambda: self._owned(lambda: self._clear(folder, needed)), only_main=True)
         state = self._collective("gather", folder, lambda: self._state(updater, loading=False))
         state["progress"] = dict(vars(progress))
         self._collective("save", folder, lambda: dist_checkpointing.save(state, str(folder)))
@@ -75,7 +94,8 @@ class Checkpoints:
             "layout": self._layout(),
             "files": {name: value for part in self._gather(hashes) for name, value in part.items()},
         }
-        self._together("complete", final, lambda: self._seal(folder, final, contents), only_main=True)
+        self._together("complete", final, lambda: self._owned(lambda: self._seal(folder, final, contents)),
+                       only_main=True)  # fmt: skip
         self._origin = final
         return final
 
@@ -145,6 +165,10 @@ class Checkpoints:
         if self._origin and (self._origin / ORIGIN).is_dir():
             shutil.copytree(self._origin / ORIGIN, folder / ORIGIN)
 
+    def _owned(self, action: Callable[[], None]) -> None:
+        with self.owner.held() if self.owner else contextlib.nullcontext():
+            action()
+
     def _seal(self, folder: Path, final: Path, contents: dict[str, Any]) -> None:
         seal(folder, final, contents)
         for old in complete_folders(self.root)[: -self.config.checkpoint.keep]:
@@ -167,15 +191,18 @@ class Checkpoints:
 
     def _together(self, phase: str, where: Path, action: Callable[[], Any], only_main: bool = False) -> Any:
         """Run a local `action` on every rank (or the main one). Its result, or one CheckpointError on every rank."""
-        result, failure = None, None
+        result, failure = None, None  # or a message and which of _KINDS
         if self.ranks.is_main or not only_main:
             try:
                 result = action()
             except Exception as error:  # whatever is raised must reach the ranks that would wait for this one
-                failure = _explain(phase, where, error)
-        for rank, message in enumerate(self._gather(failure)):
-            if message is not None:
-                raise CheckpointError(f"{message} (rank {rank})" if self.ranks.world > 1 else message)
+                kinds = [i for i, kind in enumerate(_KINDS) if isinstance(error, kind)]
+                failure = _explain(phase, where, error), kinds
+        for rank, found in enumerate(self._gather(failure)):
+            if found is not None:
+                message, kinds = found
+                error_type = _KINDS[kinds[0]] if kinds else CheckpointError
+                raise error_type(f"{message} (rank {rank})" if self.ranks.world > 1 else message)
         return result
 
     def _collective(self, phase: str, where: Path, action: Callable[[], Any]) -> Any:
@@ -187,6 +214,10 @@ class Checkpoints:
         try:
             return action()
         except (Exception, CheckpointException) as error:  # torch's is no Exception
+            if self.owner:
+                self.owner.check()  # another attempt may have removed the files
+            if lost_rank(error):
+                raise
             raise CheckpointError(f"{_explain(phase, where, error)} (rank {self.ranks.rank})", alone=True) from None
 
     def _gather(self, value: Any) -> list[Any]:

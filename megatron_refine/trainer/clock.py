@@ -13,10 +13,11 @@ class Clock:
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self._inner: list[float] = []  # seconds of stages inside each open one
+        self.stage = ""  # the one begun last
 
     @contextlib.contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
+        start, self.stage = time.perf_counter(), stage
         self._inner.append(0.0)
         try:
             yield

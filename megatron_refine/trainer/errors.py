@@ -18,3 +18,19 @@ class CheckpointError(RuntimeError):
     def __init__(self, message: str, alone: bool = False):
         super().__init__(message)
         self.alone = alone
+
+
+class DamagedError(CheckpointError):
+    """Files of a checkpoint are not those that were written: an earlier checkpoint may do."""
+
+
+class FencedError(CheckpointError):
+    """Another attempt at the run has taken over its folder: which one."""
+
+
+LOST = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe", "NCCL error")
+
+
+def lost_rank(error: BaseException) -> bool:
+    """Whether a collective failed because another rank is gone, or did not come in time."""
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in LOST)

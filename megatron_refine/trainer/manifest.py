@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from megatron_refine.trainer.errors import CheckpointError
+from megatron_refine.trainer.errors import CheckpointError, DamagedError
 
 MANIFEST, COMPLETE, LATEST = "manifest.json", "COMPLETE", "latest"
 TEMPORARY = ".incomplete-"
@@ -60,33 +60,34 @@ def complete(folder: Path, contents: dict[str, Any]) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a complete checkpoint. Raises CheckpointError where there is none or it was altered."""
+    """The manifest of a complete checkpoint. Raises CheckpointError where there is none, DamagedError where it was
+    altered."""
     try:
         text, marker = (folder / MANIFEST).read_text(), (folder / COMPLETE).read_text()
     except OSError as error:
         raise CheckpointError(f"{folder}: not a complete checkpoint: {error.strerror}: {error.filename}") from None
     except UnicodeDecodeError:
-        raise CheckpointError(f"{folder / MANIFEST}: damaged: not text; {_remedy(folder)}") from None
+        raise DamagedError(f"{folder / MANIFEST}: damaged: not text; {_remedy(folder)}") from None
     if hashlib.sha256(text.encode()).hexdigest() != marker.strip():
-        raise CheckpointError(f"{folder / MANIFEST}: damaged: does not match {COMPLETE}; {_remedy(folder)}")
+        raise DamagedError(f"{folder / MANIFEST}: damaged: does not match {COMPLETE}; {_remedy(folder)}")
     contents: dict[str, Any] = json.loads(text)
     return contents
 
 
 def check_files(folder: Path, expected: dict[str, dict[str, Any]], share: int = 0, shares: int = 1) -> None:
-    """Compare every `shares`-th file with the manifest. Raises CheckpointError naming the first that differs."""
+    """Compare every `shares`-th file with the manifest. Raises DamagedError naming the first that differs."""
     present = set(payload(folder))
     for name in sorted(present - expected.keys())[:1]:
-        raise CheckpointError(f"{folder / name}: not in the manifest; {_remedy(folder)}")
+        raise DamagedError(f"{folder / name}: not in the manifest; {_remedy(folder)}")
     for name in sorted(expected)[share::shares]:
         if name not in present:
-            raise CheckpointError(f"{folder / name}: missing; {_remedy(folder)}")
+            raise DamagedError(f"{folder / name}: missing; {_remedy(folder)}")
         found = fingerprint(folder / name)
         if found["size"] != expected[name]["size"]:
             wanted = expected[name]["size"]
-            raise CheckpointError(f"{folder / name}: truncated: {found['size']} bytes of {wanted}; {_remedy(folder)}")
+            raise DamagedError(f"{folder / name}: truncated: {found['size']} bytes of {wanted}; {_remedy(folder)}")
         if found["sha256"] != expected[name]["sha256"]:
-            raise CheckpointError(f"{folder / name}: damaged: sha256 differs; {_remedy(folder)}")
+            raise DamagedError(f"{folder / name}: damaged: sha256 differs; {_remedy(folder)}")
 
 
 def write_durably(path: Path, text: str) -> None:

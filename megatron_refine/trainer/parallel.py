@@ -36,16 +36,21 @@ class Ranks:
         return self.pp_rank == self.pp - 1
 
 
-def init_parallel(config: Config) -> Ranks:
-    """Join the default group if there is none, build Megatron's groups and random streams. Raises ConfigError where the
-    ranks do not fit the layout."""
+def join(config: Config) -> None:
+    """Join the default group if there is none. Raises ConfigError where the ranks do not fit the layout."""
     platform.install()
-    from megatron.core import parallel_state
-    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
-
     check_world_size(config, dist.get_world_size() if dist.is_initialized() else platform.world_size())
     if not dist.is_initialized():
         platform.init_process_group(config.run.timeout_minutes)
+
+
+def init_parallel(config: Config) -> Ranks:
+    """Join the default group if there is none, build Megatron's groups and random streams. Raises ConfigError where the
+    ranks do not fit the layout."""
+    join(config)
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
     parallel = config.parallel
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(

@@ -1,6 +1,9 @@
-"""SIGTERM and SIGUSR1 ask the run to finish its step, save and exit."""
+"""Between steps the ranks agree whether to go on: SIGTERM, SIGUSR1 and the end of a SLURM job ask for a save."""
 
+import os
 import signal
+import time
+from collections.abc import Callable
 from types import FrameType
 
 import torch
@@ -9,21 +12,29 @@ import torch.distributed as dist
 from megatron_refine import platform
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+GO_ON, STOP, FENCED = 0, 1, 2
 
 
 class StopRequest:
-    """Remembers that this process was asked to stop; the ranks agree on it between steps."""
+    """Why this process should stop, if it should."""
 
-    def __init__(self) -> None:
-        self.name = ""
+    def __init__(self, fenced: Callable[[], bool], needed: Callable[[], float]):
+        """fenced(): whether another attempt has taken over; needed(): seconds that the next step and save may take."""
+        self.name, self.fenced, self.needed = "", fenced, needed
+        end = os.environ.get("SLURM_JOB_END_TIME", "")
+        self.end = float(end) if end.isdigit() else float("inf")  # unix time
         for number in SIGNALS:
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.name = signal.Signals(number).name
 
-    def agreed(self) -> bool:
-        """Whether any rank was asked to stop. Collective: a signal may reach the ranks between different steps."""
-        asked = torch.tensor([float(bool(self.name))], device=platform.device())
-        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
-        return bool(asked.item())
+    def agreed(self) -> int:
+        """GO_ON, STOP or FENCED, the highest of all ranks. Collective: a signal may reach ranks between different
+        steps."""
+        if not self.name and time.time() + self.needed() > self.end:
+            self.name = "the end of the job's time"
+        verdict = FENCED if self.fenced() else STOP if self.name else GO_ON
+        highest = torch.tensor([float(verdict)], device=platform.device())
+        dist.all_reduce(highest, op=dist.ReduceOp.MAX)
+        return int(highest.item())

@@ -1,0 +1,30 @@
+"""How a run ends: exit codes, and the line that goes with each failure."""
+
+from megatron_refine.engine.errors import EngineError
+from megatron_refine.trainer.errors import (
+    CheckpointError,
+    FencedError,
+    MismatchError,
+    NonFiniteError,
+    lost_rank,
+)
+from megatron_refine.trainer.watchdog import EXIT_LOST
+
+EXIT_CONFIG, EXIT_REQUEUE = 2, 75
+CODES: dict[type[Exception], int] = {
+    NonFiniteError: 3, FencedError: 7, CheckpointError: 4, EngineError: 5, MismatchError: 6,
+}  # fmt: skip
+
+
+def ending(error: Exception, where: str, speaks: bool) -> tuple[int, str] | None:
+    """The exit code of a failure and the line for the screen, "" where another rank says it; None: not foreseen.
+
+    where: rank and phase; speaks: on the rank that speaks for all.
+    """
+    for kind, code in CODES.items():
+        if isinstance(error, kind):
+            return code, str(error) if speaks or getattr(error, "alone", False) else ""
+    if lost_rank(error):
+        cause = " ".join(str(error).split())[-160:]
+        return EXIT_LOST, f"{where}: lost another rank: {cause}; run the same command to go on from the last checkpoint"
+    return None

@@ -1,0 +1,103 @@
+"""Who may write into a run's folder: the attempt that started last.
+
+A job that is requeued while a lost node still runs its ranks has two attempts that write. Each attempt claims the folder
+by a token in the file OWNER; what it writes later it writes under a lock, and only while the token is its own.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_refine.trainer.errors import FencedError
+
+OWNER, LOCK = "OWNER", ".lock"
+LOCK_SECONDS = 60.0  # what is done under the lock takes far less, unless a process was frozen in it
+
+
+def attempt_token() -> dict[str, Any]:
+    """Of this process: under SLURM the job and how often it was requeued; then host, process and time."""
+    job, restart = os.environ.get("SLURM_JOB_ID", ""), int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+    return {"job": job, "restart": restart, "host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
+
+
+class Ownership:
+    """The claim of one attempt on `folder`, which exists. Only the rank that claims writes OWNER; all may check."""
+
+    def __init__(self, folder: Path, token: dict[str, Any]):
+        self.folder, self.token = folder, token
+
+    @property
+    def name(self) -> str:
+        """Of the attempt, fit for a file's name and different from every other attempt's."""
+        return "-".join(str(self.token[key]) for key in ("job", "restart", "host", "pid") if self.token[key] != "")
+
+    def claim(self) -> None:
+        """From now on no earlier attempt writes. Raises FencedError where a later one of this job is there."""
+        with self._locked():
+            other = self._owner()
+            same = other and self.token["job"] and other["job"] == self.token["job"]
+            if other and same and other["restart"] > self.token["restart"]:
+                raise self._fenced(other)
+            temporary = self.folder / f".{OWNER}-{self.name}"
+            temporary.write_text(json.dumps(self.token))
+            temporary.replace(self.folder / OWNER)
+
+    def lost(self) -> bool:
+        """Whether another attempt has taken over."""
+        return self._owner() != self.token
+
+    def check(self) -> None:
+        """Raises FencedError where another attempt has taken over."""
+        other = self._owner()
+        if other != self.token:
+            raise self._fenced(other)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Within, no other attempt claims the folder. Raises FencedError where one has done so before."""
+        with self._locked():
+            self.check()
+            yield
+
+    def _owner(self) -> dict[str, Any] | None:
+        with contextlib.suppress(FileNotFoundError):
+            found: dict[str, Any] = json.loads((self.folder / OWNER).read_text())
+            return found
+        return None
+
+    def _fenced(self, other: dict[str, Any] | None) -> FencedError:
+        return FencedError(
+            f"{self.folder}: {_describe(other)} has taken over; this attempt ({_describe(self.token)}) writes nothing more"
+        )
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Where the file system has no locks, without one: then a claim between check and rename goes unnoticed."""
+        with (self.folder / LOCK).open("w") as file:
+            deadline = time.monotonic() + LOCK_SECONDS
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > deadline:
+                        raise FencedError(
+                            f"{self.folder / LOCK}: held by another process for {LOCK_SECONDS:.0f} s; end the other attempt"
+                        ) from None
+                    time.sleep(0.05)
+                except OSError:
+                    break
+            yield
+
+
+def _describe(token: dict[str, Any] | None) -> str:
+    if token is None:
+        return "someone who removed OWNER"
+    job = f"job {token['job']}, restart {token['restart']}, " if token["job"] else ""
+    return f"{job}process {token['pid']} on {token['host']}"
