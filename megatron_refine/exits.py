@@ -10,13 +10,12 @@ from megatron_refine.trainer.errors import (
 )
 from megatron_refine.trainer.watchdog import EXIT_LOST
 
-EXIT_CONFIG, EXIT_REQUEUE = 2, 75
 CODES: dict[type[Exception], int] = {
     NonFiniteError: 3, FencedError: 7, CheckpointError: 4, EngineError: 5, MismatchError: 6,
 }  # fmt: skip
 
 
-def ending(error: Exception, where: str, speaks: bool) -> tuple[int, str] | None:
+def ending_of(error: Exception, where: str, speaks: bool) -> tuple[int, str] | None:
     """The exit code of a failure and the line for the screen, "" where another rank says it; None: not foreseen.
 
     where: rank and phase; speaks: on the rank that speaks for all.

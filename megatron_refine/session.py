@@ -1,12 +1,11 @@
 """A training run, set up: everything that train.py's loop uses, on every rank."""
 
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Any
 
-import torch.distributed as dist
 from torch import nn
 
 from megatron_refine import platform
@@ -16,27 +15,18 @@ from megatron_refine.estimate.flops import batch_flops
 from megatron_refine.eval.answers import Answerer
 from megatron_refine.eval.heldout import HeldOut
 from megatron_refine.eval.suite import TaskEvaluation, score_table
+from megatron_refine.opening import claim
 from megatron_refine.phases.sources import Sources
 from megatron_refine.phases.testtime import TestTime
 from megatron_refine.records import Batch, RolloutEngine
 from megatron_refine.report.folder import RunFolder, read_progress
-from megatron_refine.step.hooks import check_hooks
 from megatron_refine.step.refine import RefineStep
 from megatron_refine.trainer.checkpoint import Checkpoints, Progress
 from megatron_refine.trainer.model import build_model
 from megatron_refine.trainer.optimizer import Updater
 from megatron_refine.trainer.parallel import Ranks, init_parallel
 from megatron_refine.trainer.signals import StopRequest
-
-
-def _check_writable(folder: Path) -> None:
-    """Raises ConfigError where the run folder cannot be written."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ConfigError(f"run.dir={folder}: cannot be written: {error.strerror}; name another folder") from None
+from megatron_refine.trainer.watchdog import Watchdog
 
 
 def _engine(config: Config, model: nn.Module, ranks: Ranks, say: Callable[[str], None]) -> RolloutEngine:
@@ -52,15 +42,22 @@ def _engine(config: Config, model: nn.Module, ranks: Ranks, say: Callable[[str],
 class Session:
     """Data, model, engine, checkpoints and run folder. Construction resumes from where the run stands."""
 
-    def __init__(self, config: Config):
-        if platform.global_rank() == 0:
-            _check_writable(Path(config.run.dir))
-            check_hooks(config)
-            # once, before any group exists: bad data ends the run here; the other ranks find the rows
-            Sources.of(config)
-        self.config, self.ranks = config, init_parallel(config)
+    def __init__(self, config: Config, watch: Watchdog):
+        self.config, self.watch = config, watch
         self.folder: RunFolder | None = None
-        dist.barrier()
+        self.stop = StopRequest(self._fenced, self._needed)  # before anything long: SIGUSR1 would end the process
+        with watch("preparation"):
+            self.owner = claim(config)
+            self._build()
+        with watch("resumption"):
+            self.progress = self._resume()
+        if self.ranks.is_main:
+            self.folder = RunFolder(config, self.progress.step, self.phase.total_steps, print)
+            self.folder.keep_tokenizer(self.sources.tokenizer_path)
+
+    def _build(self) -> None:
+        config = self.config
+        self.ranks = init_parallel(config)
         self.sources, device = Sources.of(config), platform.device()
         model = build_model(config, self.ranks)
         self.updater = Updater(config, model, self.ranks)
@@ -74,12 +71,8 @@ class Session:
         valid = self.sources.documents and self.sources.documents.valid
         self.heldout = HeldOut(self.step, valid, device) if valid and config.eval.sequences else None
         self.tasks = TaskEvaluation(config, self.answerer, self.sources.count_tokens)
-        self.checkpoints = Checkpoints(Path(config.run.dir) / "checkpoints", config, self.ranks)
-        self.progress = self._resume()
-        self.stop = StopRequest()
-        if self.ranks.is_main:
-            self.folder = RunFolder(config, self.progress.step, self.phase.total_steps, print)
-            self.folder.keep_tokenizer(self.sources.tokenizer_path)
+        self.checkpoints = Checkpoints(Path(config.run.dir) / "checkpoints", config, self.ranks, self.owner)
+        self.watch.detail = lambda: self.step.clock.stage
         self.peak_flops = platform.peak_flops() * self.ranks.world
 
     def __enter__(self) -> "Session":
@@ -94,18 +87,16 @@ class Session:
 
     def _resume(self) -> Progress:
         fresh = Progress(data=self.phase.fingerprint)
-        latest = None if self.config.resets else self.checkpoints.latest()
-        if latest is None:
+        progress = None if self.config.resets else self.checkpoints.load_latest(self.updater, self._tell)
+        if progress is None:
             if self.config.checkpoint.load:
                 self.checkpoints.load_weights(Path(self.config.checkpoint.load), self.updater)
             kept = read_progress(Path(self.config.run.dir)) if self.config.resets else None
             progress = Progress(**kept) if kept else fresh
-        else:
-            progress = self.checkpoints.load(latest, self.updater)
         if progress.data != fresh.data:
             raise ConfigError(
-                f"{latest or self.config.run.dir}: the run was trained on other data (its rows have another "
-                "fingerprint); restore data.*, task.* and model.vocab_size, or choose a new run.dir and start it with "
+                f"{self.checkpoints.latest() or self.config.run.dir}: the run was trained on other data (its rows have "
+                "another fingerprint); restore data.*, task.* and model.vocab_size, or choose a new run.dir and start it with "
                 "checkpoint.load"
             )
         return progress
@@ -113,6 +104,19 @@ class Session:
     def say(self, line: str) -> None:
         if self.folder:
             self.folder.say(line)
+
+    def _tell(self, line: str) -> None:
+        """Before there is a run folder."""
+        if self.ranks.is_main:
+            sys.stdout.write(line + "\n")
+
+    def _fenced(self) -> bool:
+        return self.ranks.is_main and self.owner.lost()
+
+    def _needed(self) -> float:
+        """Seconds that the next step may take, with evaluation and save, and what is kept in reserve."""
+        longest = self.watch.longest
+        return sum(longest.get(x, 0.0) for x in ("step", "evaluation", "save")) + 60 * self.config.run.reserve_minutes
 
     def train_step(self, refine: bool) -> dict[str, Any]:
         """One batch; its metrics with speed. Moves the progress on."""
@@ -160,8 +164,10 @@ class Session:
         return {"time/checkpoint": seconds}
 
     def record(self, row: dict[str, Any]) -> None:
-        """What there is to know of a step; where no checkpoint is written, the progress too."""
-        if self.folder:
+        """What there is to know of a step; where no checkpoint is written, the progress too. Raises FencedError."""
+        if not self.folder:
+            return
+        with self.owner.held():
             if isinstance(self.phase, TestTime):
                 self.folder.predictions.append(self.progress.step, map(vars, self.phase.predictions))
             self.folder.record(row)
@@ -169,8 +175,10 @@ class Session:
                 self.folder.keep_progress(vars(self.progress))
 
     def finish(self) -> None:
-        """The end of the run, on the screen and as a report."""
-        if self.folder:
+        """The end of the run, on the screen and as a report. Raises FencedError."""
+        if not self.folder:
+            return
+        with self.owner.held():
             if isinstance(self.phase, TestTime):
                 self.say(score_table(self.folder.predictions.read()))
             self.folder.finish()

@@ -4,14 +4,15 @@
 
 Ranks come from torchrun or SLURM. The same command resumes the run. Exit codes: 0 done, 2 configuration or data,
 3 loss or gradient not finite, 4 checkpoint, 5 engine cannot go on, 6 engine and trainer disagree on the rollouts,
-75 stopped by a signal after saving (run again to go on), 1 anything else.
+7 another attempt has taken the run over, 8 a rank was lost or hung, 75 stopped after saving, by a signal or the end of
+the job's time (7, 8 and 75: run again to go on), 1 anything else.
 """
 
 import argparse
 import contextlib
 import os
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_refine import config as configuration
 from megatron_refine.models.family import FAMILIES
@@ -19,7 +20,7 @@ from megatron_refine.models.family import FAMILIES
 if TYPE_CHECKING:
     from megatron_refine.session import Session
 
-EXIT_CONFIG, EXIT_NON_FINITE, EXIT_CHECKPOINT, EXIT_ENGINE, EXIT_MISMATCH, EXIT_REQUEUE = 2, 3, 4, 5, 6, 75
+EXIT_CONFIG, EXIT_REQUEUE = 2, 75
 
 
 def train(session: "Session") -> int:
@@ -28,21 +29,27 @@ def train(session: "Session") -> int:
     last, start = session.total_steps, config.refine.start_step
     session.say(f"run {config.run.dir}: {config.train.phase} step {session.progress.step}/{last}, "
                 f"{session.ranks.world} ranks, {'fused' if config.fused else 'two-pass'} update")  # fmt: skip
+    watch = session.watch
     if session.progress.step == 0:
-        session.record({"step": 0, "consumed_samples": 0} | session.evaluate())
+        with watch("evaluation"):
+            metrics: dict[str, Any] = session.evaluate()
+        session.record({"step": 0, "consumed_samples": 0} | metrics)
     while session.progress.step < last:
         refine = config.refine.enabled and session.progress.step >= start
-        metrics = session.train_step(refine)
+        with watch("step"):
+            metrics = session.train_step(refine)
         step = session.progress.step
         if _due(step, config.eval.every) or step in (start, last):
-            metrics |= session.evaluate()
+            with watch("evaluation"):
+                metrics |= session.evaluate()
         stop = session.stop.agreed()
         if _due(step, config.checkpoint.every) or stop or step == last:
-            metrics |= session.save()
+            with watch("save"):
+                metrics |= session.save()
         session.record(metrics)
         if stop and step < last:
             session.say(
-                f"stopped by {session.stop.name or 'a signal'} after step {step}: run the same command to go on"
+                f"stopped by {session.stop.name or 'another rank'} after step {step}: run the same command to go on"
             )
             return EXIT_REQUEUE
     session.finish()
@@ -82,26 +89,25 @@ def _run(config: configuration.Config) -> int:
     """`train` with its failures as exit codes, and all that it started ended."""
     import torch.distributed as dist
 
-    from megatron_refine.engine.errors import EngineError
+    from megatron_refine.exits import ending_of
     from megatron_refine.session import Session
-    from megatron_refine.trainer.errors import CheckpointError, MismatchError, NonFiniteError
+    from megatron_refine.trainer.watchdog import Watchdog
 
-    codes: dict[type[Exception], int] = {
-        NonFiniteError: EXIT_NON_FINITE,
-        CheckpointError: EXIT_CHECKPOINT,
-        EngineError: EXIT_ENGINE,
-        MismatchError: EXIT_MISMATCH,
-    }
+    watch = Watchdog(config.run.phase_minutes)
     speaks = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))) == 0
     ending = contextlib.ExitStack()
     ending.callback(lambda: dist.destroy_process_group() if dist.is_initialized() else None)
     with ending:
         try:
-            return train(ending.enter_context(Session(config)))
-        except tuple(codes) as error:  # said before servers are ended: torchrun gives the ranks little time
-            if speaks or getattr(error, "alone", False):
-                print(error, file=sys.stderr, flush=True)
-            return codes[type(error)]
+            return train(ending.enter_context(Session(config, watch)))
+        except Exception as error:  # said before servers are ended: torchrun gives the ranks little time
+            found = ending_of(error, watch.where, speaks)
+            if found is None:
+                raise
+            code, line = found
+            if line:
+                print(line, file=sys.stderr, flush=True)
+            return code
 
 
 if __name__ == "__main__":

@@ -134,12 +134,16 @@ def test_a_run_folder_that_cannot_be_written(ranks: Any, tmp_path: Path, cache: 
 def test_a_rank_that_fails_alone_inside_megatron_ends_the_run(
     ranks: Any, tmp_path: Path, cache: Path, finished: Path, broken: str
 ) -> None:
-    """One rank's disk is full in the middle of a save: the screen says so, no rank waits, the run can go on."""
+    """One rank's disk is full in the middle of a save: the screen says so, no rank waits, the run can go on.
+
+    The others only see that it is gone.
+    """
     shutil.copytree(finished, tmp_path / "run")
     config = runs.write_config(tmp_path, cache, train={"steps": 3}, checkpoint={"every": 1})
     job = functools.partial(ranks, 2, runs.command, timeout=30, arguments=["--config", str(config), *TP2])
     ends = job(broken=broken)
-    assert [end.code for end in ends] == [4, 4]
+    assert 4 in (codes := {end.code for end in ends}) and codes <= {4, 8}
+    assert all("lost another rank" in end.err for end in ends if end.code == 8)
     assert not any("Traceback" in end.err for end in ends), ends  # Megatron may log a line of its own
     cause = rf"step_0000003: {'gather' if broken == 'gather' else 'save'} failed: .*(No space left|Worker failure).*"
     assert re.search(cause + "earlier checkpoints are intact", "".join(end.err for end in ends))

@@ -26,7 +26,9 @@ ORDER = (
     {"data"},
     {"eval", "report"},
     {"phases"},
+    {"opening"},
     {"session", "bench"},
+    {"exits"},
     {"train"},
 )
 ONLY = {"data": {"config", "records"}, "report": {"config", "records"}}

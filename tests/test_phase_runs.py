@@ -115,8 +115,9 @@ def learned(path: Path) -> list[bool]:
     """On a rank: whether each weight is bit by bit what it was before the run, after each batch."""
     from megatron_refine.session import Session
     from megatron_refine.train import train
+    from megatron_refine.trainer.watchdog import Watchdog
 
-    with Session(load(str(path), [], FAMILIES)) as session:
+    with Session(load(str(path), [], FAMILIES), Watchdog(60)) as session:
         model, same = session.updater.model, []
         before = [parameter.detach().clone() for parameter in model.parameters()]
         step = session.train_step

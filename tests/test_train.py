@@ -77,7 +77,7 @@ def test_a_signal_saves_and_asks_to_be_run_again(
     job = functools.partial(ranks, world, runs.command, arguments=["--config", str(config), *LAYOUTS[world]])
     ends = job(fault=Fault(2, number, rank=world - 1), record=tmp_path / "first")
     assert [end.code for end in ends] == [75] * world
-    name = number.name if world == 1 else "a signal"  # the main rank did not get it
+    name = number.name if world == 1 else "another rank"  # the main rank did not get it
     assert f"stopped by {name} after step 2: run the same command to go on" in ends[0].out
     assert (tmp_path / "run/checkpoints/step_0000002/COMPLETE").exists()
     ends = job(record=tmp_path / "second", saves=False)
@@ -162,6 +162,7 @@ def test_the_run_folder_holds_all_of_the_run(whole: Any) -> None:
     assert end.code == 0 and not end.err
     run = folder / "run"
     names = {"config.yaml", "metrics.jsonl", "checkpoints", "logs", "report.html", "samples.json", "tokenizer.json"}
+    names |= {"OWNER", ".lock"}  # which attempt writes
     assert {p.name for p in run.iterdir()} == names
     kept = {"step_0000004", "step_0000006", "latest"}  # checkpoint.keep=2
     assert {p.name for p in (run / "checkpoints").iterdir()} == kept

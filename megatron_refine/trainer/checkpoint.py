@@ -66,13 +66,13 @@ class Checkpoints:
         """Restore the newest checkpoint; None where there is none. With checkpoint.fallback a damaged one is passed
         over for the one before it, and `say` is told. Raises CheckpointError on all ranks."""
         found = complete_folders(self.root)
-        for folder, earlier in zip(found[::-1], [*found[-2::-1], None], strict=True):
+        while found:
             try:
-                return self.load(folder, updater)
+                return self.load(found.pop(), updater)
             except DamagedError as error:
-                if earlier is None or not self.config.checkpoint.fallback:
+                if not found or not self.config.checkpoint.fallback:
                     raise
-                say(f"{error}; checkpoint.fallback: going on from {earlier.name}")
+                say(f"{error}; checkpoint.fallback: going on from {found[-1].name}")
         return None
 
     def save(self, progress: Progress, updater: Updater) -> Path:

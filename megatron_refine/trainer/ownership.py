@@ -1,7 +1,7 @@
 """Who may write into a run's folder: the attempt that started last.
 
-A job that is requeued while a lost node still runs its ranks has two attempts that write. Each attempt claims the folder
-by a token in the file OWNER; what it writes later it writes under a lock, and only while the token is its own.
+A job that is requeued while a lost node still runs its ranks has two attempts that write. Each attempt claims the
+folder by a token in the file OWNER; what it writes later it writes under a lock, and only while the token is its own.
 """
 
 import contextlib
@@ -73,7 +73,8 @@ class Ownership:
 
     def _fenced(self, other: dict[str, Any] | None) -> FencedError:
         return FencedError(
-            f"{self.folder}: {_describe(other)} has taken over; this attempt ({_describe(self.token)}) writes nothing more"
+            f"{self.folder}: {_describe(other)} has taken over; this attempt ({_describe(self.token)}) writes nothing "
+            "more"
         )
 
     @contextlib.contextmanager
@@ -88,7 +89,7 @@ class Ownership:
                 except BlockingIOError:
                     if time.monotonic() > deadline:
                         raise FencedError(
-                            f"{self.folder / LOCK}: held by another process for {LOCK_SECONDS:.0f} s; end the other attempt"
+                            f"{self.folder / LOCK}: another process has held it for {LOCK_SECONDS:.0f} s; end that one"
                         ) from None
                     time.sleep(0.05)
                 except OSError:

@@ -10,9 +10,10 @@ import torch
 import torch.distributed as dist
 
 from megatron_refine import platform
+from megatron_refine.trainer.errors import FencedError
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-GO_ON, STOP, FENCED = 0, 1, 2
+_GO_ON, _STOP, _FENCED = 0, 1, 2
 
 
 class StopRequest:
@@ -29,12 +30,18 @@ class StopRequest:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.name = signal.Signals(number).name
 
-    def agreed(self) -> int:
-        """GO_ON, STOP or FENCED, the highest of all ranks. Collective: a signal may reach ranks between different
-        steps."""
+    def agreed(self) -> bool:
+        """Whether any rank should stop. Collective: a signal may reach ranks between different steps.
+
+        Raises FencedError on every rank where another attempt has taken over.
+        """
         if not self.name and time.time() + self.needed() > self.end:
             self.name = "the end of the job's time"
-        verdict = FENCED if self.fenced() else STOP if self.name else GO_ON
+        verdict = _FENCED if self.fenced() else _STOP if self.name else _GO_ON
         highest = torch.tensor([float(verdict)], device=platform.device())
         dist.all_reduce(highest, op=dist.ReduceOp.MAX)
-        return int(highest.item())
+        if highest.item() == _FENCED:
+            raise FencedError(
+                "another attempt has taken the run over (OWNER in its folder); this one writes nothing more"
+            )
+        return highest.item() >= _STOP

@@ -45,9 +45,9 @@ class Watchdog:
             phase, since = self._phase, self._since
             if phase and time.monotonic() - since > self.seconds and self._phase == phase:
                 faulthandler.dump_traceback(sys.stderr)
-                print(
-                    f"{self.where}: not done after run.phase_minutes={self.seconds / 60:g}; ended. The stacks above say "
-                    "where it hung; run the same command to go on from the last checkpoint",
-                    file=sys.stderr, flush=True,
-                )  # fmt: skip
+                sys.stderr.write(
+                    f"{self.where}: not done after run.phase_minutes={self.seconds / 60:g}; ended. The stacks above "
+                    "say where it hung; run the same command to go on from the last checkpoint\n"
+                )
+                sys.stderr.flush()
                 os._exit(EXIT_LOST)

@@ -1,0 +1,51 @@
+"""How a run begins: the ranks meet, and what the first of them finds wrong ends all of them alike."""
+
+import json
+from pathlib import Path
+from tempfile import TemporaryFile
+
+from megatron_refine import platform
+from megatron_refine.config import Config, ConfigError
+from megatron_refine.phases.sources import Sources
+from megatron_refine.step.hooks import check_hooks
+from megatron_refine.trainer.errors import FencedError
+from megatron_refine.trainer.ownership import Ownership, attempt_token
+from megatron_refine.trainer.parallel import join
+
+_KINDS: dict[str, type[Exception]] = {"ConfigError": ConfigError, "FencedError": FencedError}
+
+
+def claim(config: Config) -> Ownership:
+    """Join the group, prepare the data on rank 0, and take the run's folder over from earlier attempts.
+
+    However long rank 0 prepares, the others wait. Raises ConfigError or FencedError on every rank.
+    """
+    join(config)
+    found = json.loads(platform.from_first(json.dumps(_prepare(config)) if platform.global_rank() == 0 else None))
+    if "error" in found:
+        raise _KINDS[found["error"]](found["message"])
+    return Ownership(Path(config.run.dir), found["token"])
+
+
+def _prepare(config: Config) -> dict[str, object]:
+    """On rank 0: {"token": of this attempt} or {"error": kind, "message": text}."""
+    folder, token = Path(config.run.dir), attempt_token()
+    try:
+        _check_writable(folder)
+        check_hooks(config)
+        Sources.of(config)  # the other ranks find the rows
+        Ownership(folder, token).claim()
+    except tuple(_KINDS.values()) as error:
+        kind = next(name for name, kind in _KINDS.items() if isinstance(error, kind))
+        return {"error": kind, "message": str(error)}
+    return {"token": token}
+
+
+def _check_writable(folder: Path) -> None:
+    """Raises ConfigError where the run folder cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(f"run.dir={folder}: cannot be written: {error.strerror}; name another folder") from None

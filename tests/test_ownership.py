@@ -1,0 +1,185 @@
+"""Who may write into a run's folder, and how a run ends that may not, or that hangs."""
+
+import functools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_refine.trainer.errors import FencedError
+from megatron_refine.trainer.manifest import complete_folders
+from megatron_refine.trainer.ownership import Ownership, attempt_token
+from tests import runs
+from tests.runs import Fault
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: Any) -> Path:
+    return tmp_path_factory.mktemp("data")
+
+
+def attempt(folder: Path, **token: Any) -> Ownership:
+    return Ownership(folder, attempt_token() | token)
+
+
+def test_the_attempt_that_claims_last_may_write(tmp_path: Path) -> None:
+    first, second = attempt(tmp_path, pid=1), attempt(tmp_path, pid=2)
+    first.claim()
+    with first.held():
+        pass
+    assert not first.lost()
+    second.claim()
+    assert first.lost() and not second.lost()
+    with pytest.raises(FencedError, match=r"process 2 on .* has taken over; this attempt \(process 1"), first.held():
+        raise AssertionError("written")
+    with second.held():
+        pass
+    assert first.name != second.name
+
+
+def test_an_earlier_restart_of_the_same_job_cannot_claim(tmp_path: Path) -> None:
+    """A node comes back and starts what SLURM has long started elsewhere."""
+    attempt(tmp_path, job="7", restart=2).claim()
+    with pytest.raises(FencedError, match=r"job 7, restart 2, .*has taken over; this attempt \(job 7, restart 1"):
+        attempt(tmp_path, job="7", restart=1).claim()
+    attempt(tmp_path, job="6", restart=0).claim()  # another job may: someone started it on purpose
+
+
+def test_without_its_mark_an_attempt_does_not_write(tmp_path: Path) -> None:
+    owner = attempt(tmp_path)
+    owner.claim()
+    (tmp_path / "OWNER").unlink()
+    with pytest.raises(FencedError, match="someone who removed OWNER"):
+        owner.check()
+
+
+def test_a_claim_waits_for_a_writer(tmp_path: Path) -> None:
+    """Another process holds the folder for half a second: what it does is done before the claim."""
+    code = (
+        "import sys, time; from pathlib import Path; from megatron_refine.trainer.ownership import *\n"
+        "folder = Path(sys.argv[1]); owner = Ownership(folder, attempt_token()); owner.claim()\n"
+        "with owner.held():\n"
+        "    print('held', flush=True); time.sleep(0.5); (folder / 'written').write_text('')\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE) as other:
+        assert other.stdout and other.stdout.readline() == b"held\n"
+        attempt(tmp_path).claim()
+        assert (tmp_path / "written").exists()
+    assert other.returncode == 0
+
+
+def test_a_run_that_another_attempt_takes_over_writes_nothing_more(ranks: Any, tmp_path: Path, cache: Path) -> None:
+    """In step 2 of the first: it ends with code 7 on both ranks; no row, no checkpoint of it comes after the claim."""
+    config = runs.write_config(tmp_path, cache, checkpoint={"every": 1})
+    ends = ranks(2, taken_over, config=str(config), folder=str(tmp_path / "run"))
+    assert [end.code for end in ends] == [7, 7], ends
+    assert "another attempt has taken the run over" in ends[0].err and not ends[1].err
+    assert [row["step"] for row in runs.rows(tmp_path)] == [0, 1]
+    assert [p.name for p in complete_folders(tmp_path / "run/checkpoints")] == ["step_0000001"]
+
+
+def taken_over(config: str, folder: str) -> Any:
+    """On a rank: a run whose folder another attempt claims in step 2, after the step's work."""
+    from megatron_refine.session import Session
+
+    train_step = Session.train_step
+
+    def observed(self: Any, refine: bool) -> Any:
+        metrics = train_step(self, refine)
+        if self.progress.step == 2 and self.ranks.is_main:
+            attempt(Path(folder), pid=0).claim()
+        return metrics
+
+    Session.train_step = observed  # type: ignore[method-assign]
+    return runs.command(["--config", config, *runs.TP2])
+
+
+def test_a_rank_that_hangs_is_named_and_ended(ranks: Any, tmp_path: Path, cache: Path) -> None:
+    """Rank 1 sleeps in step 2: rank 0 waits for it, and both pass the deadline of the phase."""
+    config = runs.write_config(tmp_path, cache, run={"phase_minutes": 0.1, "timeout_minutes": 5})
+    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29713", "WORLD_SIZE": "2"}
+    code = (
+        "import os, sys, time; from megatron_refine import session, train\n"
+        "step = session.Session.train_step\n"
+        "def late(self, refine):\n"
+        "    if self.progress.step == 1 and os.environ['RANK'] == '1': time.sleep(600)\n"
+        "    return step(self, refine)\n"
+        "session.Session.train_step = late; sys.exit(train.main())\n"
+    )
+    line = [sys.executable, "-c", code, "--config", str(config), *runs.TP2]
+    started = [
+        subprocess.Popen(line, cwd=ROOT, env=environment | {"RANK": r, "LOCAL_RANK": r}, stderr=subprocess.PIPE)
+        for r in "01"
+    ]
+    texts = [process.communicate(timeout=120)[1].decode() for process in started]
+    assert 8 in (codes := [process.returncode for process in started]) and set(codes) <= {8}, texts
+    assert "rank 1 on" in texts[1] and ", phase step" in texts[1] and "run.phase_minutes=0.1; ended" in texts[1]
+    assert "in late" in texts[1]  # the stack says where
+
+
+def test_the_end_of_the_jobs_time_is_a_reason_to_stop(ranks: Any, tmp_path: Path, cache: Path) -> None:
+    """The next step and save would not be done a minute before it."""
+    config = runs.write_config(tmp_path, cache, run={"reserve_minutes": 1.0})
+    ends = ranks(1, with_end_time, config=str(config), seconds=61.0)
+    assert ends[0].code == 75 and "stopped by the end of the job's time after step" in ends[0].out
+    rows = runs.rows(tmp_path)
+    assert 1 <= rows[-1]["step"] < 6
+    assert (tmp_path / f"run/checkpoints/step_{rows[-1]['step']:07d}/COMPLETE").exists()
+
+
+def with_end_time(config: str, seconds: float) -> Any:
+    os.environ["SLURM_JOB_END_TIME"] = str(int(time.time() + seconds))
+    return runs.command(["--config", config])
+
+
+def test_a_damaged_checkpoint_is_passed_over_where_that_is_allowed(ranks: Any, tmp_path: Path, cache: Path) -> None:
+    """The run from the one before it is the run that was never damaged."""
+    config = runs.write_config(tmp_path, cache, train={"steps": 4}, checkpoint={"every": 1, "keep": 3})
+    job = functools.partial(ranks, 2, runs.command, arguments=["--config", str(config), *runs.TP2])
+    assert [end.code for end in job()] == [0, 0]
+    whole, root = runs.rows(tmp_path), tmp_path / "run/checkpoints"
+    shutil.rmtree(root / "step_0000004")
+    damaged = next((root / "step_0000003").glob("*.distcp"))
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    refused = job()
+    assert [end.code for end in refused] == [4, 4] and f"{damaged.name}: truncated" in refused[0].err, refused
+    ends = job(arguments=["--config", str(config), *runs.TP2, "checkpoint.fallback=true"])
+    assert [end.code for end in ends] == [0, 0]
+    assert "checkpoint.fallback: going on from step_0000002" in ends[0].out and "step 2/4" in ends[0].out
+    assert runs.rows(tmp_path) == whole
+
+
+def test_the_owner_is_written_as_json(tmp_path: Path) -> None:
+    owner = attempt(tmp_path, job="12", restart=3)
+    owner.claim()
+    assert json.loads((tmp_path / "OWNER").read_text()) == owner.token
+    assert owner.name.startswith("12-3-") and not list(tmp_path.glob(".OWNER-*"))
+
+
+def test_a_lost_rank_ends_the_others_with_their_own_code(tmp_path: Path, cache: Path) -> None:
+    """SIGKILL of rank 1 in step 3: rank 0 says what it lost and where it stood."""
+    config = runs.write_config(tmp_path, cache)
+    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29714", "WORLD_SIZE": "2"}
+    code = (
+        "import sys; from tests import runs; from megatron_refine.step.refine import RefineStep\n"
+        "from megatron_refine import train; runs._fault = runs.Fault(3, 9, rank=1)\n"
+        "RefineStep.explore = runs._observed(RefineStep.explore, None); sys.exit(train.main())\n"
+    )
+    line = [sys.executable, "-c", code, "--config", str(config), *runs.TP2]
+    started = [
+        subprocess.Popen(line, cwd=ROOT, env=environment | {"RANK": r, "LOCAL_RANK": r}, stderr=subprocess.PIPE)
+        for r in "01"
+    ]
+    texts = [process.communicate(timeout=120)[1].decode() for process in started]
+    assert [process.returncode for process in started] == [8, -9], texts
+    last = texts[0].strip().splitlines()[-1]
+    assert last.startswith("rank 0 on ") and "phase step (" in last and "lost another rank" in last
+    assert Fault(3, 9, rank=1) == Fault(step=3, signal=9, rank=1)
