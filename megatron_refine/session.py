@@ -96,8 +96,8 @@ class Session:
         if progress.data != fresh.data:
             raise ConfigError(
                 f"{self.checkpoints.latest() or self.config.run.dir}: the run was trained on other data (its rows have "
-                "another fingerprint); restore data.*, task.* and model.vocab_size, or choose a new run.dir and start it with "
-                "checkpoint.load"
+                "another fingerprint); restore data.*, task.* and model.vocab_size, or choose a new run.dir and start it "
+                "with checkpoint.load"
             )
         return progress
 

@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -16,7 +17,6 @@ from megatron_refine.trainer.errors import FencedError
 from megatron_refine.trainer.manifest import complete_folders
 from megatron_refine.trainer.ownership import Ownership, attempt_token
 from tests import runs
-from tests.runs import Fault
 
 ROOT = Path(__file__).parents[1]
 
@@ -102,10 +102,30 @@ def taken_over(config: str, folder: str) -> Any:
     return runs.command(["--config", config, *runs.TP2])
 
 
+def two_ranks(code: str, config: Path) -> tuple[list[int], list[str]]:
+    """Exit codes and errors of two processes that run `code`; each on its own, as under SLURM."""
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    line = [sys.executable, "-c", code, "--config", str(config), *runs.TP2]
+    started = [
+        subprocess.Popen(
+            line, cwd=ROOT, env=os.environ | common | {"RANK": r, "LOCAL_RANK": r}, stderr=subprocess.PIPE, text=True
+        )
+        for r in "01"
+    ]
+    texts = [process.communicate(timeout=120)[1] for process in started]
+    return [process.returncode for process in started], texts
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port: int = found.getsockname()[1]
+        return port
+
+
 def test_a_rank_that_hangs_is_named_and_ended(ranks: Any, tmp_path: Path, cache: Path) -> None:
     """Rank 1 sleeps in step 2: rank 0 waits for it, and both pass the deadline of the phase."""
     config = runs.write_config(tmp_path, cache, run={"phase_minutes": 0.1, "timeout_minutes": 5})
-    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29713", "WORLD_SIZE": "2"}
     code = (
         "import os, sys, time; from megatron_refine import session, train\n"
         "step = session.Session.train_step\n"
@@ -114,13 +134,8 @@ def test_a_rank_that_hangs_is_named_and_ended(ranks: Any, tmp_path: Path, cache:
         "    return step(self, refine)\n"
         "session.Session.train_step = late; sys.exit(train.main())\n"
     )
-    line = [sys.executable, "-c", code, "--config", str(config), *runs.TP2]
-    started = [
-        subprocess.Popen(line, cwd=ROOT, env=environment | {"RANK": r, "LOCAL_RANK": r}, stderr=subprocess.PIPE)
-        for r in "01"
-    ]
-    texts = [process.communicate(timeout=120)[1].decode() for process in started]
-    assert 8 in (codes := [process.returncode for process in started]) and set(codes) <= {8}, texts
+    codes, texts = two_ranks(code, config)
+    assert codes == [8, 8], texts
     assert "rank 1 on" in texts[1] and ", phase step" in texts[1] and "run.phase_minutes=0.1; ended" in texts[1]
     assert "in late" in texts[1]  # the stack says where
 
@@ -167,19 +182,12 @@ def test_the_owner_is_written_as_json(tmp_path: Path) -> None:
 def test_a_lost_rank_ends_the_others_with_their_own_code(tmp_path: Path, cache: Path) -> None:
     """SIGKILL of rank 1 in step 3: rank 0 says what it lost and where it stood."""
     config = runs.write_config(tmp_path, cache)
-    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29714", "WORLD_SIZE": "2"}
     code = (
         "import sys; from tests import runs; from megatron_refine.step.refine import RefineStep\n"
         "from megatron_refine import train; runs._fault = runs.Fault(3, 9, rank=1)\n"
         "RefineStep.explore = runs._observed(RefineStep.explore, None); sys.exit(train.main())\n"
     )
-    line = [sys.executable, "-c", code, "--config", str(config), *runs.TP2]
-    started = [
-        subprocess.Popen(line, cwd=ROOT, env=environment | {"RANK": r, "LOCAL_RANK": r}, stderr=subprocess.PIPE)
-        for r in "01"
-    ]
-    texts = [process.communicate(timeout=120)[1].decode() for process in started]
-    assert [process.returncode for process in started] == [8, -9], texts
+    codes, texts = two_ranks(code, config)
+    assert codes == [8, -9], texts
     last = texts[0].strip().splitlines()[-1]
     assert last.startswith("rank 0 on ") and "phase step (" in last and "lost another rank" in last
-    assert Fault(3, 9, rank=1) == Fault(step=3, signal=9, rank=1)
