@@ -79,13 +79,19 @@ def world_size() -> int:
 def init_process_group(timeout_minutes: float) -> None:
     """Join the default group: ranks from torchrun's variables, else from SLURM's, else a group of one."""
     rank, world = global_rank(), world_size()
-    os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", os.getpid())) % 20000))
+    os.environ.setdefault("MASTER_PORT", str(20000 + _number_of_attempt() % 20000))
     os.environ.setdefault("MASTER_ADDR", _first_host(os.environ.get("SLURM_JOB_NODELIST", "")) or "127.0.0.1")
     timeout = timedelta(minutes=timeout_minutes)
     if not has_gpu():
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     own_device = device() if has_gpu() else None
     dist.init_process_group(backend(), rank=rank, world_size=world, timeout=timeout, device_id=own_device)
+
+
+def _number_of_attempt() -> int:
+    """Under SLURM another for every restart: an orphan of the last one may still listen at its port."""
+    job, restart = os.environ.get("SLURM_JOB_ID", os.getpid()), os.environ.get("SLURM_RESTART_COUNT") or 0
+    return int(job) + 7919 * int(restart)
 
 
 def from_first(value: str | None) -> str:

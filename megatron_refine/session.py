@@ -52,8 +52,9 @@ class Session:
         with watch("resumption"):
             self.progress = self._resume()
         if self.ranks.is_main:
-            self.folder = RunFolder(config, self.progress.step, self.phase.total_steps, print)
-            self.folder.keep_tokenizer(self.sources.tokenizer_path)
+            with self.owner.held():
+                self.folder = RunFolder(config, self.progress.step, self.phase.total_steps, print)
+                self.folder.keep_tokenizer(self.sources.tokenizer_path)
 
     def _build(self) -> None:
         config = self.config
@@ -96,8 +97,8 @@ class Session:
         if progress.data != fresh.data:
             raise ConfigError(
                 f"{self.checkpoints.latest() or self.config.run.dir}: the run was trained on other data (its rows have "
-                "another fingerprint); restore data.*, task.* and model.vocab_size, or choose a new run.dir and start it "
-                "with checkpoint.load"
+                "another fingerprint); restore data.*, task.* and model.vocab_size, or choose a new run.dir and start "
+                "it with checkpoint.load"
             )
         return progress
 
@@ -146,7 +147,8 @@ class Session:
                 self.engine.sync(self.progress.step)
             metrics |= self.heldout()
             if self.folder and self.heldout.sample:
-                self.folder.save_samples(self._samples(*self.heldout.sample))
+                with self.owner.held():
+                    self.folder.save_samples(self._samples(*self.heldout.sample))
             self.heldout.sample = None
         scores = self.tasks()
         if scores:

@@ -3,7 +3,7 @@
 import difflib
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 from megatron_refine.config.checks import cross_check
 from megatron_refine.config.schema import Config, ConfigError, ModelConfig, with_model
 
+S = TypeVar("S", bound=BaseModel)
 MODELS = Path(__file__).parents[2] / "configs" / "models"
 
 
@@ -41,6 +42,24 @@ def load(paths: str | Path | list[str], overrides: list[str], families: dict[str
     return cross_check(config)
 
 
+def read_as(path: Path, schema: type[S]) -> S:
+    """A YAML file with a schema of its own. Raises ConfigError with one line a problem."""
+    try:
+        return schema.model_validate(_read(path))
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(e, str(path), schema) for e in error.errors())) from None
+
+
+def read_yaml(path: Path) -> Any:
+    """Whatever a YAML file holds. Raises ConfigError."""
+    try:
+        return yaml.load(path.read_text(), _Loader)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
 def _overlay(trees: list[dict[str, Any]]) -> dict[str, Any]:
     """Sections merged key by key; a model section that names its family is a whole model and replaces the other."""
     merged: dict[str, Any] = {}
@@ -69,12 +88,7 @@ _Loader.add_implicit_resolver(
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        tree = yaml.load(path.read_text(), _Loader)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    tree = read_yaml(path)
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: must hold sections (model:, data:, ...)" + (", is empty" if tree is None else ""))
     return {key: value for key, value in tree.items() if value is not None}  # `train:` alone means the defaults

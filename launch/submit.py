@@ -1,0 +1,76 @@
+"""Submit a run, a sweep or a chain of jobs to SLURM.
+
+    python launch/submit.py CONFIG [CONFIG ...] --nodes 4 --site launch/site.yaml [key.sub=value ...] [--dry-run]
+
+The job resumes by itself: it saves and requeues itself before the end of its time, when it is pre-empted, and after
+failures that may pass. See docs/operations.md.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from megatron_refine import config as configuration
+from megatron_refine.config.load import read_as
+from megatron_refine.estimate import estimate, render
+from megatron_refine.models.family import FAMILIES
+from megatron_refine.slurm.job import Job
+from megatron_refine.slurm.site import Site
+from megatron_refine.slurm.submit import submit
+from megatron_refine.slurm.sweep import points
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Check everything, then submit. Returns the exit code: 0, or 2 with a line that says what is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", nargs="+", metavar="CONFIG", help="YAML files, later ones win; then key.sub=value")
+    parser.add_argument("--nodes", type=int, default=1, help="nodes that train (default: 1)")
+    parser.add_argument("--gpus-per-node", type=int, help="overrides the site's gpus_per_node")
+    parser.add_argument("--engine-nodes", type=int, default=0, help="further nodes, with an SGLang server each")
+    parser.add_argument("--site", type=Path, help="a YAML file of launch/site.yaml's keys")
+    parser.add_argument("--array", type=Path, metavar="FILE", help="a sweep: {key: [values]} or [{key: value}, ...]")
+    parser.add_argument("--at-once", type=int, default=0, help="runs of the sweep at the same time (default: all)")
+    parser.add_argument(
+        "--chain", type=int, default=1, help="jobs one after the other, where requeueing is not allowed"
+    )
+    parser.add_argument("--name", default="", help="of the job (default: the run's folder)")
+    parser.add_argument("--dry-run", action="store_true", help="print script and estimate; submit nothing")
+    options = parser.parse_intermixed_args(arguments)
+    try:
+        job = build(options)
+        if options.dry_run:
+            world = job.nodes * job.site.ranks_per_node
+            print(job.script() + "\n" + render(estimate(job.config, world)))
+            return 0
+        ids = submit(job, options.chain)
+    except configuration.ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(f"submitted {', '.join(ids)}: logs in {job.run_dir / 'logs'}")
+    return 0
+
+
+def build(options: argparse.Namespace) -> Job:
+    """The job of the command line, checked. Raises ConfigError."""
+    files = [text for text in options.config if "=" not in text]
+    overrides = [text for text in options.config if "=" in text]
+    for name in ("nodes", "chain"):
+        if getattr(options, name) < 1:
+            raise configuration.ConfigError(f"--{name}={getattr(options, name)}: must be 1 or more")
+    site = read_as(options.site, Site) if options.site else Site()
+    if options.gpus_per_node is not None:
+        site = site.model_copy(update={"gpus_per_node": options.gpus_per_node})
+    config = configuration.load(files, overrides, FAMILIES)
+    world = options.nodes * site.ranks_per_node
+    swept = points(options.array, config) if options.array else []
+    for point in swept or [[]]:
+        configuration.check_world_size(configuration.load(files, [*overrides, *point], FAMILIES), world)
+    command = [argument for file in files for argument in ("--config", str(Path(file).absolute()))] + overrides
+    name = options.name or Path(config.run.dir).name
+    job = Job(name, config, command, options.nodes, site, options.engine_nodes, swept, options.at_once)
+    job.check()
+    return job
+
+
+if __name__ == "__main__":
+    sys.exit(main())

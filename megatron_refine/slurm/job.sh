@@ -1,0 +1,74 @@
+# --- the same in every job: how it begins, is told to stop, goes on and ends -------------------------------------------
+log() { echo "$(date '+%F %T') job $SLURM_JOB_ID, restart ${SLURM_RESTART_COUNT:-0}: $*"; }
+job_field() { scontrol -o show job "$SLURM_JOB_ID" | tr ' ' '\n' | sed -n "s/^$1=//p" | head -1; }
+
+attempt="$run_dir/logs/slurm-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"
+mkdir -p "$attempt"
+if [ -z "${SLURM_JOB_END_TIME:-}" ]; then # set by newer versions of SLURM only
+    end=$(job_field EndTime)
+    [ "$end" = Unknown ] || SLURM_JOB_END_TIME=$(date -d "$end" +%s)
+fi
+export SLURM_JOB_END_TIME
+addresses=()
+for node in $(scontrol show hostnames "$SLURM_JOB_NODELIST"); do
+    addresses+=("$(scontrol -o show node "$node" | tr ' ' '\n' | sed -n 's/^NodeAddr=//p')")
+done
+export MASTER_ADDR=${MASTER_ADDR:-${addresses[0]}}
+
+again() { # only a job that runs may come back: one that was cancelled stays away
+    state=$(job_field JobState)
+    if [ "$requeues" = no ] || [ "$state" != RUNNING ]; then
+        log "$1; not requeued (${state:-unknown}, requeue $requeues)"
+        exit "$code"
+    fi
+    log "$1; requeued"
+    scontrol requeue "$SLURM_JOB_ID" || exit "$code"
+    while :; do sleep 60; done # a script that ends before SLURM ends it would not be requeued
+}
+
+failures() { # in a row, without a new checkpoint in between
+    latest=$(cat "$run_dir/checkpoints/latest" 2>/dev/null)
+    read -r count of < <(cat "$run_dir/logs/slurm-$SLURM_JOB_ID.failures" 2>/dev/null)
+    [ "${of:-}" = "${latest:-none}" ] || count=0
+    echo "$((count + 1)) ${latest:-none}" >"$run_dir/logs/slurm-$SLURM_JOB_ID.failures"
+    echo "$((count + 1))"
+}
+
+engine_urls=()
+for ((i = 0; i < engine_nodes; i++)); do
+    engine_urls+=("http://${addresses[train_nodes + i]}:$engine_port")
+done
+[ "$engine_nodes" = 0 ] || train+=("engine.urls=[$(IFS=,; echo "${engine_urls[*]}")]")
+
+log "begins on $SLURM_JOB_NODELIST; logs in $attempt"
+srun --nodes="$train_nodes" --ntasks-per-node="$ranks_per_node" --relative=0 --kill-on-bad-exit=0 --wait=60 --label \
+    --output="$attempt/ranks.log" "${srun_options[@]}" "${train[@]}" &
+trainer=$! signalled=
+trap 'signalled=yes; log "told to stop"; scancel --signal=USR1 "$SLURM_JOB_ID.0"' USR1 TERM
+if [ "$engine_nodes" != 0 ]; then
+    srun --nodes="$engine_nodes" --ntasks-per-node=1 --relative="$train_nodes" --output="$attempt/engine-%n.log" \
+        "${srun_options[@]}" "${serve[@]}" &
+    engine=$!
+fi
+
+code=0
+while :; do # a signal interrupts the wait
+    signalled=
+    wait "$trainer"
+    ended=$?
+    [ "$ended" = 127 ] || code=$ended
+    [ -n "$signalled" ] || break
+done
+[ "$engine_nodes" = 0 ] || kill "$engine" 2>/dev/null
+tail -n 3 "$attempt/ranks.log" 2>/dev/null
+case "$code" in
+0) log "done" ;;
+75) again "stopped after saving" ;;
+2 | 3 | 4 | 6 | 7) log "failed with code $code, which running again does not mend: $attempt/ranks.log" ;;
+*)
+    count=$(failures)
+    [ "$count" -gt "$retries" ] || again "failed with code $code (failure $count; $retries retries)"
+    log "failed with code $code, $count times without a new checkpoint: $attempt/ranks.log"
+    ;;
+esac
+exit "$code"

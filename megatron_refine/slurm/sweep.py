@@ -1,0 +1,38 @@
+"""The points of a sweep: every combination of lists of values, or points that are written out."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+from megatron_refine.config import Config, ConfigError
+from megatron_refine.config.load import read_yaml
+
+
+def points(path: Path, config: Config) -> list[list[str]]:
+    """Overrides of each point, with a run folder of its own below config.run.dir.
+
+    The file holds {key: [values]}, a grid, or [{key: value}, ...]. Raises ConfigError with file and remedy.
+    """
+    tree = read_yaml(path)
+    if isinstance(tree, dict) and tree and all(isinstance(values, list) and values for values in tree.values()):
+        found = [dict(zip(tree, values, strict=True)) for values in itertools.product(*tree.values())]
+    elif isinstance(tree, list) and tree and all(isinstance(point, dict) and point for point in tree):
+        found = tree
+    else:
+        raise ConfigError(f"{path}: a sweep is {{key: [values]}} for a grid, or a list of {{key: value}}")
+    if any("run.dir" in point for point in found):
+        raise ConfigError(f"{path}: run.dir: each point has a folder of its own below that of the configuration")
+    names = [",".join(f"{key.split('.')[-1]}={_text(value)}" for key, value in point.items()) for point in found]
+    twice = {name for name in names if names.count(name) > 1}
+    if twice:
+        raise ConfigError(f"{path}: the point {min(twice)} stands twice")
+    folder = Path(config.run.dir)
+    return [
+        [*(f"{key}={_text(value)}" for key, value in point.items()), f"run.dir={folder / name.replace('/', '_')}"]
+        for name, point in zip(names, found, strict=True)
+    ]
+
+
+def _text(value: Any) -> str:
+    """As an override reads it."""
+    return {True: "true", False: "false"}.get(value, str(value)) if isinstance(value, bool) else str(value)
