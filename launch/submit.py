@@ -22,6 +22,23 @@ from megatron_refine.slurm.sweep import points
 
 def main(arguments: list[str] | None = None) -> int:
     """Check everything, then submit. Returns the exit code: 0, or 2 with a line that says what is wrong."""
+    options = parse(arguments)
+    try:
+        job = build(options)
+        if options.dry_run:
+            world = job.nodes * job.site.ranks_per_node
+            print(job.script() + "\n" + render(estimate(job.config, world)))
+            return 0
+        ids = submit(job, options.chain)
+    except configuration.ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(f"submitted {', '.join(ids)}: logs in {job.run_dir / 'logs'}")
+    return 0
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", nargs="+", metavar="CONFIG", help="YAML files, later ones win; then key.sub=value")
     parser.add_argument("--nodes", type=int, default=1, help="nodes that train (default: 1)")
@@ -35,19 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--name", default="", help="of the job (default: the run's folder)")
     parser.add_argument("--dry-run", action="store_true", help="print script and estimate; submit nothing")
-    options = parser.parse_intermixed_args(arguments)
-    try:
-        job = build(options)
-        if options.dry_run:
-            world = job.nodes * job.site.ranks_per_node
-            print(job.script() + "\n" + render(estimate(job.config, world)))
-            return 0
-        ids = submit(job, options.chain)
-    except configuration.ConfigError as error:
-        print(error, file=sys.stderr)
-        return 2
-    print(f"submitted {', '.join(ids)}: logs in {job.run_dir / 'logs'}")
-    return 0
+    return parser.parse_intermixed_args(arguments)
 
 
 def build(options: argparse.Namespace) -> Job:

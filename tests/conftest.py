@@ -7,7 +7,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
 
 import pytest  # noqa: E402
 
-from tests import sglang_lane  # noqa: E402
+from tests import sglang_lane, slurm_cluster  # noqa: E402
 from tests.zygote import Zygote  # noqa: E402
 
 
@@ -23,6 +23,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("sglang") and not sglang_lane.PYTHON.exists():
             item.add_marker(pytest.mark.skip(reason=sglang_lane.MISSING))
+        if item.get_closest_marker("slurm") and not slurm_cluster.available():
+            item.add_marker(pytest.mark.skip(reason=slurm_cluster.MISSING))
     gpu_tests = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu_tests:
         return

@@ -1,0 +1,227 @@
+"""Runs as jobs of a real SLURM cluster: two nodes on this machine. `make test-slurm`."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from launch import submit
+from tests import runs
+from tests.slurm_cluster import GPUS, Cluster
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(400)]
+ROOT = Path(__file__).parents[1]
+STEPS = 40
+SITE = {
+    "time": "00:10:00", "gpus_per_node": 0, "cpu_ranks": 1, "signal_seconds": 60, "python": sys.executable,
+    "environment": {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "MASTER_ADDR": "127.0.0.1"},
+}  # fmt: skip
+SECTIONS: dict[str, dict[str, Any]] = {
+    "train": {"steps": STEPS}, "checkpoint": {"every": 10}, "run": {"timeout_minutes": 1.0, "reserve_minutes": 0.0},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: Any) -> Iterator[Cluster]:
+    cluster = Cluster(tmp_path_factory.mktemp("slurm"))
+    os.environ["SLURM_CONF"] = str(cluster.conf)
+    yield cluster
+    cluster.stop()
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: Any) -> Path:
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(ranks: Any, cache: Path, tmp_path_factory: Any) -> Callable[[int], list[dict[str, Any]]]:
+    """The metrics of the same run on `world` ranks, started by hand."""
+    found: dict[int, list[dict[str, Any]]] = {}
+
+    def rows(world: int) -> list[dict[str, Any]]:
+        if world not in found:
+            folder = tmp_path_factory.mktemp(f"undisturbed{world}")
+            arguments = ["--config", str(runs.write_config(folder, cache, **SECTIONS))]
+            ends = ranks(world, runs.command, timeout=200, arguments=arguments, saves=False)
+            assert [end.code for end in ends] == [0] * world, ends
+            found[world] = runs.rows(folder)
+        return found[world]
+
+    return rows
+
+
+@dataclass
+class Submitted:
+    """A job, and the folder of its run."""
+
+    job: str
+    folder: Path
+    cluster: Cluster
+
+    @property
+    def run(self) -> Path:
+        return self.folder / "run"
+
+    def step(self) -> int:
+        """The last that was recorded."""
+        try:
+            return int(json.loads((self.run / "metrics.jsonl").read_text().splitlines()[-1])["step"])
+        except (OSError, IndexError):
+            return -1
+
+    def reaches(self, step: int) -> None:
+        self.cluster.until(lambda: self.step() >= step, 120, f"step {step} of {self.run}: {self.log()[-2000:]}")
+
+    def log(self) -> str:
+        return "".join(path.read_text() for path in sorted((self.run / "logs").glob("slurm-*.out")))
+
+    def ends_as(self, rows: list[dict[str, Any]], restarts: int) -> None:
+        """Completed after so many restarts, with the metrics of an undisturbed run, bit by bit."""
+        assert self.cluster.ends(self.job) == "COMPLETED", self.log()
+        assert self.cluster.field(self.job, "Restarts") == str(restarts), self.log()
+        assert runs.rows(self.folder) == rows
+
+
+@pytest.fixture
+def start(cluster: Cluster, cache: Path, tmp_path: Path) -> Callable[..., Submitted]:
+    """Submit the run by launch/submit.py; keywords are keys of the site."""
+
+    def started(*arguments: str, **site: Any) -> Submitted:
+        config = runs.write_config(tmp_path, cache, **SECTIONS)
+        (tmp_path / "site.yaml").write_text(yaml.safe_dump(SITE | site))
+        options = submit.parse([str(config), "--site", str(tmp_path / "site.yaml"), *arguments])
+        return Submitted(submit.submit(submit.build(options), options.chain)[-1], tmp_path, cluster)
+
+    return started
+
+
+def test_two_nodes_with_two_tasks_each(start: Any, undisturbed: Any, cluster: Cluster) -> None:
+    """Ranks, rendezvous and GPUs from SLURM: the run of four ranks that were started by hand."""
+    prologue = 'echo "GPUs of the first node: ${SLURM_JOB_GPUS:-none}"'
+    run = start("--nodes", "2", gpus_per_node=GPUS, prologue=prologue)
+    run.ends_as(undisturbed(4), restarts=0)
+    assert "GPUs of the first node: 0,1" in run.log() and cluster.field(run.job, "NumNodes") == "2"
+    assert (run.run / f"logs/slurm-{run.job}-0/ranks.log").read_text().startswith("0: ")
+
+
+def test_a_requeued_job_goes_on(start: Any, undisturbed: Any, cluster: Cluster) -> None:
+    run = start("--nodes", "2")
+    run.reaches(13)
+    cluster.run("scontrol", "requeue", run.job)
+    run.ends_as(undisturbed(2), restarts=1)
+
+
+def test_a_signal_before_the_end_of_its_time_saves_and_requeues(start: Any, undisturbed: Any, cluster: Cluster) -> None:
+    """Told by `--signal`'s SIGUSR1 to the script: the trainer saves, the script requeues itself."""
+    run = start("--nodes", "2")
+    run.reaches(13)
+    cluster.run("scancel", "--signal=USR1", "--batch", run.job)
+    run.ends_as(undisturbed(2), restarts=1)
+    log = run.log()
+    assert "told to stop" in log and "stopped by SIGUSR1 after step" in log and "stopped after saving; requeued" in log
+
+
+def test_the_time_limit_itself(start: Any, undisturbed: Any) -> None:
+    """A job of a minute, told 40 s before: it takes as many minutes as it needs."""
+    run = start("train.steps=400", "checkpoint.every=0", time="00:01:00", signal_seconds=40)
+    run.reaches(1)
+    run.cluster.until(lambda: "stopped after saving; requeued" in run.log(), 100, "the first end")
+    assert "TIMEOUT" not in run.cluster.field(run.job, "JobState")
+    stopped = run.step()
+    run.reaches(stopped + 1)
+    run.cluster.run("scancel", run.job)
+    run.cluster.ends(run.job)
+    rows = runs.rows(run.folder)
+    assert [row["step"] for row in rows] == list(range(len(rows))) and rows[: STEPS - 1] == undisturbed(1)[: STEPS - 1]
+
+
+def test_a_job_is_preempted_and_goes_on(start: Any, undisturbed: Any, cluster: Cluster, tmp_path: Path) -> None:
+    run = start("--nodes", "2", partition="low")
+    run.reaches(13)
+    job = cluster.run("sbatch", "--parsable", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null",
+                      "--wrap", "true")  # fmt: skip
+    assert cluster.ends(job) == "COMPLETED"
+    run.ends_as(undisturbed(2), restarts=1)
+    assert "stopped by SIGTERM after step" in run.log()
+
+
+def test_a_lost_node_whose_processes_run_on_cannot_write(start: Any, undisturbed: Any, cluster: Cluster) -> None:
+    """The node's daemon is killed and the node set DOWN: the job starts on the other node, while the orphan trains."""
+    run = start()
+    run.reaches(5)
+    node = cluster.field(run.job, "NodeList")
+    cluster.kill_node(node)
+    try:
+        cluster.until(lambda: cluster.field(run.job, "Restarts") == "1", 60, "requeue")
+        run.ends_as(undisturbed(1), restarts=1)
+        orphan = run.run / f"logs/slurm-{run.job}-0/ranks.log"
+        cluster.until(lambda: "has taken" in orphan.read_text(), 60, "the orphan's end")
+    finally:
+        cluster.start_node(node)
+        cluster.until(lambda: cluster.run("sinfo", "-h", "-t", "idle", "-o", "%D") == "2", 60, "the node's return")
+    assert runs.rows(run.folder) == undisturbed(1)
+
+
+def test_a_killed_rank_is_a_failure_that_is_tried_again(start: Any, undisturbed: Any, cluster: Cluster) -> None:
+    """SIGKILL of the second rank: the first says what it lost, the script counts and requeues."""
+    run = start("--nodes", "2")
+    run.reaches(13)
+    cluster.run("scancel", "--signal=KILL", f"{run.job}.0")
+    run.ends_as(undisturbed(2), restarts=1)
+    assert "(failure 1; 3 retries); requeued" in run.log()
+
+
+def test_a_failure_that_running_again_does_not_mend(start: Any, cluster: Cluster, tmp_path: Path) -> None:
+    run = start("data.paths=[/nowhere]")
+    assert cluster.ends(run.job) == "FAILED" and cluster.field(run.job, "Restarts") == "0"
+    assert cluster.field(run.job, "ExitCode") == "2:0"
+    assert "/nowhere" in run.log() and "failed with code 2, which running again does not mend" in run.log()
+
+
+def test_retries_come_to_an_end(start: Any, cluster: Cluster) -> None:
+    """An interpreter that ends with code 1 at once."""
+    run = start(python="/bin/false", retries=1)
+    assert cluster.ends(run.job) == "FAILED" and cluster.field(run.job, "Restarts") == "1"
+    assert "failed with code 1, 2 times without a new checkpoint" in run.log()
+
+
+def test_a_cancelled_job_stays_away(start: Any, cluster: Cluster) -> None:
+    """It saves on SIGTERM, as ever, and is not requeued."""
+    run = start()
+    run.reaches(5)
+    cluster.run("scancel", run.job)
+    assert cluster.ends(run.job) == "CANCELLED"
+    time.sleep(3)
+    assert cluster.field(run.job, "JobState") == "CANCELLED" and cluster.field(run.job, "Restarts") == "0"
+
+
+def test_a_sweep_is_an_array(start: Any, undisturbed: Any, cluster: Cluster, tmp_path: Path) -> None:
+    sweep = tmp_path / "sweep.yaml"
+    sweep.write_text("optimizer.lr: [1e-3, 2e-3]\n")
+    run = start("--array", str(sweep), "--at-once", "2", "train.steps=12")
+    for task in ("0", "1"):
+        assert cluster.ends(f"{run.job}_{task}") == "COMPLETED", run.log()
+    first, second = (tmp_path / "run" / f"lr={lr}" for lr in ("0.001", "0.002"))
+    losses = [(p / "metrics.jsonl").read_text().count("\n") for p in (first, second)]
+    assert losses == [13, 13]
+    last = [json.loads((p / "metrics.jsonl").read_text().splitlines()[-1])["train/loss"] for p in (first, second)]
+    assert last[0] != last[1] and last[0] == undisturbed(1)[12]["train/loss"]
+
+
+def test_a_chain_goes_on_where_the_link_before_it_ended(start: Any, undisturbed: Any, cluster: Cluster) -> None:
+    """afterany: the first link is told to stop, and does not come back; the second does the rest."""
+    run = start("--chain", "2")
+    first = str(int(run.job) - 1)
+    run.reaches(5)
+    cluster.run("scancel", "--signal=USR1", "--batch", first)
+    assert cluster.ends(first) == "FAILED" and cluster.field(first, "ExitCode") == "75:0"
+    run.ends_as(undisturbed(1), restarts=0)
+    assert cluster.field(first, "Restarts") == "0"
