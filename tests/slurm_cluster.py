@@ -6,6 +6,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -64,8 +65,10 @@ def available() -> bool:
 class Cluster:
     """Runs from construction to `stop`."""
 
-    def __init__(self, root: Path):
-        self.root, self.conf = root, root / "etc/slurm.conf"
+    def __init__(self) -> None:
+        # munge wants a socket that all can reach, which pytest's folders are not
+        root = self.root = Path(tempfile.mkdtemp(prefix="slurm_", dir="/tmp"))
+        self.conf = root / "etc/slurm.conf"
         for name in ("etc", "log", "run", "state", "spool/n1", "spool/n2", "munge", "dev"):
             (root / name).mkdir(parents=True)
         root.chmod(0o755)
@@ -88,7 +91,10 @@ class Cluster:
         self.until(lambda: self.run("sinfo", "-h", "-t", "idle", "-o", "%D") == "2", 30, "both nodes idle")
 
     def _start(self, command: list[str]) -> None:
-        subprocess.run(command, check=True, env=self.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        log = self.root / "log" / f"{command[0]}.start"
+        with log.open("a") as file:  # a daemon keeps it open: a pipe would never end
+            done = subprocess.run(command, env=self.environment, stdout=file, stderr=file)
+        assert done.returncode == 0, (command, log.read_text())
 
     def start_node(self, node: str) -> None:
         self._start(["slurmd", "-N", node, "-f", str(self.conf)])
@@ -138,7 +144,9 @@ class Cluster:
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):
                 pid = self.pid(daemon)
                 os.kill(pid, signal.SIGTERM)
-                _gone(pid, 10) or os.kill(pid, signal.SIGKILL)
+                if not _gone(pid, 10):
+                    os.kill(pid, signal.SIGKILL)
+        shutil.rmtree(self.root)
 
 
 def _gone(pid: int, seconds: float) -> bool:

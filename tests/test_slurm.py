@@ -24,13 +24,14 @@ SITE = {
     "environment": {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "MASTER_ADDR": "127.0.0.1"},
 }  # fmt: skip
 SECTIONS: dict[str, dict[str, Any]] = {
-    "train": {"steps": STEPS}, "checkpoint": {"every": 10}, "run": {"timeout_minutes": 1.0, "reserve_minutes": 0.0},
+    "train": {"steps": STEPS, "micro_batch_size": 1}, "checkpoint": {"every": 10},
+    "run": {"timeout_minutes": 1.0, "reserve_minutes": 0.0},
 }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: Any) -> Iterator[Cluster]:
-    cluster = Cluster(tmp_path_factory.mktemp("slurm"))
+def cluster() -> Iterator[Cluster]:
+    cluster = Cluster()
     os.environ["SLURM_CONF"] = str(cluster.conf)
     yield cluster
     cluster.stop()

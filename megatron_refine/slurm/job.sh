@@ -2,6 +2,14 @@
 log() { echo "$(date '+%F %T') job $SLURM_JOB_ID, restart ${SLURM_RESTART_COUNT:-0}: $*"; }
 job_field() { scontrol -o show job "$SLURM_JOB_ID" | tr ' ' '\n' | sed -n "s/^$1=//p" | head -1; }
 
+signalled=
+stop() {
+    signalled=yes
+    log "told to stop"
+    scancel --signal=USR1 "$SLURM_JOB_ID.0" # the trainer: the first step
+}
+trap stop USR1 TERM
+
 attempt="$run_dir/logs/slurm-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"
 mkdir -p "$attempt"
 if [ -z "${SLURM_JOB_END_TIME:-}" ]; then # set by newer versions of SLURM only
@@ -43,8 +51,7 @@ done
 log "begins on $SLURM_JOB_NODELIST; logs in $attempt"
 srun --nodes="$train_nodes" --ntasks-per-node="$ranks_per_node" --relative=0 --kill-on-bad-exit=0 --wait=60 --label \
     --output="$attempt/ranks.log" "${srun_options[@]}" "${train[@]}" &
-trainer=$! signalled=
-trap 'signalled=yes; log "told to stop"; scancel --signal=USR1 "$SLURM_JOB_ID.0"' USR1 TERM
+trainer=$!
 if [ "$engine_nodes" != 0 ]; then
     srun --nodes="$engine_nodes" --ntasks-per-node=1 --relative="$train_nodes" --output="$attempt/engine-%n.log" \
         "${srun_options[@]}" "${serve[@]}" &

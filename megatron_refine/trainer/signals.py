@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from types import FrameType
@@ -26,9 +27,16 @@ class StopRequest:
         self.end = float(end) if end.isdigit() else float("inf")  # unix time
         for number in SIGNALS:
             signal.signal(number, self._note)
+        # SLURM signals every process of a step. Helpers that are started from here inherit the mask, and outlive it
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+        threading.Thread(target=self._await, daemon=True, name="signals").start()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.name = signal.Signals(number).name
+
+    def _await(self) -> None:
+        while True:
+            self._note(signal.sigwait({signal.SIGUSR1}), None)
 
     def agreed(self) -> bool:
         """Whether any rank should stop. Collective: a signal may reach ranks between different steps.
