@@ -79,7 +79,9 @@ class Session:
     def __enter__(self) -> "Session":
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error and self.folder:
+            self.folder.note(f"{type(error).__name__}: {error}")
         self.engine.close()
 
     @property

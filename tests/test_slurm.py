@@ -91,6 +91,13 @@ class Submitted:
         assert runs.rows(self.folder) == rows
 
 
+def check_begins(rows: list[dict[str, Any]], undisturbed: list[dict[str, Any]]) -> None:
+    """Each step is there once, and the first are those of a shorter run, but for its last, which evaluates."""
+    assert [row["step"] for row in rows] == list(range(len(rows)))
+    shared = min(len(rows), STEPS) - 1
+    assert rows[:shared] == undisturbed[:shared]
+
+
 @pytest.fixture
 def start(cluster: Cluster, cache: Path, tmp_path: Path) -> Callable[..., Submitted]:
     """Submit the run by launch/submit.py; keywords are keys of the site."""
@@ -140,8 +147,7 @@ def test_the_time_limit_itself(start: Any, undisturbed: Any) -> None:
     run.reaches(stopped + 1)
     run.cluster.run("scancel", run.job)
     run.cluster.ends(run.job)
-    rows = runs.rows(run.folder)
-    assert [row["step"] for row in rows] == list(range(len(rows))) and rows[: STEPS - 1] == undisturbed(1)[: STEPS - 1]
+    check_begins(runs.rows(run.folder), undisturbed(1))
 
 
 def test_a_job_is_preempted_and_goes_on(start: Any, undisturbed: Any, cluster: Cluster, tmp_path: Path) -> None:
@@ -156,19 +162,23 @@ def test_a_job_is_preempted_and_goes_on(start: Any, undisturbed: Any, cluster: C
 
 def test_a_lost_node_whose_processes_run_on_cannot_write(start: Any, undisturbed: Any, cluster: Cluster) -> None:
     """The node's daemon is killed and the node set DOWN: the job starts on the other node, while the orphan trains."""
-    run = start()
+    run = start("train.steps=400")
     run.reaches(5)
-    node = cluster.field(run.job, "NodeList")
+    node, orphan = cluster.field(run.job, "NodeList"), json.loads((run.run / "OWNER").read_text())["pid"]
     cluster.kill_node(node)
     try:
         cluster.until(lambda: cluster.field(run.job, "Restarts") == "1", 60, "requeue")
-        run.ends_as(undisturbed(1), restarts=1)
-        orphan = run.run / f"logs/slurm-{run.job}-0/ranks.log"
-        cluster.until(lambda: "has taken" in orphan.read_text(), 60, "the orphan's end")
+        assert Path(f"/proc/{orphan}").exists()
+        cluster.until(lambda: not Path(f"/proc/{orphan}").exists(), 60, "the orphan's end")
+        run.reaches(run.step() + 1)
+        cluster.run("scancel", run.job)
+        assert cluster.ends(run.job) == "CANCELLED"
+        first = (run.run / "logs/attempt_1/train.log").read_text()
+        assert "FencedError: another attempt has taken the run over" in first
     finally:
         cluster.start_node(node)
         cluster.until(lambda: cluster.run("sinfo", "-h", "-t", "idle", "-o", "%D") == "2", 60, "the node's return")
-    assert runs.rows(run.folder) == undisturbed(1)
+    check_begins(runs.rows(run.folder), undisturbed(1))
 
 
 def test_a_killed_rank_is_a_failure_that_is_tried_again(start: Any, undisturbed: Any, cluster: Cluster) -> None:

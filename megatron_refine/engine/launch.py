@@ -121,6 +121,7 @@ def reserve_port(host: str) -> socket.socket:
 
 
 def _end_with_parent() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # a rank keeps its own stop signals from its helpers
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 

@@ -37,6 +37,10 @@ class RunFolder:
     def say(self, line: str) -> None:
         """A line on the screen and in the attempt's log."""
         self.show(line)
+        self.note(line)
+
+    def note(self, line: str) -> None:
+        """A line in the attempt's log alone."""
         self._log.write(line + "\n")
 
     def record(self, row: Row) -> None:

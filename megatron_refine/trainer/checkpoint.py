@@ -35,6 +35,7 @@ from megatron_refine.trainer.model import RefineModel, unwrap
 from megatron_refine.trainer.optimizer import Updater
 from megatron_refine.trainer.ownership import Ownership
 from megatron_refine.trainer.parallel import Ranks
+from megatron_refine.trainer.signals import shield_saves
 
 _KINDS: tuple[type[CheckpointError], ...] = (DamagedError, FencedError)  # told apart across ranks
 # the one format of the distributed optimizer that loads at any tp, pp and dp
@@ -80,6 +81,7 @@ class Checkpoints:
 
         The folder of an attempt has its name, so that a fenced one cannot write into another's.
         """
+        shield_saves()
         final = step_folder(self.root, progress.step)
         folder = self.root / f"{TEMPORARY}{self.owner.name + '-' if self.owner else ''}{final.name}"
         needed = self._bytes(updater)

@@ -1,10 +1,13 @@
 """Between steps the ranks agree whether to go on: SIGTERM, SIGUSR1 and the end of a SLURM job ask for a save."""
 
+import functools
+import multiprocessing
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable
+from multiprocessing.managers import SyncManager
 from types import FrameType
 
 import torch
@@ -17,6 +20,20 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _GO_ON, _STOP, _FENCED = 0, 1, 2
 
 
+@functools.cache
+def shield_saves() -> None:
+    """Start the process that Megatron's saves collect their results in, so that the signals above do not end it.
+
+    It lives as long as this one, and Megatron would start it with its first save: a SIGTERM to all processes of a job
+    step would end it, and the save that the signal asks for would fail.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
+    manager.start(signal.pthread_sigmask, (signal.SIG_BLOCK, SIGNALS))
+    filesystem_async._results_queue = manager.Queue()
+
+
 class StopRequest:
     """Why this process should stop, if it should."""
 
@@ -27,7 +44,8 @@ class StopRequest:
         self.end = float(end) if end.isdigit() else float("inf")  # unix time
         for number in SIGNALS:
             signal.signal(number, self._note)
-        # SLURM signals every process of a step. Helpers that are started from here inherit the mask, and outlive it
+        # SLURM signals every process of a step: what helps with a save must outlive that, and inherits this mask.
+        # SIGTERM cannot be kept away so: multiprocessing unblocks it
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
         threading.Thread(target=self._await, daemon=True, name="signals").start()
 
