@@ -42,11 +42,12 @@ failures() { # in a row, without a new checkpoint in between
     echo "$((count + 1))"
 }
 
-engine_urls=()
-for ((i = 0; i < engine_nodes; i++)); do
-    engine_urls+=("http://${addresses[train_nodes + i]}:$engine_port")
-done
-[ "$engine_nodes" = 0 ] || train+=("engine.urls=[$(IFS=,; echo "${engine_urls[*]}")]")
+if [ "$engine_nodes" != 0 ]; then
+    engines=("${addresses[@]:train_nodes}")
+    urls=("${engines[@]/%/:$engine_port}")
+    train+=("engine.python=" "engine.urls=[$(IFS=,; echo "${urls[*]/#/http://}")]" "engine.master_address=$MASTER_ADDR")
+    serve+=(--hosts "$(IFS=,; echo "${engines[*]}")")
+fi
 
 log "begins on $SLURM_JOB_NODELIST; logs in $attempt"
 srun --nodes="$train_nodes" --ntasks-per-node="$ranks_per_node" --relative=0 --kill-on-bad-exit=0 --wait=60 --label \
