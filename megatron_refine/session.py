@@ -79,9 +79,7 @@ class Session:
     def __enter__(self) -> "Session":
         return self
 
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if error and self.folder:
-            self.folder.note(f"{type(error).__name__}: {error}")
+    def __exit__(self, *_: Any) -> None:
         self.engine.close()
 
     @property
@@ -107,6 +105,11 @@ class Session:
     def say(self, line: str) -> None:
         if self.folder:
             self.folder.say(line)
+
+    def note(self, error: Exception) -> None:
+        """Keep what ended the run in the attempt's log: the screen may be gone."""
+        if self.folder:
+            self.folder.note(f"{type(error).__name__}: {error}")
 
     def _tell(self, line: str) -> None:
         """Before there is a run folder."""

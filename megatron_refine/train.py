@@ -95,12 +95,15 @@ def _run(config: configuration.Config) -> int:
 
     watch = Watchdog(config.run.phase_minutes)
     speaks = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))) == 0
-    ending = contextlib.ExitStack()
+    ending, session = contextlib.ExitStack(), None
     ending.callback(lambda: dist.destroy_process_group() if dist.is_initialized() else None)
     with ending:
         try:
-            return train(ending.enter_context(Session(config, watch)))
+            session = ending.enter_context(Session(config, watch))
+            return train(session)
         except Exception as error:  # said before servers are ended: torchrun gives the ranks little time
+            if session:
+                session.note(error)
             found = ending_of(error, watch.where, speaks)
             if found is None:
                 raise
