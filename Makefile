@@ -12,7 +12,7 @@ BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 export OMP_NUM_THREADS := 1
 
-.PHONY: help train train-sglang bench test test-fast test-gpu test-sglang lint clean
+.PHONY: help train train-sglang bench test test-fast test-gpu test-sglang test-slurm test-chaos lint clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -40,6 +40,16 @@ test-gpu: .venv/ready ## the tests that need a GPU
 
 test-sglang: .venv/ready .venv-sglang/ready ## the tests against real SGLang servers on the CPU
 	@$(BIN)/python -m pytest tests -q -rs -m sglang --durations=15 $(ARGS)
+
+test-slurm: .venv/ready ## as root: the tests on a real SLURM cluster and between two hosts, both on this machine
+	@command -v slurmctld slurmd munged ip > /dev/null || { \
+		echo "installing SLURM and munge from the distribution"; \
+		apt-get update -qq && apt-get install -qq -y --no-install-recommends slurm-wlm munge iproute2 > /dev/null; }
+	@$(BIN)/python -m pytest tests -q -rs -m slurm --durations=15 $(ARGS)
+
+KILLS := 20
+test-chaos: .venv/ready ## kill ranks at random moments, KILLS=20 times; SEED= repeats a run
+	@CHAOS_KILLS=$(KILLS) $(if $(SEED),CHAOS_SEED=$(SEED)) $(BIN)/python -m pytest tests/test_chaos.py -q -rs $(ARGS)
 
 lint: .venv/ready ## ruff and mypy
 	@$(BIN)/ruff check .

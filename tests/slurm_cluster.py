@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "ip")
 MISSING = "needs root, and SLURM with munge: make test-slurm"
 PORT = 26817  # of slurmctld; the nodes have the next ones
 GPUS = 2  # of a node; each is /dev/null's device, which SLURM takes for one

@@ -16,10 +16,10 @@ PACKAGE = ("megatron_refine", "models", "kernels")
 FOLDERS = (*PACKAGE, "tools", "launch", "tests")
 # Imports go from a line to the lines above it, never sideways.
 ORDER = (
-    {"records", "config", "platform"},
+    {"records", "config", "platform", "shield"},
     {"kernels"},
     {"models"},
-    {"convert", "estimate"},
+    {"convert", "estimate", "slurm"},
     {"trainer"},
     {"step"},
     {"engine"},

@@ -52,7 +52,7 @@ def start(hosts: None, tmp_path: Path) -> Iterator[Callable[[], list[subprocess.
         for rank, (name, interface, _) in enumerate(HOSTS):
             environment = os.environ | {
                 "RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": HOSTS[0][2],
-                "MASTER_PORT": "29500", "GLOO_SOCKET_IFNAME": interface,
+                "MASTER_PORT": "29500", "PYTHONFAULTHANDLER": "1", "GLOO_SOCKET_IFNAME": interface,
             }  # fmt: skip
             line = ["ip", "netns", "exec", name, sys.executable, "-m", "megatron_refine.train"]
             started.append(
@@ -82,7 +82,13 @@ def reach(folder: Path, step: int) -> None:
 def ends(processes: list[subprocess.Popen[str]]) -> tuple[list[int], list[str], float]:
     """Exit codes, errors, and the seconds until both have ended."""
     begin = time.monotonic()
-    errors = [process.communicate(timeout=150)[1] for process in processes]
+    errors = []
+    for process in processes:
+        try:
+            errors.append(process.communicate(timeout=100)[1])
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGABRT)  # its stacks
+            raise AssertionError(f"hangs; before it {errors}; {process.communicate()[1]}") from None
     return [process.returncode for process in processes], errors, time.monotonic() - begin
 
 

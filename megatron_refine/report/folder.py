@@ -30,7 +30,7 @@ class RunFolder:
         self._log = (logs / f"attempt_{self.attempt}" / "train.log").open("a", buffering=1)
         (self.path / "config.yaml").write_text(config.to_yaml())
         self.metrics = MetricsLog(self.path / "metrics.jsonl")
-        self.metrics.truncate_after(done_steps)
+        self.metrics.truncate_after(done_steps or -1)  # a run without a checkpoint begins anew, with step 0
         self.predictions = Predictions(self.path / "predictions.jsonl", done_steps)
         self._wandb = _start_wandb(config)
 

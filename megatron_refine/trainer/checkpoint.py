@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_refine import platform
 from megatron_refine.config import Config
+from megatron_refine.shield import shield_saves
 from megatron_refine.trainer.errors import CheckpointError, DamagedError, FencedError, lost_rank
 from megatron_refine.trainer.manifest import (
     ORIGIN,
@@ -35,7 +36,6 @@ from megatron_refine.trainer.model import RefineModel, unwrap
 from megatron_refine.trainer.optimizer import Updater
 from megatron_refine.trainer.ownership import Ownership
 from megatron_refine.trainer.parallel import Ranks
-from megatron_refine.trainer.signals import shield_saves
 
 _KINDS: tuple[type[CheckpointError], ...] = (DamagedError, FencedError)  # told apart across ranks
 # the one format of the distributed optimizer that loads at any tp, pp and dp

@@ -1,37 +1,20 @@
 """Between steps the ranks agree whether to go on: SIGTERM, SIGUSR1 and the end of a SLURM job ask for a save."""
 
-import functools
-import multiprocessing
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable
-from multiprocessing.managers import SyncManager
 from types import FrameType
 
 import torch
 import torch.distributed as dist
 
 from megatron_refine import platform
+from megatron_refine.shield import STOP_SIGNALS
 from megatron_refine.trainer.errors import FencedError
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _GO_ON, _STOP, _FENCED = 0, 1, 2
-
-
-@functools.cache
-def shield_saves() -> None:
-    """Start the process that Megatron's saves collect their results in, so that the signals above do not end it.
-
-    It lives as long as this one, and Megatron would start it with its first save: a SIGTERM to all processes of a job
-    step would end it, and the save that the signal asks for would fail.
-    """
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
-    manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
-    manager.start(signal.pthread_sigmask, (signal.SIG_BLOCK, SIGNALS))
-    filesystem_async._results_queue = manager.Queue()
 
 
 class StopRequest:
@@ -42,10 +25,10 @@ class StopRequest:
         self.name, self.fenced, self.needed = "", fenced, needed
         end = os.environ.get("SLURM_JOB_END_TIME", "")
         self.end = float(end) if end.isdigit() else float("inf")  # unix time
-        for number in SIGNALS:
+        for number in STOP_SIGNALS:
             signal.signal(number, self._note)
         # SLURM signals every process of a step: what helps with a save must outlive that, and inherits this mask.
-        # SIGTERM cannot be kept away so: multiprocessing unblocks it
+        # Not SIGTERM, which multiprocessing unblocks (shield.py)
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
         threading.Thread(target=self._await, daemon=True, name="signals").start()
 
