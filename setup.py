@@ -22,6 +22,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_refine", "megatron_refine.*"]),
+    package_data={"megatron_refine.slurm": ["job.sh"]},
     install_requires=[
         "torch>=2.13,<2.14",
         "megatron-core==0.16.1",

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from launch import submit
-from tests import runs
+from tests import runs, sglang_lane
 from tests.slurm_cluster import GPUS, Cluster
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(400)]
@@ -236,3 +236,19 @@ def test_a_chain_goes_on_where_the_link_before_it_ended(start: Any, undisturbed:
     assert cluster.ends(first) == "FAILED" and cluster.field(first, "ExitCode") == "75:0"
     run.ends_as(undisturbed(1), restarts=0)
     assert cluster.field(first, "Restarts") == "0"
+
+
+@pytest.mark.skipif(not sglang_lane.PYTHON.exists(), reason=sglang_lane.MISSING)
+def test_a_node_with_a_server(start: Any, cluster: Cluster) -> None:
+    """One node trains, the other serves its rollouts, found by its address; both end with the job."""
+    engine = ["engine.kind=sglang", f"engine.python={sglang_lane.PYTHON}", "engine.request_timeout=60",
+              f"engine.args=[{', '.join(sglang_lane.SERVER_ARGS)}]", "train.steps=3"]  # fmt: skip
+    run = start("--engine-nodes", "1", *engine)
+    assert cluster.ends(run.job, 300) == "COMPLETED", run.log()
+    rows = runs.rows(run.folder)
+    assert [row["step"] for row in rows] == [0, 1, 2, 3] and all(
+        row["rollout/logprob_gap_max"] < 1e-4 for row in rows[1:]
+    )
+    assert cluster.field(run.job, "NumNodes") == "2" and "[]" not in run.log()
+    servers = list((run.run / f"logs/slurm-{run.job}-0").glob("engine-*.log"))
+    assert len(servers) == 1 and "/generate" in servers[0].read_text()
