@@ -29,11 +29,12 @@ train-sglang: .venv/ready .venv-sglang/ready ## the same with rollouts from an S
 bench: .venv/ready ## time steps of the quickstart: NTP-only, fused and two-pass in turn
 	@$(BIN)/torchrun --standalone --nproc-per-node 2 tools/bench.py step --config configs/quickstart.yaml $(ARGS)
 
-test: .venv/ready ## all tests; those that need a GPU skip where there is none
-	@$(BIN)/python -m pytest tests -q -rs --durations=15 $(ARGS)
+test: .venv/ready ## all tests but those against servers and clusters; those that need a GPU skip where there is none
+	@$(BIN)/python -m pytest tests -q -rs -m "not sglang and not slurm" --durations=15 $(ARGS)
+	@echo "on their own: make test-sglang, make test-slurm, make test-chaos"
 
 test-fast: .venv/ready ## without the slow tests
-	@$(BIN)/python -m pytest tests -q -rs -m "not slow" $(ARGS)
+	@$(BIN)/python -m pytest tests -q -rs -m "not slow and not sglang and not slurm" $(ARGS)
 
 test-gpu: .venv/ready ## the tests that need a GPU
 	@$(BIN)/python -m pytest tests -q -rs -m gpu $(ARGS)

@@ -242,7 +242,7 @@ def test_a_chain_goes_on_where_the_link_before_it_ended(start: Any, undisturbed:
 def test_a_node_with_a_server(start: Any, cluster: Cluster) -> None:
     """One node trains, the other serves its rollouts, found by its address; both end with the job."""
     engine = ["engine.kind=sglang", f"engine.python={sglang_lane.PYTHON}", "engine.request_timeout=60",
-              f"engine.args=[{', '.join(sglang_lane.SERVER_ARGS)}]", "train.steps=3"]  # fmt: skip
+              f"engine.args={json.dumps(sglang_lane.SERVER_ARGS)}", "train.steps=3"]  # fmt: skip
     run = start("--engine-nodes", "1", *engine)
     assert cluster.ends(run.job, 300) == "COMPLETED", run.log()
     rows = runs.rows(run.folder)

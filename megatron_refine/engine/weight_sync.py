@@ -48,8 +48,9 @@ def end(server: Server, seconds: float) -> None:
 
 
 def load_folder(server: Server, folder: Path, seconds: float) -> None:
-    """Replace the weights of a paused server by those of a folder. Raises ServerError."""
-    server.client.post("/update_weights_from_disk", seconds, model_path=str(folder), flush_cache=True)
+    """Replace the weights of a paused server by those of a folder, however it began. Raises ServerError."""
+    body = {"model_path": str(folder), "load_format": "auto", "flush_cache": True}
+    server.client.post("/update_weights_from_disk", seconds, **body)
 
 
 def resume(server: Server, label: str, seconds: float) -> None:

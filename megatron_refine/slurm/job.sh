@@ -30,6 +30,7 @@ again() { # only a job that runs may come back: one that was cancelled stays awa
         exit "$code"
     fi
     log "$1; requeued"
+    trap - USR1 TERM
     scontrol requeue "$SLURM_JOB_ID" || exit "$code"
     while :; do sleep 60; done # a script that ends before SLURM ends it would not be requeued
 }
@@ -45,17 +46,18 @@ failures() { # in a row, without a new checkpoint in between
 if [ "$engine_nodes" != 0 ]; then
     engines=("${addresses[@]:train_nodes}")
     urls=("${engines[@]/%/:$engine_port}")
-    train+=("engine.python=" "engine.urls=[$(IFS=,; echo "${urls[*]/#/http://}")]" "engine.master_address=$MASTER_ADDR")
+    train+=('engine.python=""' "engine.urls=[$(IFS=,; echo "${urls[*]/#/http://}")]" "engine.master_address=$MASTER_ADDR")
     serve+=(--hosts "$(IFS=,; echo "${engines[*]}")")
 fi
 
 log "begins on $SLURM_JOB_NODELIST; logs in $attempt"
-srun --nodes="$train_nodes" --ntasks-per-node="$ranks_per_node" --relative=0 --kill-on-bad-exit=0 --wait=60 --label \
-    --output="$attempt/ranks.log" "${srun_options[@]}" "${train[@]}" &
+# --ntasks of its own for every step: srun inherits that of the whole job
+srun --nodes="$train_nodes" --ntasks=$((train_nodes * ranks_per_node)) --ntasks-per-node="$ranks_per_node" --relative=0 \
+    --kill-on-bad-exit=0 --wait=60 --label --output="$attempt/ranks.log" "${srun_options[@]}" "${train[@]}" &
 trainer=$!
 if [ "$engine_nodes" != 0 ]; then
-    srun --nodes="$engine_nodes" --ntasks-per-node=1 --relative="$train_nodes" --output="$attempt/engine-%n.log" \
-        "${srun_options[@]}" "${serve[@]}" &
+    srun --nodes="$engine_nodes" --ntasks="$engine_nodes" --ntasks-per-node=1 --relative="$train_nodes" --cpu-bind=none \
+        --output="$attempt/engine-%n.log" "${srun_options[@]}" "${serve[@]}" &
     engine=$!
 fi
 
