@@ -16,6 +16,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
+from megatron_refine.models.common.context import to_heads, to_rows
 from megatron_refine.models.layout import Branches
 
 
@@ -27,6 +28,10 @@ class State(Protocol):
         ...
 
     def detach(self) -> "State": ...
+
+    def part(self, positions: slice) -> "State":
+        """Those of some of the P positions, before any branch token."""
+        ...
 
     def fork(self, n: int) -> "State":
         """n consecutive copies of each of the P states."""
@@ -44,31 +49,38 @@ class Handle(Protocol):
 class Mixer(MegatronModule):
     """Splits the rows of a pass by its layout; a family fills in the maths.
 
-    Rows are in natural order and complete here, with this rank's heads: `project` gathers them under sequence
-    parallelism and `output` scatters them again. So main, at and branch need no collective.
+    Rows are in natural order and complete where they are mixed, with this rank's heads: `project` gathers them under
+    sequence parallelism, an all-to-all under context parallelism, and both are undone after. So main, at and branch
+    need no collective.
     """
 
     layer_number: int
     tp_group: Any
+    cp_group: Any
 
     def own_parameters(self) -> dict[str, nn.Parameter]:
         """Parameters of the mixer itself, not of the layers in it; all `sharded`."""
         raise NotImplementedError
 
     def project(self, hidden: Tensor) -> Tensor:
-        """[S (/tp), B, hidden] -> projected rows [S, B, *local]."""
+        """[S/cp (/tp), B, hidden] -> projected rows [S/cp, B, heads/tp, *]."""
         raise NotImplementedError
 
+    def mixed_columns(self, rows: Tensor) -> Tensor:
+        """Of projected rows [.., *], what `main` and `branch` need: the rest need not travel to another rank."""
+        return rows
+
     def main(self, rows: Tensor, cuts: Sequence[int] | None) -> tuple[Tensor, Handle]:
-        """[B, T, *local] -> outputs [B, T, local], handle. cuts: where states will be asked for; None: anywhere."""
+        """[B, T, heads/(tp cp), *] -> outputs [B, T, heads/(tp cp), *], handle. cuts: where states will be asked for;
+        None: anywhere."""
         raise NotImplementedError
 
     def branch(self, rows: Tensor, state: Any) -> tuple[Tensor, State]:
-        """[P * n, k, *local] from P states -> outputs [P * n, k, local], P * n states after the last row."""
+        """[P * n, k, heads/(tp cp), *] from P states -> outputs alike, P * n states after the last row."""
         raise NotImplementedError
 
     def output(self, mixed: Tensor, rows: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Mixed rows [S, B, local] and the projected rows -> [S (/tp), B, hidden], bias."""
+        """Mixed rows [S/cp, B, heads/tp, *] and the projected rows -> [S/cp (/tp), B, hidden], bias."""
         raise NotImplementedError
 
     def forward(
@@ -76,7 +88,10 @@ class Mixer(MegatronModule):
     ) -> tuple[Tensor, Tensor | None]:
         layout = packed_seq_params
         assert isinstance(layout, Branches), "pass the layout of the rows as packed_seq_params="
-        rows = self.project(hidden_states)
+        projected = self.project(hidden_states)
+        rows = projected
+        if self.cp_group.size() > 1:
+            rows = to_heads(self.mixed_columns(projected), self.cp_group)
         main, branches = layout.split(rows)
         parts, handle = [], None
         if layout.main_len:
@@ -90,7 +105,12 @@ class Mixer(MegatronModule):
         padding = rows.shape[0] - layout.num_rows
         if padding:
             parts.append(parts[0].new_zeros(padding, *parts[0].shape[1:]))
-        return self.output(torch.cat(parts) if len(parts) > 1 else parts[0], rows)
+        mixed = torch.cat(parts) if len(parts) > 1 else parts[0]
+        return self.output(to_rows(mixed, self.cp_group), projected)
+
+    def mine(self, per_head: Tensor) -> Tensor:
+        """Of a parameter's view [heads/tp, ...], the heads that this context parallel rank mixes."""
+        return per_head.chunk(self.cp_group.size())[self.cp_group.rank()]
 
     def _branches(self, rows: Tensor, layout: Branches, handle: Handle | None) -> Tensor:
         """Outputs of branch rows [P * n, k, *local], from the main stream of this pass or from forked states."""

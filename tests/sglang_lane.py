@@ -99,11 +99,12 @@ def trainer_logprobs(folder: str, model: str, weights: str, sequences: list[list
     """On a rank: log-probability of every token from the second on, by the trainer with the weights of a folder."""
     from megatron_refine.convert.source import HFSource
     from megatron_refine.trainer import parity
-    from megatron_refine.trainer.scoring import score_tokens
+    from megatron_refine.trainer.forward import score_pass
 
     with trainer(lane_config(Path(folder), model)) as (engine, module):
         parity.load(module, HFSource(Path(weights)), engine.ranks)
-        return [score_tokens(module, torch.tensor([tokens]), engine.ranks)[0].tolist() for tokens in sequences]
+        with torch.no_grad():
+            return [score_pass(module, torch.tensor([tokens])).logprobs[0, :-1].tolist() for tokens in sequences]
 
 
 def random_prompt(length: int, seed: int = 0) -> list[int]:

@@ -21,6 +21,9 @@ LAYOUTS = {
     "tp2 sp": (2, ["parallel.tp=2", "parallel.sp=true"]),
     "tp4": (4, ["parallel.tp=4"]),
     "tp4 sp": (4, ["parallel.tp=4", "parallel.sp=true"]),
+    "cp2": (2, ["parallel.cp=2"]),
+    "cp4": (4, ["parallel.cp=4"]),
+    "tp2 sp cp2": (4, ["parallel.tp=2", "parallel.sp=true", "parallel.cp=2"]),
     "tp2 sp recompute": (2, ["parallel.tp=2", "parallel.sp=true", "train.recompute=full"]),
 }
 
@@ -51,8 +54,8 @@ def fused(model: Any, b: Any, e: Any) -> tuple[Any, Any]:
 
     sequences, positions = _flat(e.positions)
     main = forward.main_pass(model, b.tokens)
-    previous = main.rows[positions - 1, sequences]
-    branch = forward.branch_pass(model, e.tokens, previous, main.states(sequences, positions))
+    states = main.states(sequences, positions)
+    branch = forward.branch_pass(model, e.tokens, main.rows, sequences, positions, states)
     return main.scores.logprobs[:, :-1], branch.logprobs
 
 
@@ -70,7 +73,8 @@ def run(config: Config, dtype: torch.dtype, names: list[str]) -> dict[str, Any]:
         model.zero_grad_buffer()
         main, branch = PASSES[name](model, b, e)
         terms = policy_terms(branch, e.old_logprobs, e.advantages, 0.2, 0.2, 3.0)
-        (next_token_sums(main, b.lengths)[0] / 100 + terms.loss.sum()).backward()
+        loss = next_token_sums(main, b.lengths)[0] / 100 + terms.loss.sum()
+        (loss * config.parallel.cp).backward()  # as Megatron's schedule does: its reduction divides by dp * cp
         finalize_gradients([model])
         results[name] = main.detach(), branch.detach(), full_gradients(model)
     return results
@@ -129,11 +133,12 @@ def logits(config: Config) -> float:
         main_len=192, num_positions=4, num_rollouts=2, branch_len=5, sequences=sequences, positions=positions
     )
     with torch.no_grad():
-        rows = layout.split(_rows(model, torch.cat([b.tokens, e.tokens.flatten(1)], 1), layout))[1].view(2, 4, 2, 5, -1)
+        packed = _rows(model, torch.cat([b.tokens, e.tokens.flatten(1)], 1), layout).local
+        rows = layout.split(packed)[1].view(2, 4, 2, 5, -1)
         for i, j, r in torch.cartesian_prod(*(torch.arange(s) for s in e.tokens.shape[:3])).tolist():
             p = int(e.positions[i, j])
             text = torch.cat([b.tokens[i, :p], e.tokens[i, j, r]])[None]
-            alone = head(_rows(model, text, Branches(main_len=p + 5))[p:, 0])[:, :30]
+            alone = head(_rows(model, text, Branches(main_len=p + 5)).local[p : p + 5, 0])[:, :30]
             worst = max(
                 worst, float((head(rows[i, j, r])[:, :30] - alone).abs().max() / alone.abs().max().clamp(min=1))
             )
@@ -161,15 +166,16 @@ def detached(config: Config) -> tuple[str, float]:
         model.zero_grad_buffer()
         main = forward.main_pass(model, b.tokens)
         sequences, positions = torch.arange(3).repeat_interleave(4), e.positions.flatten()
-        previous, states = main.rows[positions - 1, sequences], main.states(sequences, positions)
+        states = main.states(sequences, positions)
         if detach:
             states = {layer: state.detach() for layer, state in states.items()}
             try:
-                forward.branch_pass(model, e.tokens, previous, states)
+                forward.branch_pass(model, e.tokens, main.rows, sequences, positions, states)
             except AssertionError as error:
                 message = str(error)
             forward._check_graph = lambda states: None
-        (forward.branch_pass(model, e.tokens, previous, states).logprobs * e.advantages[..., None]).sum().backward()
+        branch = forward.branch_pass(model, e.tokens, main.rows, sequences, positions, states)
+        (branch.logprobs * e.advantages[..., None]).sum().backward()
         return full_gradients(model)
 
     errors = relative(gradients(True), gradients(False))

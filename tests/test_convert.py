@@ -251,7 +251,7 @@ def logits_at(config: Config, folder: Path, tokens: Tensor) -> Tensor:
     model = build_model(config, ranks)
     load_weights(unwrap(model), folder)
     with torch.no_grad():
-        local = unwrap(model).logits(main_pass(model, tokens).rows[:, 0])
+        local = unwrap(model).logits(main_pass(model, tokens).rows.local[:, 0])
     parts = [torch.empty_like(local) for _ in range(ranks.tp)]
     dist.all_gather(parts, local, group=ranks.tp_group)
     return torch.cat(parts, 1)[:, : config.model.vocab_size]

@@ -44,7 +44,8 @@ def decoded(config: Config) -> Any:
         sequences = torch.arange(2).repeat_interleave(chunks)
         with torch.no_grad():
             main = forward.main_pass(model, b.tokens)
-            hidden, states = main.rows[positions.flatten() - 1, sequences], main.states(sequences, positions.flatten())
+            hidden = main.rows.take(positions.flatten() - 1, sequences)
+            states = main.states(sequences, positions.flatten())
         if not decode.recordable(states):
             return None
         given = states, hidden, torch.rand(5, 2 * chunks, generator=generator, dtype=torch.float64), 0.7

@@ -169,7 +169,7 @@ def slow_heldout(model: Path, ids: list[list[int]]) -> list[tuple[float, int]]:
     with torch.no_grad():
         for document in ids:
             rows = forward.main_pass(loaded.model, torch.tensor([document])).rows
-            logprobs = unwrap(loaded.model).logits(rows[:-1, 0])[:, :512].double().log_softmax(-1)
+            logprobs = unwrap(loaded.model).logits(rows.local[: len(document) - 1, 0])[:, :512].double().log_softmax(-1)
             truth = torch.tensor(document[1:])
             hits = int((logprobs.argmax(-1) == truth).sum())
             found.append((-float(logprobs.gather(1, truth[:, None]).sum()), hits))

@@ -35,7 +35,7 @@ def decoded(config: Config, slow: bool) -> list[list[int]]:
         text, count = tokens[i, :length].tolist(), MAX_NEW[i] if i != 4 else 7
         for _ in range(count):
             rows = forward.main_pass(model, torch.tensor([text])).rows
-            token, _ = head.sample(unwrap(model), rows[-1], torch.zeros(1), 0.0)
+            token, _ = head.sample(unwrap(model), rows.local[len(text) - 1], torch.zeros(1), 0.0)
             text.append(int(token))
         answers.append(text[length:])
     return answers

@@ -129,7 +129,7 @@ def by_hand(model: Path) -> dict[str, Any]:
         return it.tokenizer.encode([text])[0]
 
     def logprobs(tokens: list[int]) -> Any:
-        rows = forward.main_pass(it.model, torch.tensor([tokens])).rows[:, 0]
+        rows = forward.main_pass(it.model, torch.tensor([tokens])).rows.local[:, 0]
         return it.model.logits(rows).detach().double().log_softmax(-1)
 
     def likelihood(context: list[int], whole: list[int]) -> float:

@@ -153,12 +153,12 @@ def decoded(config: Config, steps: int) -> tuple[float, list[int]]:
     model, _ = build(config, torch.float64)
     tokens, starts = batch(1).tokens, torch.tensor([1, 30, 64])
     with torch.no_grad():
-        whole = _rows(model, tokens, Branches(main_len=192))[:, 0]
+        whole = _rows(model, tokens, Branches(main_len=192)).local[:, 0]
         states: dict[int, Any] = forward.main_pass(model, tokens).states(torch.zeros_like(starts), starts)
         worst = 0.0
         for j in range(steps):
             rows, states = forward.decode_step(model, tokens[0, starts + j], states)
-            worst = max(worst, float((rows - whole[starts + j]).abs().max()))
+            worst = max(worst, float((rows.local[:, 0] - whole[starts + j]).abs().max()))
     state = states[1]
     kept = [state.own.k.shape[1], state.window[0].shape[1], state.prefix[0].shape[1], len(state.weights)]
     return worst, kept

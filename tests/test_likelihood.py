@@ -56,7 +56,7 @@ def reference(config: Config) -> dict[str, Any]:
     model, _ = parity.build(config, torch.float64)
 
     def one(context: list[int], after: list[int]) -> tuple[float, bool]:
-        rows = forward.main_pass(model, torch.tensor([context + after])).rows[:, 0]
+        rows = forward.main_pass(model, torch.tensor([context + after])).rows.local[:, 0]
         logits = unwrap(model).logits(rows).detach()[len(context) - 1 :]
         targets = torch.tensor(after, dtype=torch.int64)
         logprobs = logits.log_softmax(-1)[range(len(after)), targets]

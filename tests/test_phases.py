@@ -46,7 +46,7 @@ def answer_gradients(config: Config, slow: bool) -> Any:
     for row in sample_rows(config.run.seed, 0, 4, 6).tolist():
         prompt, answer = (torch.from_numpy(x[row]).long() for x in (phase.prompts.prompts, phase.prompts.answers))
         rows = forward.main_pass(model, torch.cat([prompt, answer])[None]).rows
-        logprobs = unwrap(model).logits(rows[len(prompt) - 1 : -1, 0])[:, :97].log_softmax(-1)
+        logprobs = unwrap(model).logits(rows.local[len(prompt) - 1 : -1, 0])[:, :97].log_softmax(-1)
         total = total - logprobs.gather(1, answer[:, None]).sum()
         tokens += len(answer)
     (total / tokens).backward()

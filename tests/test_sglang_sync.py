@@ -49,7 +49,7 @@ def config_of(folder: str, model: str, overrides: list[str]) -> Any:
 def gaps_of_rollouts(engine: Any, model: Any, step: int = 0) -> list[float]:
     """Mean and largest difference between the log-probabilities of rollouts and the trainer's, n = 2."""
     from megatron_refine.records import RolloutRequest
-    from megatron_refine.trainer.scoring import score_tokens
+    from megatron_refine.trainer.forward import score_pass
 
     found = batch(4, 192, vocab=509)
     positions = torch.tensor([[10, 63, 64, 150], [1, 2, 65, 180], [20, 20, 21, 130], [5, 70, 128, 187]])
@@ -60,8 +60,7 @@ def gaps_of_rollouts(engine: Any, model: Any, step: int = 0) -> list[float]:
         for j, p in enumerate(positions[i].tolist()):
             written = rollouts.tokens[i, j]  # [n, k]
             whole = torch.cat([found.tokens[i, :p].expand(2, -1), written], 1)
-            whole = torch.nn.functional.pad(whole, (0, whole.shape[1] % 2))  # sequence parallelism wants even lengths
-            ours = score_tokens(model, whole, engine.ranks)[:, p - 1 : p + 4]
+            ours = score_pass(model, whole).logprobs[:, p - 1 : p + 4]
             gaps.append((ours - rollouts.logprobs[i, j]).abs())
     everything = torch.stack(gaps)
     return [float(everything.mean()), float(everything.max())]
@@ -204,7 +203,7 @@ def test_a_damaged_sync_is_seen_and_made_good(server: Any, fault: str, ranks: Zy
 
 def update_without_flush(folder: str, model: str, url: str) -> dict[str, float]:
     """On a rank: the gap of a continued request whose state comes from the weights before an update."""
-    from megatron_refine.trainer.scoring import score_tokens
+    from megatron_refine.trainer.forward import score_pass
 
     config = config_of(folder, model, lane.attached(url, "engine.sync=disk"))
     with lane.trainer(config) as (engine, module):
@@ -221,7 +220,7 @@ def update_without_flush(folder: str, model: str, url: str) -> dict[str, float]:
             (answer,) = client.generate(
                 input_ids=[longer], sampling_params=sampling, return_logprob=True, extra_key=key
             )
-            ours = score_tokens(module, torch.tensor([longer + answer["output_ids"]]), engine.ranks)[0, 102:]
+            ours = score_pass(module, torch.tensor([longer + answer["output_ids"]])).logprobs[0, 102:-1]
             found[case] = float((ours - torch.tensor(lane.answered(answer))).abs().mean())
         return found
 

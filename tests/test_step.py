@@ -77,7 +77,7 @@ def rollouts(config: Config, temperature: float) -> Any:
             text = b.tokens[i, : int(e.positions[i, j])]
             for _ in range(5):  # the slow way: a full forward a token
                 rows = forward._rows(step.model, text[None], forward.Branches(main_len=len(text)))
-                logits = forward.unwrap(step.model).logits(rows[-1])
+                logits = forward.unwrap(step.model).logits(rows.local[len(text) - 1])
                 text = torch.cat([text, _argmax(logits, step.ranks)])
             greedy.append(text[-5:])
     return e.positions, e.tokens, explored.gap, torch.stack(greedy).view(4, 4, 5)

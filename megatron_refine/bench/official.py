@@ -84,7 +84,7 @@ class OfficialStep(RefineStep):
         shape = (*positions.shape, c.num_rollouts, c.rollout_len)
         after = positions[..., None] + torch.arange(c.rollout_len, device=rows.device)
         place = torch.arange(len(positions), device=rows.device)[:, None, None]
-        truth, h_true = batch.tokens[place, after], main.rows[after, place]
+        truth, h_true = batch.tokens[place, after], main.rows.take(after, place)
         tokens = tokens.view(shape)
         rewards = self.reward(tokens, truth, torch.cat(states).view(*shape, -1), h_true)
         kept = torch.cat(old).view(shape)
@@ -116,7 +116,7 @@ class OfficialStep(RefineStep):
         main.handles.clear()
         after = lengths[:, None] + torch.arange(self.config.refine.rollout_len, device=lengths.device)
         row = torch.arange(len(tokens), device=lengths.device)[:, None]
-        return main.scores.logprobs[row, after - 1], main.rows[after, row]
+        return main.scores.logprobs[row, after - 1], main.rows.take(after, row)
 
     def _policy_items(self, batch: Batch, record: Experience, count: float) -> Iterator[Prefixes]:
         n = self.config.refine.num_rollouts
@@ -165,12 +165,13 @@ def write(model: nn.Module, tokens: Tensor, lengths: Tensor, draws: Tensor, temp
     hidden, states, cached = tokens.new_zeros(0), dict[int, Any](), _recurrent(model)
     for j, u in enumerate(draws):
         if j and cached:
-            hidden, states = forward.decode_step(model, written[-1], states)
+            rows, states = forward.decode_step(model, written[-1], states)
+            hidden = rows.take(row, row * 0)
         else:
             text = _rows(tokens, lengths, torch.stack(written, 1) if j else tokens[:, :1] * 0)
             with unpadded(model, lengths + j):
                 rows, handles = forward.prefill(model, text)
-            hidden = rows[lengths + j - 1, row]
+            hidden = rows.take(lengths + j - 1, row)
             if cached:
                 states = {layer: handle.at(row, lengths) for layer, handle in handles.items()}
         token, logprob = head.sample(unwrap(model), hidden, u, temperature)

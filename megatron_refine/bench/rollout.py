@@ -35,7 +35,7 @@ def run(config: Config, rounds: int) -> str:
     @torch.no_grad()
     def forked(_: int) -> Any:
         states = {layer: handle.at(sequences, starts) for layer, handle in handles.items()}
-        fork = Fork(states, hidden[starts - 1, sequences])
+        fork = Fork(states, hidden.take(starts - 1, sequences))
         return engine.rollout(RolloutRequest(
             batch.tokens, positions, batch.sample_ids, r.num_rollouts, r.rollout_len, r.rollout_temperature,
             config.run.seed, 0, fork,

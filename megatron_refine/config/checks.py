@@ -41,6 +41,11 @@ def _layout_problems(c: Config) -> Iterator[tuple[bool, str]]:
     p, heads = c.parallel, c.model.tp_limit()
     allowed = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
     yield heads % p.tp != 0, f"parallel.tp={p.tp}: must divide the {heads} heads of the model; choose one of {allowed}"
+    yield (
+        heads % p.tp == 0 and heads % (p.tp * p.cp) != 0,
+        f"parallel.cp={p.cp}: tp*cp = {p.tp * p.cp} must divide the {heads} heads of the model, which context "
+        f"parallelism shards around every mixer; choose tp*cp of {allowed}",
+    )
     width = c.model.intermediate_size
     yield width % p.tp != 0, f"parallel.tp={p.tp}: must divide model.intermediate_size={width}; change either"
     vocab = c.model.padded_vocab
@@ -48,15 +53,6 @@ def _layout_problems(c: Config) -> Iterator[tuple[bool, str]]:
     layers = c.model.num_layers
     yield layers % p.pp != 0, f"parallel.pp={p.pp}: must divide model.num_layers={layers}; change either"
     yield p.sp and p.tp == 1, "parallel.sp=true: sequence parallelism needs parallel.tp > 1; set parallel.sp=false"
-    yield p.cp > 1, f"parallel.cp={p.cp}: context parallelism is not available in this version; set parallel.cp=1"
-    rollouts = c.refine.enabled or c.eval.sequences > 0 or bool(c.eval.tasks) or c.train.phase == "testtime"
-    yield (
-        p.pp > 1 and rollouts,
-        (
-            f"parallel.pp={p.pp}: rollouts and evaluations do not cross pipeline stages in this version; "
-            "set parallel.pp=1, or refine.enabled=false, eval.sequences=0 and eval.tasks=[]"
-        ),
-    )
     yield (
         p.pp > 1 and c.update.mode == "fused",
         (

@@ -1,14 +1,19 @@
 """k tokens of every branch: step by step, or as one CUDA graph, where launching the kernels costs the time."""
 
 import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from megatron_refine import platform
-from megatron_refine.trainer import forward, head
+from megatron_refine.trainer import forward
 from megatron_refine.trainer.model import unwrap
+from megatron_refine.trainer.parallel import from_last_stage
+from megatron_refine.trainer.pipeline import Link
+from megatron_refine.trainer.rows import Rows, sample
 
 
 @torch.no_grad()
@@ -19,14 +24,51 @@ def decode(
 
     Returns: tokens and log-probabilities [k, N].
     """
+    inner = unwrap(model)
     tokens, logprobs = list[Tensor](), list[Tensor]()
+    rows = Rows.of(inner, hidden[:, None])
     for j, u in enumerate(draws):
         if j:
-            hidden, states = forward.decode_step(model, tokens[-1], states)
-        token, logprob = head.sample(unwrap(model), hidden, u, temperature)
+            rows, states = forward.decode_step(model, tokens[-1], states)
+        token, logprob = sample(inner, rows.span(len(hidden)), u, temperature)
         tokens.append(token)
         logprobs.append(logprob)
     return torch.stack(tokens), torch.stack(logprobs)
+
+
+@dataclass
+class Group:
+    """Branches that go through the pipeline together."""
+
+    states: dict[int, Any]
+    hidden: Tensor  # [N, h]
+    draws: Tensor  # [k, N]
+
+
+@torch.no_grad()
+def decode_across_stages(model: nn.Module, groups: Sequence[Group], temperature: float) -> list[tuple[Tensor, Tensor]]:
+    """`decode` of several groups, as many as there are stages: while one is on a stage, another is on the next.
+
+    The last stage draws a group's tokens and sends them to the first, which embeds them in the group's next turn.
+    """
+    inner = unwrap(model)
+    link, pp = Link(inner), inner.pg_collection.pp
+    high = torch.promote_types(inner.config.params_dtype, torch.float32)
+    found = [(g.draws.new_zeros(g.draws.shape, dtype=torch.int64), g.draws.to(high)) for g in groups]
+    for j in range(len(groups[0].draws)):
+        for group, (tokens, logprobs) in zip(groups, found, strict=True):
+            rows = Rows.of(inner, group.hidden[:, None])
+            if j:
+                if link.stage == 0:
+                    tokens[j - 1] = link.receive(tokens[j - 1].shape, torch.int64, link.last)
+                rows, group.states = forward.decode_step(model, tokens[j - 1], group.states, link)
+            if link.stage == link.last:
+                held = rows.span(len(group.hidden))
+                tokens[j], logprobs[j] = sample(inner, held, group.draws[j], temperature)
+                if j < len(tokens) - 1:
+                    link.send(tokens[j], 0)
+    link.wait()
+    return [(from_last_stage(tokens, pp), from_last_stage(logprobs, pp)) for tokens, logprobs in found]
 
 
 class DecodeGraphs:

@@ -15,8 +15,7 @@ from megatron_refine.config import Config
 from megatron_refine.engine.checksum import checksum
 from megatron_refine.engine.errors import ServerError
 from megatron_refine.engine.server import Server
-from megatron_refine.trainer.parallel import Ranks
-from megatron_refine.trainer.scoring import score_tokens
+from megatron_refine.trainer import forward
 
 PROMPT, CONTINUATION = 70, 6  # tokens: past a chunk of the kernels, and some of decoding
 BY_ROWS = ("o_proj.weight", "down_proj.weight")  # cut along their columns over a server's tp
@@ -83,15 +82,13 @@ def check_label(url: str, answer: dict[str, Any], label: str) -> None:
         raise ServerError(f"{url}: serves weights {served!r}, not {label!r}")
 
 
-def check_probes(
-    model: nn.Module, config: Config, ranks: Ranks, answers: list[tuple[str, list[int], list[float]]]
-) -> None:
+def check_probes(model: nn.Module, config: Config, answers: list[tuple[str, list[int], list[float]]]) -> None:
     """Every rank: the probes [(url, tokens, log-probabilities)] against the trainer's own.
 
     Raises ServerError, on all ranks alike, where the mean gap of a server exceeds engine.probe_gap.
     """
     tokens = torch.tensor([tokens for _, tokens, _ in answers], device=platform.device())
-    ours = score_tokens(model, tokens, ranks).cpu()
+    ours = forward.score_pass(model, tokens).logprobs[:, :-1].cpu()
     limit = config.engine.probe_gap or DEFAULT_GAP[config.train.precision]
     for (url, _, theirs), own in zip(answers, ours, strict=True):
         gap = float((own - torch.tensor(theirs, dtype=own.dtype)).abs().mean())

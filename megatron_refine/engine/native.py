@@ -1,10 +1,13 @@
 """Rollouts by forking the trainer's own model: no second copy of the weights, no second pass over the prefix."""
 
-import torch
-from torch import nn
+from functools import partial
 
-from megatron_refine.engine.decode import DecodeGraphs, decode, recordable
-from megatron_refine.records import RolloutRequest, Rollouts
+import torch
+from torch import Tensor, nn
+
+from megatron_refine.engine.decode import DecodeGraphs, Group, decode, decode_across_stages, recordable
+from megatron_refine.records import Fork, RolloutRequest, Rollouts
+from megatron_refine.trainer.model import unwrap
 from megatron_refine.trainer.random import ROLLOUT, uniform
 
 
@@ -30,15 +33,31 @@ class NativeEngine:
     def rollout(self, request: RolloutRequest) -> Rollouts:
         assert request.fork is not None, "the native engine decodes from forked states"
         n = request.num_rollouts
-        states = {layer: state.detach().fork(n) for layer, state in request.fork.states.items()}
-        hidden = request.fork.hidden.detach().repeat_interleave(n, 0)
         shape = (*request.positions.shape, n)  # [B, c, n]
         samples, positions = request.sample_ids[:, None, None], request.positions[..., None]
         # two chunks may start at one position: the rollouts of a sequence are counted over all of its chunks
         rollouts = torch.arange(positions.shape[1] * n, device=positions.device).view(-1, n)
         places = torch.arange(request.rollout_len, device=positions.device).view(-1, 1, 1, 1)
         draws = uniform(request.seed, ROLLOUT, request.step, samples, positions, rollouts, places)  # [k, B, c, n]
-        given = states, hidden, draws.flatten(1), request.temperature
-        graphs = self._graphs if recordable(states) else None
-        tokens, logprobs = graphs(*given) if graphs else decode(self.model, *given)
+        tokens, logprobs = self._decode(request.fork, draws.flatten(1, 2), request.temperature)
         return Rollouts(tokens.T.reshape(*shape, -1), logprobs.T.reshape(*shape, -1), self.weight_version)
+
+    def _decode(self, fork: Fork, draws: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """draws [k, P, n] -> tokens, log-probabilities [k, P * n]."""
+        stages = unwrap(self.model).pg_collection.pp.size()
+        if stages == 1:
+            given = _group(fork, draws, slice(None))
+            run = self._graphs if self._graphs and recordable(given.states) else partial(decode, self.model)
+            return run(given.states, given.hidden, given.draws, temperature)
+        size = -(-draws.shape[1] // stages)
+        parts = [slice(start, start + size) for start in range(0, draws.shape[1], size)]
+        found = decode_across_stages(self.model, [_group(fork, draws, part) for part in parts], temperature)
+        tokens, logprobs = zip(*found, strict=True)
+        return torch.cat(tokens, 1), torch.cat(logprobs, 1)
+
+
+def _group(fork: Fork, draws: Tensor, part: slice) -> Group:
+    """The branches of some of the P positions: draws [k, P, n]."""
+    n = draws.shape[-1]
+    states = {layer: state.detach().part(part).fork(n) for layer, state in fork.states.items()}
+    return Group(states, fork.hidden[part].detach().repeat_interleave(n, 0), draws[:, part].flatten(1))

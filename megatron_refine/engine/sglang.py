@@ -1,8 +1,8 @@
 """Rollouts from SGLang servers that hold a copy of the weights.
 
-Rank 0 manages the servers; the first tensor parallel rank of every replica asks them for rollouts; the source rank of
-every pipeline stage sends them its weights. Every rank makes the same calls: what fails on one fails on all, and all
-recover together. A recovery loads the weights from disk into every server that answers and starts the others anew.
+Rank 0 manages the servers; the first rank of every replica asks them for rollouts; the source rank of every pipeline
+stage sends them its weights. Every rank makes the same calls: what fails on one fails on all, and all recover together.
+A recovery loads the weights from disk into every server that answers and starts the others anew.
 """
 
 import secrets
@@ -14,8 +14,7 @@ from typing import Any
 from urllib.parse import urlparse
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from megatron_refine import platform
 from megatron_refine.config import Config
@@ -36,7 +35,7 @@ from megatron_refine.trainer.export import (
     write_rest,
     write_stage,
 )
-from megatron_refine.trainer.parallel import Ranks
+from megatron_refine.trainer.parallel import Ranks, over_replica
 
 BUCKET_MB = {"nccl": 512, "gloo": 256}
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -90,7 +89,7 @@ class SGLangEngine:
     def rollout(self, request: RolloutRequest) -> Rollouts:
         """Raises EngineError. `request.fork` is not used: servers prefill the prefixes themselves."""
         assert self.version is not None, "sync before the first rollout"
-        version, leads = self.version, self.ranks.tp_rank == 0
+        version, leads = self.version, self.ranks.leads_replica
         collector = Collector(request, self.label(version), self.config.engine.max_requests) if leads else None
         while True:
             try:
@@ -104,7 +103,7 @@ class SGLangEngine:
             tokens, logprobs = collector.tensors()
             self.prompt_tokens += collector.prompt_tokens
             self.cached_tokens += collector.cached_tokens
-        tokens, logprobs = (self._over_tp(x.to(request.tokens.device)) for x in (tokens, logprobs))
+        tokens, logprobs = (over_replica(x.to(request.tokens.device), self.ranks) for x in (tokens, logprobs))
         return Rollouts(tokens, logprobs, version)
 
     def metrics(self) -> dict[str, float]:
@@ -187,7 +186,7 @@ class SGLangEngine:
             fleet.each(lambda server: weight_sync.resume(server, label, seconds))
             return fleet.each(lambda server: (server.url, *guard.ask_probe(server, self.config, label)))
 
-        guard.check_probes(self.model, self.config, self.ranks, self._on_main(announce))
+        guard.check_probes(self.model, self.config, self._on_main(announce))
         self._on_main(lambda fleet: fleet.healthy())
         self.guard_seconds += time.perf_counter() - start
 
@@ -246,13 +245,6 @@ class SGLangEngine:
 
     def _clients(self) -> list[Client]:
         return [server.client for server in self.servers]
-
-    def _over_tp(self, values: Tensor) -> Tensor:
-        """The first tensor parallel rank's, on all."""
-        values = values.contiguous()
-        if self.ranks.tp > 1:
-            dist.broadcast(values, group_src=0, group=self.ranks.tp_group)
-        return values
 
 
 def _address(urls: list[str]) -> str:

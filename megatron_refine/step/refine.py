@@ -25,6 +25,7 @@ from megatron_refine.trainer.clock import Clock
 from megatron_refine.trainer.optimizer import Updater, UpdateResult
 from megatron_refine.trainer.parallel import Ranks, sum_over
 from megatron_refine.trainer.random import SELECTION, uniform
+from megatron_refine.trainer.rows import Rows
 
 
 @dataclass(frozen=True)
@@ -111,14 +112,14 @@ class RefineStep:
         with self.clock("select"), torch.set_grad_enabled(keep_graph):
             positions = self._select(batch, main.scores.entropy, step)
             sequences, starts = _flat(positions)
-            fork = Fork(main.states(sequences, starts), main.rows[starts - 1, sequences])
+            fork = Fork(main.states(sequences, starts), main.rows.take(starts - 1, sequences))
         with self.clock("rollout"), torch.no_grad():
             rollouts = self.engine.rollout(self._request(batch, positions, fork, step, temperature))
         with self.clock("rescore"), torch.set_grad_enabled(keep_graph):
-            branch = forward.branch_pass(self.model, rollouts.tokens, fork.hidden, fork.states)
+            branch = forward.branch_pass(self.model, rollouts.tokens, main.rows, sequences, starts, fork.states)
         with self.clock("reward"), torch.no_grad():
             truth, h_true = _continuations(batch.tokens, main.rows, positions, c.rollout_len)
-            rewards = self.reward(rollouts.tokens, truth, branch.rows.view(*rollouts.tokens.shape, -1), h_true)
+            rewards = self.reward(rollouts.tokens, truth, branch.hidden, h_true)
             old = branch.logprobs.detach()
             experience = Experience(
                 positions, rollouts.tokens, old, advantages(rewards, c.advantage_eps),
@@ -224,8 +225,8 @@ def _flat(positions: Tensor) -> tuple[Tensor, Tensor]:
     return sequences, positions.flatten()
 
 
-def _continuations(tokens: Tensor, rows: Tensor, positions: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Tokens p..p+k-1 and the hidden states after them: tokens [B, T], rows [T, B, h] -> [B, c, k], [B, c, k, h]."""
+def _continuations(tokens: Tensor, rows: Rows, positions: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Tokens p..p+k-1 and the hidden states after them: tokens [B, T] -> [B, c, k], [B, c, k, h]."""
     after = positions[..., None] + torch.arange(length, device=positions.device)
     sequence = torch.arange(len(positions), device=positions.device)[:, None, None]
-    return tokens[sequence, after], rows[after, sequence]
+    return tokens[sequence, after], rows.take(after, sequence)

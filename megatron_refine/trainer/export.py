@@ -23,7 +23,7 @@ from megatron_refine.trainer.shards import is_sharded, unshard
 
 def is_source(ranks: Ranks) -> bool:
     """Whether this rank gets the whole tensors of its pipeline stage: the first of the first replica does."""
-    return ranks.dp_rank == 0 and ranks.tp_rank == 0
+    return ranks.replica_group.rank() == 0 and ranks.tp_rank == 0
 
 
 @torch.no_grad()
@@ -32,7 +32,7 @@ def stage_tensors(model: nn.Module, converter: Converter, ranks: Ranks) -> Itera
 
     Every rank of the first replica must run it to its end, see `to_the_end`: tensors are gathered over tp.
     """
-    if ranks.dp_rank:
+    if ranks.replica_group.rank():
         return
     for name, parameter in _own_parameters(model):
         parts = [parameter.detach()]

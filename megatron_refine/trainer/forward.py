@@ -3,6 +3,9 @@
 Position convention, everywhere: p is the number of main tokens before a branch. The log-probability of branch token 0
 is read from main row p-1, that of token j > 0 from branch row j-1. All k tokens are fed, so that branch row j is the
 hidden state after token j.
+
+Context parallel ranks hold a part of a pass's rows each (trainer/rows.py). Passes without gradient cross pipeline
+stages by themselves (trainer/pipeline.py); `ntp_pass` and `packed_pass` run in Megatron's schedules.
 """
 
 from dataclasses import dataclass
@@ -16,15 +19,18 @@ from megatron_refine.models.layout import Branches
 from megatron_refine.models.mixer import Handle, State
 from megatron_refine.trainer import head
 from megatron_refine.trainer.model import unwrap, whole_rows
+from megatron_refine.trainer.parallel import from_last_stage
+from megatron_refine.trainer.pipeline import Link
+from megatron_refine.trainer.rows import Held, Rows, score
 
 
 @dataclass
 class MainPass:
     """A finished pass over the main stream."""
 
-    rows: Tensor  # [T, B, hidden]
+    rows: Rows  # T of them
     scores: head.Scores  # [B, T]: of predicting token t+1 from row t; the target of the last row is meaningless
-    handles: dict[int, Handle]
+    handles: dict[int, Handle]  # of this stage's layers
 
     def states(self, sequences: Tensor, positions: Tensor) -> dict[int, State]:
         """Each layer's state after positions[i] tokens of sequences[i]. Drops the handles, which pin the pass."""
@@ -35,18 +41,18 @@ class MainPass:
 
 @dataclass(frozen=True)
 class BranchPass:
-    rows: Tensor  # [P, n, k, hidden]
+    hidden: Tensor  # [B, c, n, k, hidden], no gradient
     logprobs: Tensor  # [B, c, n, k]
 
 
 def main_pass(model: nn.Module, tokens: Tensor) -> MainPass:
     """tokens [B, T]; in the graph where gradients are enabled."""
     rows, handles = prefill(model, tokens)
-    return MainPass(rows, score_main(model, rows, tokens), handles)
+    return MainPass(rows, score_main(rows, tokens), handles)
 
 
-def prefill(model: nn.Module, tokens: Tensor) -> tuple[Tensor, dict[int, Handle]]:
-    """tokens [B, T] -> rows [T, B, hidden] and the handles of the layers; no head."""
+def prefill(model: nn.Module, tokens: Tensor) -> tuple[Rows, dict[int, Handle]]:
+    """tokens [B, T] -> rows and the handles of the layers; no head."""
     layout = Branches(main_len=tokens.shape[1], handles={})
     rows = _rows(model, tokens, layout)
     handles, layout.handles = layout.handles, None  # a recomputation in the backward pass must not collect again
@@ -56,7 +62,7 @@ def prefill(model: nn.Module, tokens: Tensor) -> tuple[Tensor, dict[int, Handle]
 
 def score_pass(model: nn.Module, tokens: Tensor) -> head.Scores:
     """tokens [B, T] -> the scores of `main_pass`, without what its handles pin of every layer."""
-    return score_main(model, _rows(model, tokens, Branches(main_len=tokens.shape[1])), tokens)
+    return score_main(_rows(model, tokens, Branches(main_len=tokens.shape[1])), tokens)
 
 
 def ntp_pass(model: nn.Module, tokens: Tensor) -> Any:
@@ -64,28 +70,35 @@ def ntp_pass(model: nn.Module, tokens: Tensor) -> Any:
     output = _forward(model, tokens, Branches(main_len=tokens.shape[1]))
     if not isinstance(output, dict):
         return output
-    rows = output["rows"][: tokens.shape[1]]
-    return {"logprobs": score_main(model, rows, tokens).logprobs[:, :-1]}
+    return {"logprobs": score_main(Rows(unwrap(model), output["rows"]), tokens).logprobs[:, :-1]}
 
 
-def score_main(model: nn.Module, rows: Tensor, tokens: Tensor) -> head.Scores:
-    """rows [T, B, hidden], tokens [B, T] -> scores [B, T] of each next token."""
+def score_main(rows: Rows, tokens: Tensor) -> head.Scores:
+    """Scores [B, T] of each next token of tokens [B, T], on every rank."""
+    shape = tokens.T.shape
     targets = F.pad(tokens[:, 1:], (0, 1)).T.flatten()
-    flat = head.score(unwrap(model), rows.flatten(0, 1), targets)
-    return head.Scores(*(value.unflatten(0, rows.shape[:2]).T for value in vars(flat).values()))
+    flat = _scores(rows, [rows.span(shape[0])] if rows.local is not None else [], targets)
+    return head.Scores(*(value.unflatten(0, shape).T for value in vars(flat).values()))
 
 
-def branch_pass(model: nn.Module, tokens: Tensor, previous: Tensor, states: dict[int, Any]) -> BranchPass:
+def branch_pass(
+    model: nn.Module, tokens: Tensor, main: Rows, sequences: Tensor, positions: Tensor, states: dict[int, Any]
+) -> BranchPass:
     """Branches alone.
 
-    Args: tokens [B, c, n, k]; previous [P, hidden], the main rows p-1; states of the P positions by layer.
+    Args: tokens [B, c, n, k]; main: rows of the pass that the states are of; sequences, positions [P]; states of the
+    P positions by layer.
     """
-    batch, chunks, rollouts, length = tokens.shape
+    _, chunks, rollouts, length = tokens.shape
     layout = Branches(num_positions=chunks, num_rollouts=rollouts, branch_len=length, states=states)
     _check_graph(states)
     with whole_rows(unwrap(model)):
-        rows = layout.split(_rows(model, tokens.flatten(1), layout))[1].unflatten(0, (-1, rollouts))
-    return BranchPass(rows, _branch_logprobs(model, rows, previous, tokens))
+        rows = _rows(model, tokens.flatten(1), layout)
+    pieces = _branch_pieces(main, rows, 0, tokens, sequences, positions) if rows.local is not None else []
+    logprobs = _scores(rows, pieces, _branch_targets(tokens)).logprobs
+    sequence = torch.arange(len(tokens), device=tokens.device)[:, None]
+    hidden = rows.take(torch.arange(layout.branch_rows, device=tokens.device), sequence)
+    return BranchPass(hidden.view(*tokens.shape, -1), _by_branch(logprobs, tokens.shape))
 
 
 def packed_pass(
@@ -97,53 +110,99 @@ def packed_pass(
     Returns: log-probabilities [B, T-1] of the main stream and [B, c, n, k] of the branches; before the last pipeline
     stage, the hidden rows that Megatron's schedule sends on.
     """
-    batch, chunks, rollouts, length = branches.shape
+    _, chunks, rollouts, length = branches.shape
+    batch, main_len = tokens.shape
     layout = Branches(
-        main_len=tokens.shape[1], num_positions=chunks, num_rollouts=rollouts, branch_len=length,
+        main_len=main_len, num_positions=chunks, num_rollouts=rollouts, branch_len=length,
         sequences=sequences, positions=positions,
     )  # fmt: skip
     output = _forward(model, torch.cat([tokens, branches.flatten(1)], 1), layout)
     if not isinstance(output, dict):
         return output
-    main, forked = layout.split(output["rows"])
-    previous = main[sequences, positions - 1]
-    branch_rows, branch_targets = _branch_rows(forked.unflatten(0, (-1, rollouts)), previous, branches)
-    targets = torch.cat([tokens[:, 1:].flatten(), branch_targets])
-    scored = head.score(unwrap(model), torch.cat([main[:, :-1].flatten(0, 1), branch_rows]), targets).logprobs
-    main_logprobs, branch_logprobs = scored.split([targets.numel() - branches.numel(), branches.numel()])
-    return main_logprobs.view(batch, -1), branch_logprobs.view(branches.shape)
+    rows = Rows(unwrap(model), output["rows"])
+    pieces = [rows.span(main_len - 1), *_branch_pieces(rows, rows, main_len, branches, sequences, positions)]
+    targets = torch.cat([tokens[:, 1:].T.flatten(), _branch_targets(branches)])
+    scored = score(rows.model, pieces, targets).logprobs
+    main, forked = scored.split([targets.numel() - branches.numel(), branches.numel()])
+    return main.view(-1, batch).T, _by_branch(forked, branches.shape)
 
 
-def decode_step(model: nn.Module, tokens: Tensor, states: dict[int, Any]) -> tuple[Tensor, dict[int, Any]]:
-    """Feed one token to each of N states, without gradient: tokens [N] -> hidden [N, h], the N states after it."""
+def decode_step(
+    model: nn.Module, tokens: Tensor, states: dict[int, Any], link: Link | None = None
+) -> tuple[Rows, dict[int, Any]]:
+    """Feed one token to each of N states, without gradient: tokens [N] -> N rows, the N states after them.
+
+    link: across pipeline stages, from the stage before and to the next; `link.wait()` sometime after.
+    """
     layout = Branches(num_positions=tokens.shape[0], branch_len=1, states=states, final_states={})
     with whole_rows(unwrap(model)):
-        rows = _rows(model, tokens[None], layout)
+        rows = _rows(model, tokens[None], layout, link)
     assert layout.final_states is not None
-    return rows[:, 0], layout.final_states
+    return rows, layout.final_states
 
 
-def _branch_logprobs(model: nn.Module, rows: Tensor, previous: Tensor, tokens: Tensor) -> Tensor:
-    return head.score(unwrap(model), *_branch_rows(rows, previous, tokens)).logprobs.view(tokens.shape)
+def _branch_pieces(
+    main: Rows, rows: Rows, first: int, tokens: Tensor, sequences: Tensor, positions: Tensor
+) -> list[Held]:
+    """Rows that predict branch tokens [B, c, n, k]: all first tokens, then all others; branch rows begin at `first`."""
+    batch, chunks, rollouts, length = tokens.shape
+    starts = main.pick((positions - 1).repeat_interleave(rollouts), sequences.repeat_interleave(rollouts))
+    if length == 1:
+        return [starts]
+    branch = torch.arange(chunks * rollouts, device=tokens.device)[:, None] * length
+    index = first + (branch + torch.arange(length - 1, device=tokens.device)).flatten()
+    sequence = torch.arange(batch, device=tokens.device).repeat_interleave(len(index))
+    return [starts, rows.pick(index.repeat(batch), sequence)]
 
 
-def _branch_rows(rows: Tensor, previous: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows that predict the branch tokens, and those tokens: rows [P, n, k, h], previous [P, h] -> [Pnk, h], [Pnk]."""
-    first = previous[:, None, None].expand(-1, rows.shape[1], 1, -1)
-    return torch.cat([first, rows[:, :, :-1]], 2).flatten(0, 2), tokens.flatten()
+def _branch_targets(tokens: Tensor) -> Tensor:
+    """Branch tokens [B, c, n, k] in the order of `_branch_pieces`."""
+    return torch.cat([tokens[..., 0].flatten(), tokens[..., 1:].flatten()])
 
 
-def _rows(model: nn.Module, tokens: Tensor, layout: Branches) -> Tensor:
-    output = _forward(model, tokens, layout)
-    assert isinstance(output, dict), "this pass needs all pipeline stages on one rank"
-    return output["rows"][: layout.num_rows]
+def _by_branch(values: Tensor, shape: torch.Size) -> Tensor:
+    """The inverse: [Bcnk] -> [B, c, n, k]."""
+    first, others = values.split([values.numel() // shape[-1], values.numel() - values.numel() // shape[-1]])
+    return torch.cat([first.view(*shape[:-1], 1), others.view(*shape[:-1], -1)], -1)
+
+
+def _scores(rows: Rows, pieces: list[Held], targets: Tensor) -> head.Scores:
+    """`score` on the last pipeline stage; its result on every stage."""
+    group, config = rows.model.pg_collection.pp, rows.model.config
+    if group.size() == 1:
+        return score(rows.model, pieces, targets)
+    if pieces:
+        found = score(rows.model, pieces, targets)
+    else:
+        values = torch.empty(targets.shape, dtype=torch.promote_types(config.params_dtype, torch.float32))
+        found = head.Scores(*(x.to(targets.device) for x in (values, values.clone(), values.bool())))
+    return head.Scores(*(from_last_stage(value, group) for value in vars(found).values()))
+
+
+def _rows(model: nn.Module, tokens: Tensor, layout: Branches, link: Link | None = None) -> Rows:
+    """A pass through all pipeline stages; with gradient only where there is one."""
+    inner = unwrap(model)
+    if inner.pg_collection.pp.size() == 1:
+        return Rows(inner, _forward(model, tokens, layout)["rows"])
+    assert not torch.is_grad_enabled(), "a pass across pipeline stages keeps no graph"
+    own = link or Link(inner)
+    length = -(-tokens.shape[1] // row_unit(inner.config))  # between two layers, on each rank
+    output = own.through(lambda: _forward(model, tokens, layout), length, len(tokens))
+    if not link:
+        own.wait()
+    return Rows(inner, output and output["rows"])
+
+
+def row_unit(config: Any) -> int:
+    """Ranks that the rows of a pass are cut over: their number is a multiple of it."""
+    return config.context_parallel_size * (config.tensor_model_parallel_size if config.sequence_parallel else 1)
 
 
 def _forward(model: nn.Module, tokens: Tensor, layout: Branches) -> Any:
-    config = unwrap(model).config
-    if config.sequence_parallel:
-        tokens = F.pad(tokens, (0, -tokens.shape[1] % config.tensor_model_parallel_size))  # rows are scattered
-    return model(tokens, None, None, packed_seq_params=layout)
+    inner = unwrap(model)
+    tokens = F.pad(tokens, (0, -tokens.shape[1] % row_unit(inner.config)))
+    cp = inner.pg_collection.cp
+    return model(tokens.chunk(cp.size(), 1)[cp.rank()], None, None, packed_seq_params=layout)
 
 
 def _check_graph(states: dict[int, Any]) -> None:

@@ -8,8 +8,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from megatron_refine.trainer import forward, head
+from megatron_refine.trainer import forward
 from megatron_refine.trainer.model import unwrap
+from megatron_refine.trainer.parallel import from_last_stage
+from megatron_refine.trainer.pipeline import Link
+from megatron_refine.trainer.rows import Rows, sample
 
 Finished = Callable[[int, list[int]], bool]
 """finished(sequence, its new tokens) -> whether it needs no more. The same on every rank, or the ranks part ways."""
@@ -27,13 +30,16 @@ def generate(
     everyone = torch.arange(len(tokens), device=tokens.device)
     rows, handles = forward.prefill(model, tokens)
     states = {layer: handles.pop(layer).at(everyone, lengths) for layer in list(handles)}
-    hidden = rows[lengths - 1, everyone]
-    del rows
+    inner, link = unwrap(model), Link(unwrap(model))
+    rows = Rows.of(inner, rows.take(lengths - 1, everyone)[:, None])
     written: list[list[int]] = [[] for _ in max_new]
     unused = torch.zeros(len(tokens), dtype=torch.float64, device=tokens.device)  # no draw: the highest logit wins
     open_ = set(range(len(max_new)))
     while True:
-        token, _ = head.sample(unwrap(model), hidden, unused, 0.0)
+        token = torch.zeros_like(lengths)
+        if link.stage == link.last:
+            token, _ = sample(inner, rows.span(len(tokens)), unused, 0.0)
+        token = from_last_stage(token, inner.pg_collection.pp)
         for i, new in enumerate(token.tolist()):
             if i in open_:
                 written[i].append(new)
@@ -41,4 +47,5 @@ def generate(
                     open_.discard(i)
         if not open_:
             return written
-        hidden, states = forward.decode_step(model, token, states)
+        rows, states = forward.decode_step(model, token, states, link)
+        link.wait()

@@ -10,7 +10,7 @@ from megatron.core.distributed import DistributedDataParallel, finalize_model_gr
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_refine.trainer.parallel import Ranks, broadcast_from_last_stage, sum_over
+from megatron_refine.trainer.parallel import Ranks, from_last_stage, sum_over
 
 Forward = Callable[[DistributedDataParallel, Any], Any]
 """forward(model, item) -> what the last stage's loss needs, or hidden rows before it."""
@@ -46,13 +46,13 @@ def accumulate(
         data_iterator=iter(items),
         model=model,
         num_microbatches=len(items),
-        seq_length=num_rows + (-num_rows % ranks.tp if model.config.sequence_parallel else 0),
+        seq_length=num_rows + -num_rows % (ranks.cp * (ranks.tp if model.config.sequence_parallel else 1)),
         micro_batch_size=len(items[0].batch.tokens),
         forward_only=False,
     )
     device = next(model.parameters()).device
     local = torch.stack(collected).sum(0) if collected else torch.zeros(num_sums, dtype=torch.float64, device=device)
-    return broadcast_from_last_stage(sum_over(local, ranks.dp_group), ranks)
+    return from_last_stage(sum_over(local, ranks.dp_group), ranks.pp_group)
 
 
 def finalize_gradients(models: list[Any], *args: Any, **kwargs: Any) -> None:

@@ -23,13 +23,23 @@ class Ranks:
     pp: int
     dp_rank: int
     dp: int
+    cp_rank: int
+    cp: int
     tp_group: Any
     dp_group: Any
+    cp_group: Any
+    pp_group: Any
+    replica_group: Any  # dp * cp: ranks with the same parameters
 
     @property
     def is_main(self) -> bool:
         """The rank that writes files and the screen."""
         return self.rank == 0
+
+    @property
+    def leads_replica(self) -> bool:
+        """The first of the ranks that work on the same sequences."""
+        return self.tp_rank == self.cp_rank == self.pp_rank == 0
 
     @property
     def is_last_stage(self) -> bool:
@@ -77,18 +87,30 @@ def current_ranks() -> Ranks:
         pp=ps.get_pipeline_model_parallel_world_size(),
         dp_rank=ps.get_data_parallel_rank(),
         dp=ps.get_data_parallel_world_size(),
+        cp_rank=ps.get_context_parallel_rank(),
+        cp=ps.get_context_parallel_world_size(),
         tp_group=ps.get_tensor_model_parallel_group(),
         dp_group=ps.get_data_parallel_group(),
+        cp_group=ps.get_context_parallel_group(),
+        pp_group=ps.get_pipeline_model_parallel_group(),
+        replica_group=ps.get_data_parallel_group(with_context_parallel=True),
     )
 
 
-def broadcast_from_last_stage(value: Tensor, ranks: Ranks) -> Tensor:
-    """Give every pipeline stage the last stage's tensor (all of one shape)."""
-    if ranks.pp > 1:
-        from megatron.core import parallel_state
+def from_last_stage(value: Tensor, pp_group: Any) -> Tensor:
+    """The last pipeline stage's tensor on every stage (all of one shape)."""
+    if pp_group.size() > 1:
+        value = value.contiguous()
+        dist.broadcast(value, group_src=pp_group.size() - 1, group=pp_group)
+    return value
 
-        group = parallel_state.get_pipeline_model_parallel_group()
-        dist.broadcast(value, parallel_state.get_pipeline_model_parallel_last_rank(), group)
+
+def over_replica(value: Tensor, ranks: Ranks) -> Tensor:
+    """What the rank that leads the replica has, on all of its ranks (all of one shape)."""
+    value = value.contiguous()
+    for group in (ranks.tp_group, ranks.cp_group, ranks.pp_group):
+        if group.size() > 1:
+            dist.broadcast(value, group_src=0, group=group)
     return value
 
 

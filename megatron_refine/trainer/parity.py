@@ -19,6 +19,7 @@ from megatron_refine.trainer import forward
 from megatron_refine.trainer.gradients import accumulate
 from megatron_refine.trainer.model import build_model, global_parameters, unwrap
 from megatron_refine.trainer.parallel import Ranks, init_parallel
+from megatron_refine.trainer.rows import Rows, everywhere
 from megatron_refine.trainer.shards import full_shape, shard, unshard
 
 EXPECTED = "expected.safetensors"  # caseN.input_ids [B, T], .logits [B, T, V], .loss, .grad.<name of a tensor>
@@ -85,9 +86,11 @@ def evaluate(model: Any, tokens: Tensor, ranks: Ranks) -> tuple[Tensor, float, d
         output = forward._forward(model, tokens, Branches(main_len=tokens.shape[1]))
         if not isinstance(output, dict):
             return output
-        rows = output["rows"][: tokens.shape[1]]
-        logits.append(_whole_logits(unwrap(model).logits(rows.detach().flatten(0, 1)).detach(), ranks))
-        return forward.score_main(model, rows, tokens).logprobs[:, :-1]
+        inner = unwrap(model)
+        rows = Rows(inner, output["rows"])
+        held = rows.span(tokens.shape[1])
+        logits.append(_whole_logits(inner.logits(everywhere(inner, held.rows, held).detach()).detach(), ranks))
+        return forward.score_main(rows, tokens).logprobs[:, :-1]
 
     def loss(logprobs: Tensor, item: Any) -> tuple[Tensor, Tensor]:
         value = -logprobs.mean()
@@ -108,9 +111,10 @@ def full_gradients(model: Any, ranks: Ranks) -> dict[str, Tensor]:
     """
     for buffer in model.buffers:  # the distributed optimizer leaves each rank its shard of the summed gradient
         for bucket in buffer.buckets:
-            size = bucket.grad_data.numel() // ranks.dp
-            mine = bucket.grad_data[ranks.dp_rank * size : (ranks.dp_rank + 1) * size].clone()
-            dist.all_gather_into_tensor(bucket.grad_data, mine, group=ranks.dp_group)
+            replicas, place = ranks.replica_group.size(), ranks.replica_group.rank()
+            size = bucket.grad_data.numel() // replicas
+            mine = bucket.grad_data[place * size : (place + 1) * size].clone()
+            dist.all_gather_into_tensor(bucket.grad_data, mine, group=ranks.replica_group)
     grads: dict[str, Tensor] = {}
     for name, parameter in global_parameters(model):
         grad: Tensor = parameter.main_grad  # type: ignore[attr-defined]

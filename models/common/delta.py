@@ -27,6 +27,9 @@ class DeltaState:
     def detach(self) -> "DeltaState":
         return DeltaState(self.memory.detach(), self.tail.detach())
 
+    def part(self, positions: slice) -> "DeltaState":
+        return DeltaState(self.memory[positions], self.tail[positions])
+
     def fork(self, n: int) -> "DeltaState":
         return DeltaState(self.memory.repeat_interleave(n, 0), self.tail.repeat_interleave(n, 0))
 
@@ -59,7 +62,7 @@ class DeltaMixer(Mixer):
     ):  # fmt: skip
         """groups G and value heads are those of all ranks; channels D and others are columns a group."""
         super().__init__(config)
-        self.layer_number, self.tp_group = layer_number, pg_collection.tp
+        self.layer_number, self.tp_group, self.cp_group = layer_number, pg_collection.tp, pg_collection.cp
         self.groups, self.channels, self.others = groups // self.tp_group.size(), channels, others
         self.heads = heads // self.tp_group.size()
         linear = {"config": config, "bias": False, "tp_group": self.tp_group, "skip_bias_add": True}
@@ -100,8 +103,8 @@ class DeltaMixer(Mixer):
 
     def _inputs(self, rows: Tensor, tail: Tensor | None) -> tuple[dict[str, Any], Tensor]:
         """[N, m, G, *] -> inputs of the delta rule, and the rows before the convolution."""
-        before, others = rows.split([self.channels, self.others], -1)
-        mixed = short_conv(before, self.conv.view(self.groups, self.channels, -1), tail)
+        before, others = rows.split([self.channels, rows.shape[-1] - self.channels], -1)
+        mixed = short_conv(before, self.mine(self.conv.view(self.groups, self.channels, -1)), tail)
         return self.rule_inputs(mixed, others), before
 
     def output(self, mixed: Tensor, rows: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -45,9 +45,13 @@ class GatedDeltaNetMixer(DeltaMixer):
 
     def rule_inputs(self, mixed: Tensor, others: Tensor) -> dict[str, Tensor]:
         q, k, v = mixed.split(self.widths, -1)
-        _, a, b = (x.flatten(-2) for x in others.split(self.other_widths, -1))  # [N, m, H]
+        a, b = (x.flatten(-2) for x in others[..., -2 * self.shared :].split(self.shared, -1))  # [N, m, H]
         v = v.unflatten(-1, (self.shared, -1)).flatten(-3, -2)
-        return rule_inputs(q, k, v, a, b, self.A_log, self.dt_bias, self.beta_range)
+        return rule_inputs(q, k, v, a, b, self.mine(self.A_log), self.mine(self.dt_bias), self.beta_range)
+
+    def mixed_columns(self, rows: Tensor) -> Tensor:
+        """All but the gate."""
+        return torch.cat([rows[..., : self.channels], rows[..., -2 * self.shared :]], -1)
 
     def output(self, mixed: Tensor, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         normed = self.o_norm(mixed)

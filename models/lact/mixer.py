@@ -78,9 +78,9 @@ class LactMixer(Mixer):
 
     def __init__(self, config: Any, layer_number: int, model: LactConfig, pg_collection: Any, **_: Any):
         super().__init__(config)
-        self.layer_number, self.tp_group, self.model = layer_number, pg_collection.tp, model
+        self.layer_number, self.model = layer_number, model
+        self.tp_group, self.cp_group = pg_collection.tp, pg_collection.cp
         self.heads, self.dim = model.num_lact_heads // self.tp_group.size(), model.head_dim
-        self.attention_heads = model.num_attn_heads // self.tp_group.size()
         self.rule = Rule(model.lact_chunk_size, model.use_muon, model.ttt_prenorm)
         self.widths = [3 * self.dim, 3, int(model.use_momentum), int(model.learnable_ttt_scale)]
         linear = {"config": config, "bias": False, "tp_group": self.tp_group, "skip_bias_add": True}
@@ -171,18 +171,23 @@ class LactMixer(Mixer):
     def initial(self) -> Fast:
         """The fast weights before the first chunk, [H, ...], at least fp32."""
         high = torch.promote_types(self.w1.dtype, torch.float32)
+
+        def whole(name: str) -> Tensor:
+            return self.mine(getattr(self, name)).to(high)
+
         if self.model.w0_w2_low_rank <= 0:
-            return self.w0.to(high), self.w1.to(high), self.w2.to(high)
+            return whole("w0"), whole("w1"), whole("w2")
         identity = IDENTITY * torch.eye(self.model.inner_dim, self.dim, device=self.w1.device, dtype=high)
-        w0 = self.w0_left.to(high) @ self.w0_right.to(high) + identity
-        return w0, self.w1.to(high), self.w2_left.to(high) @ self.w2_right.to(high) + identity
+        w0 = whole("w0_left") @ whole("w0_right") + identity
+        return w0, whole("w1"), whole("w2_left") @ whole("w2_right") + identity
 
     def _inputs(self, rows: Tensor, positions: Tensor) -> Inputs:
         """rows [N, m, H, *], positions [N or 1, m]."""
         m = self.model
         qkv, rates, momentum, scale = rows.split(self.widths, -1)
         q, k, v = qkv.split(self.dim, -1)  # [N, m, H, D]
-        factor, offset = (x.view(self.heads, self.dim, 2).unbind(-1) for x in (self.qk_scale, self.qk_offset))
+        moves = (self.mine(x.view(self.heads, self.dim, 2)) for x in (self.qk_scale, self.qk_offset))
+        factor, offset = (x.unbind(-1) for x in moves)
         fast_q, fast_k = (self._fast(x, f, o, positions) for x, f, o in zip((q, k), factor, offset, strict=True))
         fast_v = F.silu(v) if m.qkv_silu and not m.no_v_silu else v
         high = torch.promote_types(rates.dtype, torch.float32)
@@ -203,7 +208,7 @@ class LactMixer(Mixer):
 
     def _attention_heads(self, x: Tensor) -> Tensor:
         """[N, m, H, D] -> [N, m, h, d]."""
-        return x.flatten(-2).unflatten(-1, (self.attention_heads, -1))
+        return x.flatten(-2).unflatten(-1, (-1, self.model.hidden_size // self.model.num_attn_heads))
 
     def _join(self, attended: Tensor, found: Tensor, scale: Tensor | None) -> Tensor:
         """[N, m, h, d], [N, m, H, D] -> [N, m, H D]."""

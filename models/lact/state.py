@@ -43,6 +43,13 @@ class LactState:
             window=self.window and (self.window[0].detach(), self.window[1].detach()),
         )
 
+    def part(self, positions: slice) -> "LactState":
+        """Those of some of the P positions, before any branch token."""
+        assert self.own is None and self.window is None
+        lists = {name: getattr(self, name)[positions] for name in _LISTS}
+        prefix = self.prefix[0][positions], self.prefix[1][positions]
+        return replace(self, prefix=prefix, before=self.before[positions], **lists)
+
     def fork(self, n: int) -> "LactState":
         """n consecutive copies of each sequence; what they share is not copied."""
         if n == 1 or self.own is None or self.window is None:
