@@ -71,6 +71,24 @@ def full_gradients(model: Any) -> dict[str, Tensor]:
     return parity.full_gradients(model, current_ranks())
 
 
+def full_parameters(model: Any) -> dict[str, Tensor]:
+    """Every whole parameter under its global name, on every rank."""
+    import torch.distributed as dist
+
+    from megatron_refine.trainer.model import global_parameters
+    from megatron_refine.trainer.parallel import current_ranks
+    from megatron_refine.trainer.shards import unshard
+
+    ranks, found = current_ranks(), {}
+    for name, p in global_parameters(model):
+        parts = [torch.empty_like(p.data) for _ in range(ranks.tp)]
+        dist.all_gather(parts, p.data, group=ranks.tp_group)
+        found[name] = unshard(parts, p)
+    everyone: list[Any] = [None] * ranks.world
+    dist.all_gather_object(everyone, found)
+    return {name: value for part in everyone for name, value in part.items()}
+
+
 def relative(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
     """Relative L2 error of each parameter's gradient."""
     assert found.keys() == expected.keys()

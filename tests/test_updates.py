@@ -13,15 +13,16 @@ import torch
 
 from megatron_refine.config import Config
 from megatron_refine.records import Batch
-from tests.parity import batch, build, experience, full_gradients, relative, small_config
+from tests.parity import batch, build, experience, full_gradients, full_parameters, relative, small_config
 
 LAYOUTS = {
     "tp2": (2, ["parallel.tp=2"]),
     "tp2 sp": (2, ["parallel.tp=2", "parallel.sp=true"]),
-    "pp2": (2, ["parallel.pp=2", "refine.enabled=false"]),
+    "cp2": (2, ["parallel.cp=2"]),
+    "pp2": (2, ["parallel.pp=2"]),
     "dp2": (2, ["train.micro_batch_size=1"]),
     "tp2 sp dp2": (4, ["parallel.tp=2", "parallel.sp=true"]),
-    "tp2 sp pp2": (4, ["parallel.tp=2", "parallel.sp=true", "parallel.pp=2", "refine.enabled=false"]),
+    "tp2 sp pp2": (4, ["parallel.tp=2", "parallel.sp=true", "parallel.pp=2"]),
 }
 # Adam's first step is about lr * sign(gradient) above eps: a large eps keeps rounding noise from deciding signs
 SETTINGS = ["optimizer.eps=1e-2", "optimizer.clip_grad=1000.0"]
@@ -53,25 +54,8 @@ def update(config: Config) -> dict[str, Any]:
         else:
             result = step._update(micros, [], step._main)
         gradients = full_gradients(model)
-        results[kind] = result.sums, result.grad_norm, gradients, _parameters(model)
+        results[kind] = result.sums, result.grad_norm, gradients, full_parameters(model)
     return results
-
-
-def _parameters(model: Any) -> Any:
-    import torch.distributed as dist
-
-    from megatron_refine.trainer.model import global_parameters
-    from megatron_refine.trainer.parallel import current_ranks
-    from megatron_refine.trainer.shards import unshard
-
-    ranks, found = current_ranks(), {}
-    for name, p in global_parameters(model):
-        parts = [torch.empty_like(p.data) for _ in range(ranks.tp)]
-        dist.all_gather(parts, p.data, group=ranks.tp_group)
-        found[name] = unshard(parts, p)
-    everyone: list[Any] = [None] * ranks.world
-    dist.all_gather_object(everyone, found)
-    return {name: value for part in everyone for name, value in part.items()}
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ Context parallel ranks hold a part of a pass's rows each (trainer/rows.py). Pass
 stages by themselves (trainer/pipeline.py); `ntp_pass` and `packed_pass` run in Megatron's schedules.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,7 +49,7 @@ class BranchPass:
 def main_pass(model: nn.Module, tokens: Tensor) -> MainPass:
     """tokens [B, T]; in the graph where gradients are enabled."""
     rows, handles = prefill(model, tokens)
-    return MainPass(rows, score_main(rows, tokens), handles)
+    return MainPass(rows, _on_all_stages(rows, lambda: score_main(rows, tokens), tokens.shape), handles)
 
 
 def prefill(model: nn.Module, tokens: Tensor) -> tuple[Rows, dict[int, Handle]]:
@@ -62,7 +63,8 @@ def prefill(model: nn.Module, tokens: Tensor) -> tuple[Rows, dict[int, Handle]]:
 
 def score_pass(model: nn.Module, tokens: Tensor) -> head.Scores:
     """tokens [B, T] -> the scores of `main_pass`, without what its handles pin of every layer."""
-    return score_main(_rows(model, tokens, Branches(main_len=tokens.shape[1])), tokens)
+    rows = _rows(model, tokens, Branches(main_len=tokens.shape[1]))
+    return _on_all_stages(rows, lambda: score_main(rows, tokens), tokens.shape)
 
 
 def ntp_pass(model: nn.Module, tokens: Tensor) -> Any:
@@ -74,10 +76,9 @@ def ntp_pass(model: nn.Module, tokens: Tensor) -> Any:
 
 
 def score_main(rows: Rows, tokens: Tensor) -> head.Scores:
-    """Scores [B, T] of each next token of tokens [B, T], on every rank."""
+    """Scores [B, T] of each next token of tokens [B, T], on the last stage."""
     shape = tokens.T.shape
-    targets = F.pad(tokens[:, 1:], (0, 1)).T.flatten()
-    flat = _scores(rows, [rows.span(shape[0])] if rows.local is not None else [], targets)
+    flat = score(rows.model, [rows.span(shape[0])], F.pad(tokens[:, 1:], (0, 1)).T.flatten())
     return head.Scores(*(value.unflatten(0, shape).T for value in vars(flat).values()))
 
 
@@ -94,8 +95,12 @@ def branch_pass(
     _check_graph(states)
     with whole_rows(unwrap(model)):
         rows = _rows(model, tokens.flatten(1), layout)
-    pieces = _branch_pieces(main, rows, 0, tokens, sequences, positions) if rows.local is not None else []
-    logprobs = _scores(rows, pieces, _branch_targets(tokens)).logprobs
+
+    def branch_scores() -> head.Scores:
+        pieces = _branch_pieces(main, rows, 0, tokens, sequences, positions)
+        return score(rows.model, pieces, _branch_targets(tokens))
+
+    logprobs = _on_all_stages(rows, branch_scores, torch.Size([tokens.numel()])).logprobs
     sequence = torch.arange(len(tokens), device=tokens.device)[:, None]
     hidden = rows.take(torch.arange(layout.branch_rows, device=tokens.device), sequence)
     return BranchPass(hidden.view(*tokens.shape, -1), _by_branch(logprobs, tokens.shape))
@@ -166,16 +171,17 @@ def _by_branch(values: Tensor, shape: torch.Size) -> Tensor:
     return torch.cat([first.view(*shape[:-1], 1), others.view(*shape[:-1], -1)], -1)
 
 
-def _scores(rows: Rows, pieces: list[Held], targets: Tensor) -> head.Scores:
-    """`score` on the last pipeline stage; its result on every stage."""
+def _on_all_stages(rows: Rows, scores: Callable[[], head.Scores], shape: torch.Size) -> head.Scores:
+    """The scores, of a known shape, that the last pipeline stage computes from the rows."""
     group, config = rows.model.pg_collection.pp, rows.model.config
     if group.size() == 1:
-        return score(rows.model, pieces, targets)
-    if pieces:
-        found = score(rows.model, pieces, targets)
+        return scores()
+    if rows.local is not None:
+        found = scores()
     else:
-        values = torch.empty(targets.shape, dtype=torch.promote_types(config.params_dtype, torch.float32))
-        found = head.Scores(*(x.to(targets.device) for x in (values, values.clone(), values.bool())))
+        high = torch.promote_types(config.params_dtype, torch.float32)
+        values = torch.empty(shape, dtype=high, device=next(rows.model.parameters()).device)
+        found = head.Scores(values, values.clone(), values.bool())
     return head.Scores(*(from_last_stage(value, group) for value in vars(found).values()))
 
 

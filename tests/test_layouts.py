@@ -1,0 +1,85 @@
+"""A whole REFINE step at every pair of layouts is the step of a single rank.
+
+Positions and rollouts the same; losses, every gradient and every parameter after the optimizer's step to rounding.
+Sequences differ in length and one is too short for rollouts, so that ranks and micro-batches hold unequal numbers of
+tokens: only global means come out right.
+"""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_refine.config import Config
+from tests.parity import batch, full_gradients, full_parameters, relative, small_config
+from tests.test_step import make_step
+from tests.zygote import Zygote
+
+AXES = {
+    "tp2": ["parallel.tp=2"],
+    "tp2sp": ["parallel.tp=2", "parallel.sp=true"],
+    "cp2": ["parallel.cp=2"],
+    "pp2": ["parallel.pp=2"],
+    "dp2": ["train.micro_batch_size=1"],
+}
+NAMES = list(AXES)
+PAIRS = [(a, b) for i, a in enumerate(NAMES) for b in NAMES[i + 1 :] if (a, b) != ("tp2", "tp2sp")]
+LAYOUTS = {a: (2, AXES[a]) for a in NAMES} | {f"{a} {b}": (4, AXES[a] + AXES[b]) for a, b in PAIRS}
+# Adam's first step is about lr * sign(gradient) above eps: a large eps keeps rounding noise from deciding signs
+SETTINGS = ["optimizer.eps=1e-2", "optimizer.clip_grad=1000.0"]
+KEYS = ("train/loss", "train/ntp_loss", "train/nsp_loss", "train/grad_norm", "train/ratio_mean", "rollout/reward_mean",
+        "rollout/entropy_mean")  # fmt: skip
+
+
+def steps(config: Config) -> dict[str, Any]:
+    """On a rank: a step of each kind that the layout allows; this rank's samples with their positions and rollouts."""
+    found: dict[str, Any] = {}
+    modes = ["two_pass", "fused"] if config.parallel.pp == 1 else ["two_pass"]
+    for mode in modes:
+        update = config.update.model_copy(update={"mode": mode})
+        step = make_step(config.model_copy(update={"update": update}), torch.float32, optimizer=True)
+        ranks, whole = step.ranks, batch(4)
+        whole.lengths[:] = torch.tensor([192, 185, 150, 10])  # 10: too short for rollouts
+        share = 4 // ranks.dp
+        metrics = step(whole.rows(slice(ranks.dp_rank * share, (ranks.dp_rank + 1) * share)), 0, refine=True)
+        e = step.last.experience  # of the first micro-batch
+        samples = whole.sample_ids[ranks.dp_rank * share :][: len(e.tokens)].tolist()
+        drawn = dict(zip(samples, zip(e.positions, e.tokens, strict=True), strict=True))
+        found[mode] = metrics, drawn, full_gradients(step.model), full_parameters(step.model)
+    return found
+
+
+@pytest.fixture(scope="module")
+def reference(ranks: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
+    @functools.cache
+    def compute(model: str) -> Any:
+        return ranks(1, steps, config=small_config(tmp_path_factory.mktemp("reference"), *SETTINGS, model=model))[0]
+
+    return compute
+
+
+FAMILIES = ["delta_net", *(pytest.param(m, marks=pytest.mark.slow) for m in ("gated_delta_net", "lact"))]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("model", FAMILIES)
+def test_a_step_is_the_same_at_every_layout(
+    ranks: Zygote, reference: Callable[[str], Any], tmp_path: Path, model: str, layout: str
+) -> None:
+    world, overrides = LAYOUTS[layout]
+    config = small_config(tmp_path, *SETTINGS, *overrides, model=model)
+    for result in ranks(world, steps, config=config):
+        for mode, (metrics, drawn, gradients, parameters) in result.items():
+            expected, all_drawn, expected_gradients, expected_parameters = reference(model)[mode]
+            for sample, (positions, tokens) in drawn.items():
+                if sample in all_drawn:  # of the reference's first micro-batch
+                    assert positions.equal(all_drawn[sample][0]) and tokens.equal(all_drawn[sample][1]), (mode, sample)
+            for key in KEYS:  # fp32 sums in another order
+                assert metrics[key] == pytest.approx(expected[key], rel=2e-5, abs=1e-6), (mode, key)
+            worst = max(relative(gradients, expected_gradients).items(), key=lambda item: item[1])
+            assert worst[1] < 1e-4, (mode, worst)
+            worst = max(relative(parameters, expected_parameters).items(), key=lambda item: item[1])
+            assert worst[1] < 1e-5, (mode, worst)
