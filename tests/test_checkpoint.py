@@ -18,7 +18,7 @@ from tests.runs import FAILURES, TP2, failing
 from tests.test_step import make_step
 
 LAYOUTS: dict[str, tuple[int, list[str]]] = {  # world size, overrides
-    "tp1": (1, []), "dp2": (2, []), "pp2": (2, ["parallel.pp=2", "refine.enabled=false"])
+    "tp1": (1, []), "dp2": (2, []), "pp2": (2, ["parallel.pp=2"]), "cp2": (2, ["parallel.cp=2"])
 }  # fmt: skip
 
 
@@ -107,7 +107,7 @@ def test_resharding_changes_no_bit_and_the_run_goes_on(ranks: Any, tmp_path: Pat
 
 @pytest.mark.parametrize("model", ["delta_net", "gated_delta_net", "lact"])
 def test_every_family_reshards(ranks: Any, tmp_path: Path, model: str) -> None:
-    """tp x pp x dp: 2 x 2 x 1 -> 1 x 1 x 1 -> 1 x 1 x 4; weights and Adam's moments bit for bit."""
+    """tp2 pp2 -> one rank -> cp2 dp2; weights and Adam's moments bit for bit."""
 
     def config(name: str, *overrides: str) -> Config:
         (tmp_path / name).mkdir()
@@ -118,8 +118,8 @@ def test_every_family_reshards(ranks: Any, tmp_path: Path, model: str) -> None:
     uninterrupted = ranks(4, two_steps_saved, config=start_config)[0][0]
     source = Path(start_config.run.dir) / "checkpoints/step_0000002"
     first = ranks(1, plain, folder=source)[0]
-    for world in (1, 4):
-        target = config(f"1x1x{world}")
+    for world, overrides in ((1, []), (4, ["parallel.cp=2"])):
+        target = config(f"on {world}", *overrides)
         for metrics, counters, _ in ranks(world, loaded_saved_continued, config=target, source=source):
             assert counters == {3}
             for key in ("train/ntp_loss", "train/grad_norm"):  # fp32 sums in another order

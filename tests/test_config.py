@@ -75,9 +75,9 @@ def test_unknown_key_or_wrong_type(path: Path, override: str, says: str) -> None
     [
         (["parallel.tp=8"], ("parallel.tp=8", "4 heads", "1, 2, 4")),
         (["parallel.tp=4", "model.intermediate_size=126"], ("parallel.tp=4", "model.intermediate_size=126")),
-        (["parallel.pp=3", "refine.enabled=false", "eval.sequences=0"], ("parallel.pp=3", "model.num_layers=2")),
-        (["parallel.pp=2"], ("parallel.pp=2", "refine.enabled=false", "eval.sequences=0")),
-        (["parallel.pp=2", "refine.enabled=false"], ("parallel.pp=2", "eval.sequences=0")),
+        (["parallel.pp=3"], ("parallel.pp=3", "model.num_layers=2")),
+        (["parallel.tp=2", "parallel.cp=4"], ("parallel.cp=4", "tp*cp = 8", "4 heads", "1, 2, 4")),
+        (["parallel.pp=2", "update.mode=fused"], ("update.mode=fused", "parallel.pp=2", "two_pass")),
         (["parallel.sp=true"], ("parallel.sp=true", "parallel.tp > 1")),
         (["data.seq_length=39"], ("data.seq_length=39", "refine.num_chunks=8", "at least 40")),
         (["refine.num_chunks=300"], ("data.seq_length=256", "refine.num_chunks=300", "at least 300")),
@@ -212,7 +212,8 @@ def test_automatic_update_mode(path: Path) -> None:
     assert read(path).fused
     assert not read(path, "update.mini_batch_size=4").fused
     assert not read(path, "update.mode=two_pass").fused
-    assert not read(path, "parallel.pp=2", "refine.enabled=false", "eval.sequences=0").fused
+    assert not read(path, "parallel.pp=2").fused
+    assert read(path, "parallel.cp=2").fused
 
 
 def test_resolved_copy_is_the_same_configuration(path: Path) -> None:

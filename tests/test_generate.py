@@ -43,13 +43,14 @@ def decoded(config: Config, slow: bool) -> list[list[int]]:
 
 @pytest.mark.parametrize("model", ["delta_net", "gated_delta_net", "lact", "lact muon"])
 def test_decoding_from_states_equals_whole_passes(model: str, ranks: Zygote, tmp_path: Path) -> None:
-    """In fp64, at two layouts: ragged prompts, answers of different lengths."""
+    """In fp64, at four layouts: ragged prompts, answers of different lengths."""
 
     def run(*overrides: str, slow: bool = False) -> list[Any]:
         config = parity.small_config(tmp_path, *overrides, model=model)
-        return ranks(config.parallel.tp, decoded, config=config, slow=slow)
+        return ranks(config.parallel.model_size, decoded, config=config, slow=slow)
 
     expected = run(slow=True)
     assert [len(answer) for answer in expected[0]] == [NEW, 3, NEW, 1, 7, NEW]
     assert run() == expected
-    assert run("parallel.tp=2", "parallel.sp=true") == expected * 2
+    for overrides in (["parallel.tp=2", "parallel.sp=true"], ["parallel.cp=2"], ["parallel.pp=2"]):
+        assert run(*overrides) == expected * 2, overrides

@@ -38,6 +38,7 @@ LAYOUTS: dict[str, tuple[dict[str, Any], str]] = {  # parallel.*, train.recomput
     "tp2": ({"tp": 2}, "none"),
     "tp2-sp": ({"tp": 2, "sp": True}, "none"),
     "tp2-sp-recompute": ({"tp": 2, "sp": True}, "full"),
+    "cp2": ({"cp": 2}, "none"),
     "tp2-sp-pp2": ({"tp": 2, "sp": True, "pp": 2}, "none"),
 }
 
@@ -144,7 +145,7 @@ def test_the_command_line_names_damaged_files(tmp_path: Path) -> None:
     ("folder", "arguments", "code", "says"),
     [
         ("lact_muon_nope", ["--tp", "4"], 2, "parallel.tp=4: must divide the 2 heads of the model; choose one of 1, 2"),
-        ("delta_net", ["--cp", "2"], 2, "parallel.cp=2: context parallelism is not available"),
+        ("lact_muon_nope", ["--tp", "2", "--cp", "2"], 2, "parallel.cp=2: tp*cp = 4 must divide the 2 heads of the model"),
         ("delta_net", ["--sp"], 2, "parallel.sp=true: sequence parallelism needs parallel.tp > 1"),
         ("delta_net", ["--pp", "3"], 2, "parallel.pp=3: must divide model.num_layers=2"),
         ("delta_net", ["--tp", "0"], 2, "--tp 0: must be 1 or more"),

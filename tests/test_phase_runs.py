@@ -182,7 +182,6 @@ BAD: list[tuple[str, str, list[str]]] = [
     ("testtime", "optimizer.warmup_steps=3", ["optimizer.warmup_steps=3", "optimizer.schedule=constant"]),
     ("testtime", "ttt.reset=never", ["ttt.reset='never'", "'per_batch' or 'online'"]),
     ("testtime", "train.phase=test", ["train.phase='test'", "'testtime'"]),
-    ("testtime", "parallel.pp=2", ["parallel.pp=2"]),
     ("posttrain", "model=gpt", ["model=gpt: unknown", "delta_net_tiny"]),
 ]
 

@@ -19,7 +19,7 @@ from tests.zygote import Zygote
 pytestmark = [pytest.mark.sglang, pytest.mark.timeout(600)]
 LAYOUTS = {
     "tp2": (2, ["parallel.tp=2", "parallel.sp=true"]),
-    "tp2 pp2": (4, ["parallel.tp=2", "parallel.pp=2", "update.mode=two_pass"]),
+    "cp2 pp2": (4, ["parallel.cp=2", "parallel.pp=2"]),
 }
 SMALL_BUCKETS = "engine.bucket_mb=1"  # the model has 2 MiB
 
@@ -75,8 +75,7 @@ def sync_often(folder: str, model: str, overrides: list[str], modes: list[str]) 
             lane.move_weights(module, version)
             engine.config = config.model_copy(update={"engine": config.engine.model_copy(update={"sync": mode})})
             engine.sync(version)
-            if config.parallel.pp == 1:
-                gaps.append(gaps_of_rollouts(engine, module))
+            gaps.append(gaps_of_rollouts(engine, module))
         return {"gaps": gaps, "lines": engine.lines, "metrics": engine.metrics()}
 
 
