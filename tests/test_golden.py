@@ -145,7 +145,7 @@ def test_the_command_line_names_damaged_files(tmp_path: Path) -> None:
     ("folder", "arguments", "code", "says"),
     [
         ("lact_muon_nope", ["--tp", "4"], 2, "parallel.tp=4: must divide the 2 heads of the model; choose one of 1, 2"),
-        ("lact_muon_nope", ["--tp", "2", "--cp", "2"], 2, "parallel.cp=2: tp*cp = 4 must divide the 2 heads of the model"),
+        ("lact_muon_nope", ["--tp", "2", "--cp", "2"], 2, "parallel.cp=2: tp*cp = 4 must divide the 2 heads"),
         ("delta_net", ["--sp"], 2, "parallel.sp=true: sequence parallelism needs parallel.tp > 1"),
         ("delta_net", ["--pp", "3"], 2, "parallel.pp=3: must divide model.num_layers=2"),
         ("delta_net", ["--tp", "0"], 2, "--tp 0: must be 1 or more"),
