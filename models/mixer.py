@@ -86,6 +86,7 @@ class Mixer(MegatronModule):
     def forward(
         self, hidden_states: Tensor, attention_mask: Any = None, packed_seq_params: Branches | None = None, **_: Any
     ) -> tuple[Tensor, Tensor | None]:
+        """[S/cp (/tp), B, hidden] and the layout of all rows -> the same shape, bias."""
         layout = packed_seq_params
         assert isinstance(layout, Branches), "pass the layout of the rows as packed_seq_params="
         projected = self.project(hidden_states)
