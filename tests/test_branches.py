@@ -55,7 +55,7 @@ def fused(model: Any, b: Any, e: Any) -> tuple[Any, Any]:
     sequences, positions = _flat(e.positions)
     main = forward.main_pass(model, b.tokens)
     states = main.states(sequences, positions)
-    branch = forward.branch_pass(model, e.tokens, main.rows, sequences, positions, states)
+    branch = forward.branch_pass(model, forward.Forked(e.tokens, main.rows, sequences, positions, states))
     return main.scores.logprobs[:, :-1], branch.logprobs
 
 
@@ -172,11 +172,11 @@ def detached(config: Config) -> tuple[str, float]:
         if detach:
             states = {layer: state.detach() for layer, state in states.items()}
             try:
-                forward.branch_pass(model, e.tokens, main.rows, sequences, positions, states)
+                forward.branch_pass(model, forward.Forked(e.tokens, main.rows, sequences, positions, states))
             except AssertionError as error:
                 message = str(error)
             forward._check_graph = lambda states: None
-        branch = forward.branch_pass(model, e.tokens, main.rows, sequences, positions, states)
+        branch = forward.branch_pass(model, forward.Forked(e.tokens, main.rows, sequences, positions, states))
         (branch.logprobs * e.advantages[..., None]).sum().backward()
         return full_gradients(model)
 

@@ -46,6 +46,7 @@ def config_of(folder: str, model: str, overrides: list[str]) -> Any:
     return config.model_copy(update={"parallel": found})
 
 
+@torch.no_grad()
 def gaps_of_rollouts(engine: Any, model: Any, step: int = 0) -> list[float]:
     """Mean and largest difference between the log-probabilities of rollouts and the trainer's, n = 2."""
     from megatron_refine.records import RolloutRequest
@@ -200,6 +201,7 @@ def test_a_damaged_sync_is_seen_and_made_good(server: Any, fault: str, ranks: Zy
     assert all(largest < lane.TOLERANCE for _, largest in found["gaps"])
 
 
+@torch.no_grad()
 def update_without_flush(folder: str, model: str, url: str) -> dict[str, float]:
     """On a rank: the gap of a continued request whose state comes from the weights before an update."""
     from megatron_refine.trainer.forward import score_pass

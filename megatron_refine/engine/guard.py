@@ -82,6 +82,7 @@ def check_label(url: str, answer: dict[str, Any], label: str) -> None:
         raise ServerError(f"{url}: serves weights {served!r}, not {label!r}")
 
 
+@torch.no_grad()
 def check_probes(model: nn.Module, config: Config, answers: list[tuple[str, list[int], list[float]]]) -> None:
     """Every rank: the probes [(url, tokens, log-probabilities)] against the trainer's own.
 

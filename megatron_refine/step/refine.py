@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_refine.config import Config
-from megatron_refine.records import Batch, Experience, Fork, RolloutEngine, RolloutRequest
+from megatron_refine.records import Batch, Experience, Fork, RolloutEngine, RolloutRequest, Rollouts
 from megatron_refine.step import objective
 from megatron_refine.step.advantage import advantages, zero_variance_groups
 from megatron_refine.step.hooks import resolve
@@ -88,7 +88,8 @@ class RefineStep:
             results = [self._update(micros, [], lambda model, item: self._fused(item, step, explored), refine=True)]
         else:
             with torch.no_grad():
-                explored = [self.explore(micro, step, keep_graph=False)[0] for micro in micros]
+                waves = [micros[i : i + self.ranks.pp] for i in range(0, len(micros), self.ranks.pp)]
+                explored = [x for wave in waves for x, _ in self.explore_wave(wave, step, keep_graph=False)]
             results = [
                 self._update(micros[i : i + count], explored[i : i + count], self._packed, refine=True)
                 for i in range(0, len(micros), count)
@@ -106,17 +107,35 @@ class RefineStep:
         self, batch: Batch, step: int, keep_graph: bool, temperature: float | None = None
     ) -> tuple[Explored, Outputs]:
         """Score, select, rollout, rescore and reward of a micro-batch; `temperature` overrides that of the rollouts."""
-        c, limits = self.config.refine, self.config.engine
+        return self.explore_wave([batch], step, keep_graph, temperature)[0]
+
+    def explore_wave(
+        self, batches: list[Batch], step: int, keep_graph: bool, temperature: float | None = None
+    ) -> list[tuple[Explored, Outputs]]:
+        """`explore` of micro-batches that pass through the pipeline stages one behind the other."""
         with self.clock("score"), torch.set_grad_enabled(keep_graph):
-            main = forward.main_pass(self.model, batch.tokens)
-        with self.clock("select"), torch.set_grad_enabled(keep_graph):
-            positions = self._select(batch, main.scores.entropy, step)
-            sequences, starts = _flat(positions)
-            fork = Fork(main.states(sequences, starts), main.rows.take(starts - 1, sequences))
-        with self.clock("rollout"), torch.no_grad():
-            rollouts = self.engine.rollout(self._request(batch, positions, fork, step, temperature))
+            mains = forward.main_passes(self.model, [batch.tokens for batch in batches])
+        written, positions = list[Rollouts](), list[Tensor]()
+        forks = list[forward.Forked]()
+        for batch, main in zip(batches, mains, strict=True):
+            with self.clock("select"), torch.set_grad_enabled(keep_graph):
+                positions.append(self._select(batch, main.scores.entropy, step))
+                sequences, starts = _flat(positions[-1])
+                fork = Fork(main.states(sequences, starts), main.rows.take(starts - 1, sequences))
+            with self.clock("rollout"), torch.no_grad():
+                rollouts = self.engine.rollout(self._request(batch, positions[-1], fork, step, temperature))
+            written.append(rollouts)
+            forks.append(forward.Forked(rollouts.tokens, main.rows, sequences, starts, fork.states))
         with self.clock("rescore"), torch.set_grad_enabled(keep_graph):
-            branch = forward.branch_pass(self.model, rollouts.tokens, main.rows, sequences, starts, fork.states)
+            branches = forward.branch_passes(self.model, forks)
+        found = zip(batches, positions, mains, written, branches, strict=True)
+        return [self._judge(*each) for each in found]
+
+    def _judge(
+        self, batch: Batch, positions: Tensor, main: forward.MainPass, rollouts: Rollouts, branch: forward.BranchPass
+    ) -> tuple[Explored, Outputs]:
+        """Rewards and advantages, and what the loss is computed from."""
+        c, limits = self.config.refine, self.config.engine
         with self.clock("reward"), torch.no_grad():
             truth, h_true = _continuations(batch.tokens, main.rows, positions, c.rollout_len)
             rewards = self.reward(rollouts.tokens, truth, branch.hidden, h_true)

@@ -8,8 +8,9 @@ Context parallel ranks hold a part of a pass's rows each (trainer/rows.py). Pass
 stages by themselves (trainer/pipeline.py); `ntp_pass` and `packed_pass` run in Megatron's schedules.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,6 +42,17 @@ class MainPass:
 
 
 @dataclass(frozen=True)
+class Forked:
+    """What a pass over branches alone needs."""
+
+    tokens: Tensor  # [B, c, n, k]
+    main: Rows  # of the pass that the states are of
+    sequences: Tensor  # [P]
+    positions: Tensor  # [P]
+    states: dict[int, Any]  # of the P positions, by layer
+
+
+@dataclass(frozen=True)
 class BranchPass:
     hidden: Tensor  # [B, c, n, k, hidden], no gradient
     logprobs: Tensor  # [B, c, n, k]
@@ -48,14 +60,24 @@ class BranchPass:
 
 def main_pass(model: nn.Module, tokens: Tensor) -> MainPass:
     """tokens [B, T]; in the graph where gradients are enabled."""
-    rows, handles = prefill(model, tokens)
-    return MainPass(rows, _on_all_stages(rows, lambda: score_main(rows, tokens), tokens.shape), handles)
+    return main_passes(model, [tokens])[0]
 
 
-def prefill(model: nn.Module, tokens: Tensor) -> tuple[Rows, dict[int, Handle]]:
-    """tokens [B, T] -> rows and the handles of the layers; no head."""
+def main_passes(model: nn.Module, micros: Sequence[Tensor]) -> list[MainPass]:
+    """Several at once: while one is on a pipeline stage, the next is on the stage before it."""
+    link = Link(unwrap(model))
+    begun = [prefill(model, tokens, link) for tokens in micros]
+    link.wait()
+    return [
+        MainPass(rows, _on_all_stages(rows, partial(score_main, rows, tokens), tokens.shape), handles)
+        for tokens, (rows, handles) in zip(micros, begun, strict=True)
+    ]
+
+
+def prefill(model: nn.Module, tokens: Tensor, link: Link | None = None) -> tuple[Rows, dict[int, Handle]]:
+    """tokens [B, T] -> rows and the handles of the layers; no head. link: as of `decode_step`."""
     layout = Branches(main_len=tokens.shape[1], handles={})
-    rows = _rows(model, tokens, layout)
+    rows = _rows(model, tokens, layout, link)
     handles, layout.handles = layout.handles, None  # a recomputation in the backward pass must not collect again
     assert handles is not None
     return rows, handles
@@ -64,7 +86,7 @@ def prefill(model: nn.Module, tokens: Tensor) -> tuple[Rows, dict[int, Handle]]:
 def score_pass(model: nn.Module, tokens: Tensor) -> head.Scores:
     """tokens [B, T] -> the scores of `main_pass`, without what its handles pin of every layer."""
     rows = _rows(model, tokens, Branches(main_len=tokens.shape[1]))
-    return _on_all_stages(rows, lambda: score_main(rows, tokens), tokens.shape)
+    return _on_all_stages(rows, partial(score_main, rows, tokens), tokens.shape)
 
 
 def ntp_pass(model: nn.Module, tokens: Tensor) -> Any:
@@ -82,27 +104,34 @@ def score_main(rows: Rows, tokens: Tensor) -> head.Scores:
     return head.Scores(*(value.unflatten(0, shape).T for value in vars(flat).values()))
 
 
-def branch_pass(
-    model: nn.Module, tokens: Tensor, main: Rows, sequences: Tensor, positions: Tensor, states: dict[int, Any]
-) -> BranchPass:
-    """Branches alone.
+def branch_pass(model: nn.Module, forked: Forked) -> BranchPass:
+    """Branches alone; in the graph where gradients are enabled."""
+    return branch_passes(model, [forked])[0]
 
-    Args: tokens [B, c, n, k]; main: rows of the pass that the states are of; sequences, positions [P]; states of the
-    P positions by layer.
-    """
-    _, chunks, rollouts, length = tokens.shape
-    layout = Branches(num_positions=chunks, num_rollouts=rollouts, branch_len=length, states=states)
-    _check_graph(states)
-    with whole_rows(unwrap(model)):
-        rows = _rows(model, tokens.flatten(1), layout)
 
-    def branch_scores() -> head.Scores:
-        pieces = _branch_pieces(main, rows, 0, tokens, sequences, positions)
+def branch_passes(model: nn.Module, micros: Sequence[Forked]) -> list[BranchPass]:
+    """Several at once, as `main_passes`."""
+    link, found = Link(unwrap(model)), []
+    for forked in micros:
+        _, chunks, rollouts, length = forked.tokens.shape
+        layout = Branches(num_positions=chunks, num_rollouts=rollouts, branch_len=length, states=forked.states)
+        _check_graph(forked.states)
+        with whole_rows(unwrap(model)):
+            found.append(_rows(model, forked.tokens.flatten(1), layout, link))
+    link.wait()
+    return [_score_branches(forked, rows) for forked, rows in zip(micros, found, strict=True)]
+
+
+def _score_branches(forked: Forked, rows: Rows) -> BranchPass:
+    tokens = forked.tokens
+
+    def scores() -> head.Scores:
+        pieces = _branch_pieces(forked.main, rows, 0, tokens, forked.sequences, forked.positions)
         return score(rows.model, pieces, _branch_targets(tokens))
 
-    logprobs = _on_all_stages(rows, branch_scores, torch.Size([tokens.numel()])).logprobs
+    logprobs = _on_all_stages(rows, scores, torch.Size([tokens.numel()])).logprobs
     sequence = torch.arange(len(tokens), device=tokens.device)[:, None]
-    hidden = rows.take(torch.arange(layout.branch_rows, device=tokens.device), sequence)
+    hidden = rows.take(torch.arange(tokens[0].numel(), device=tokens.device), sequence)
     return BranchPass(hidden.view(*tokens.shape, -1), _by_branch(logprobs, tokens.shape))
 
 
