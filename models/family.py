@@ -23,10 +23,14 @@ _MIXERS = {"delta_net": "DeltaNetMixer", "gated_delta_net": "GatedDeltaNetMixer"
 
 @dataclass(frozen=True)
 class Saved:
-    """Bytes of what autograd keeps for the backward pass of one layer, a token."""
+    """Bytes of what autograd keeps for the backward pass of one layer."""
 
-    rows: int  # whole rows: divided by tp under sequence parallelism only
-    heads: int  # rows of this rank's heads or MLP columns: always divided by tp
+    rows: float  # a row: divided by cp, and by tp under sequence parallelism
+    heads: float  # a row, of this rank's heads or MLP columns: divided by tp * cp
+    travelled: float = 0.0  # a row, of this rank's heads, under context parallelism alone
+    fixed: float = 0.0  # whatever the layout and the micro-batch
+    position: float = 0.0  # a position that branches start from, of this rank's heads
+    rollout: float = 0.0  # a branch there, of this rank's heads
 
 
 class FamilyCost(Protocol):
@@ -50,8 +54,15 @@ class FamilyCost(Protocol):
     def state_bytes(self, model: Any, itemsize: int) -> int:
         """Bytes of a layer's state at one position; `itemsize` is that of an activation."""
 
-    def saved_bytes(self, model: Any, itemsize: int) -> Saved:
-        """Bytes kept for the backward pass of a layer, a token."""
+    def head_norm_width(self, model: Any) -> int:
+        """Width of the norm of a head's output: a weight that all heads share."""
+
+    def exchanged_columns(self, model: Any) -> tuple[int, int]:
+        """Columns of all heads that context parallel ranks exchange before the mixing of a row, and after it."""
+
+    def saved_bytes(self, model: Any, itemsize: int, length: int, gpu: bool) -> Saved:
+        """Bytes kept for the backward pass of a layer, of sequences of `length` tokens, by the kernels of a GPU or by
+        torch on a CPU."""
 
 
 def mixer(family: str) -> type[Any]:

@@ -71,9 +71,21 @@ def test_a_step_is_the_same_at_every_layout(
 ) -> None:
     world, overrides = LAYOUTS[layout]
     config = small_config(tmp_path, *SETTINGS, *overrides, model=model)
-    for result in ranks(world, steps, config=config):
+    compare(ranks(world, steps, config=config), reference(model))
+
+
+def test_more_branch_rows_than_main_rows(ranks: Zygote, tmp_path: Path) -> None:
+    """One context parallel rank has the whole main stream, the other nothing but branch rows."""
+    many = [*SETTINGS, "refine.num_rollouts=16"]
+    expected = ranks(1, steps, config=small_config(tmp_path, *many))[0]
+    compare(ranks(2, steps, config=small_config(tmp_path, *many, "parallel.cp=2")), expected)
+
+
+def compare(results: list[Any], reference: Any) -> None:
+    """Each rank's steps with those of a single rank."""
+    for result in results:
         for mode, (metrics, drawn, gradients, parameters) in result.items():
-            expected, all_drawn, expected_gradients, expected_parameters = reference(model)[mode]
+            expected, all_drawn, expected_gradients, expected_parameters = reference[mode]
             for sample, (positions, tokens) in drawn.items():
                 if sample in all_drawn:  # of the reference's first micro-batch
                     assert positions.equal(all_drawn[sample][0]) and tokens.equal(all_drawn[sample][1]), (mode, sample)

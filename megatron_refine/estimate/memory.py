@@ -26,30 +26,32 @@ class RankMemory:
         return self.weights + self.gradients + self.optimizer + self.activations + self.head + self.states
 
 
-def fullest_rank(config: Config, dp: int) -> RankMemory:
+def fullest_rank(config: Config, dp: int, gpu: bool = True) -> RankMemory:
     """The memory of the pipeline stage that holds most."""
-    stages = (rank_memory(config, dp, stage) for stage in range(config.parallel.pp))
+    stages = (rank_memory(config, dp, stage, gpu) for stage in range(config.parallel.pp))
     return max(stages, key=lambda memory: memory.total)
 
 
-def rank_memory(config: Config, dp: int, stage: int) -> RankMemory:
-    """The memory of a rank of pipeline stage `stage`, with `dp` data parallel ranks."""
+def rank_memory(config: Config, dp: int, stage: int, gpu: bool = True) -> RankMemory:
+    """The memory of a rank of pipeline stage `stage`, with `dp` data parallel ranks. gpu: by the kernels of a GPU; else
+    by torch on a CPU."""
     p = config.parallel
     count = family.flops(config.model.family).rank_parameters(config.model, p.tp, p.pp, stage)
     bf16 = config.train.precision == "bf16"
     last = stage == p.pp - 1
     return RankMemory(
         stage=stage,
-        weights=count * _itemsize(config),
+        weights=count * itemsize(config),
         gradients=count * FP32,
-        optimizer=count * (12 if bf16 else 8) // dp,
-        activations=_activations(config, dp, stage),
+        optimizer=count * (12 if bf16 else 8) // (dp * p.cp),
+        activations=_activations(config, dp, stage, gpu),
         head=_head(config) if last else 0,
         states=_states(config) if config.refine.enabled else 0,
     )
 
 
-def _itemsize(config: Config) -> int:
+def itemsize(config: Config) -> int:
+    """Bytes of a weight or an activation."""
     return 2 if config.train.precision == "bf16" else FP32
 
 
@@ -59,29 +61,41 @@ def _rows(config: Config) -> int:
     return config.train.micro_batch_size * (config.data.seq_length + branch)
 
 
-def _activations(config: Config, dp: int, stage: int) -> int:
+def _activations(config: Config, dp: int, stage: int, gpu: bool) -> int:
     """Recomputation keeps each layer's input and, at its turn, everything of one layer. Under 1F1B (arXiv 2104.04473) a
     stage holds one micro-batch more for each stage that follows."""
-    p, model, itemsize = config.parallel, config.model, _itemsize(config)
-    split_rows = p.tp if p.sp else 1
-    saved = family.flops(model.family).saved_bytes(model, itemsize)
-    layer = saved.rows // split_rows + saved.heads // p.tp
-    layers, layer_input = model.num_layers // p.pp, model.hidden_size * itemsize // split_rows
+    p, model, size = config.parallel, config.model, itemsize(config)
+    cut = p.cp * (p.tp if p.sp else 1)  # of whole rows
+    layer = layer_bytes(config, gpu)
+    layers, layer_input = model.num_layers // p.pp, _rows(config) * model.hidden_size * size / cut
     in_flight = min(p.pp - stage, config.train.global_batch_size // (dp * config.train.micro_batch_size))
-    ends = 2 * layer_input if stage == p.pp - 1 else 0  # input and output of the final norm
+    ends = 0.0
+    if stage == p.pp - 1:  # the final norm, as those of the layers; what it returns is gathered over tp
+        ends = layer_input * (1 if gpu else 2) + _rows(config) * model.hidden_size * size / p.cp
     if config.train.recompute == "full":
-        return _rows(config) * (in_flight * layers * layer_input + layer + ends)
-    return _rows(config) * (in_flight * layers * layer + ends)
+        return round(in_flight * layers * layer_input + layer + ends)
+    return round(in_flight * layers * layer + ends)
+
+
+def layer_bytes(config: Config, gpu: bool) -> float:
+    """Bytes kept for the backward pass of one layer and micro-batch, branches included."""
+    p, r, micro, length = config.parallel, config.refine, config.train.micro_batch_size, config.data.seq_length
+    saved = family.flops(config.model.family).saved_bytes(config.model, itemsize(config), length, gpu)
+    cut = p.cp * (p.tp if p.sp else 1)
+    heads = _rows(config) * (saved.heads + saved.travelled * (p.cp > 1))
+    if r.enabled:
+        heads += micro * r.num_chunks * (saved.position + r.num_rollouts * saved.rollout)
+    return _rows(config) * saved.rows / cut + heads / (p.tp * p.cp) + saved.fixed
 
 
 def _head(config: Config) -> int:
-    vocab = config.model.padded_vocab // config.parallel.tp
-    return 3 * min(HEAD_ELEMENTS, _rows(config) * vocab) * FP32
+    vocab, rows = config.model.padded_vocab // config.parallel.tp, _rows(config) // config.parallel.cp
+    return 3 * min(HEAD_ELEMENTS, rows * vocab) * FP32
 
 
 def _states(config: Config) -> int:
     """The state at each of the B c positions, and one for each of their n rollouts."""
     r, model = config.refine, config.model
     positions = config.train.micro_batch_size * r.num_chunks
-    layer = family.flops(model.family).state_bytes(model, _itemsize(config)) // config.parallel.tp
-    return positions * (1 + r.num_rollouts) * model.num_layers // config.parallel.pp * layer
+    p, layer = config.parallel, family.flops(model.family).state_bytes(model, itemsize(config))
+    return positions * (1 + r.num_rollouts) * model.num_layers // p.pp * (layer // (p.tp * p.cp))

@@ -43,8 +43,9 @@ class Rows:
         local, (start, end) = self._part()
         batch = local.shape[1]
         here = local[: max(0, min(length, end) - start)].flatten(0, 1)
-        places = torch.arange(start * batch, start * batch + len(here), device=here.device)
-        return Held(here, places if end - start < length else None, length * batch)
+        if self.model.pg_collection.cp.size() == 1:
+            return Held(here, None, len(here))
+        return Held(here, torch.arange(start * batch, start * batch + len(here), device=here.device), length * batch)
 
     def pick(self, index: Tensor, sequences: Tensor) -> Held:
         """Row index[i] of sequence sequences[i]: [N], [N]."""

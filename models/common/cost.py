@@ -1,6 +1,7 @@
 """What the families' costs share: the frame around the mixer."""
 
 from megatron_refine.config import ModelConfig
+from megatron_refine.models.family import Saved
 
 
 def rank_parameters(model: ModelConfig, tp: int, pp: int, stage: int, *, sharded: int, head_norm: int) -> int:
@@ -22,3 +23,11 @@ def rank_parameters(model: ModelConfig, tp: int, pp: int, stage: int, *, sharded
 def head_flops(model: ModelConfig) -> int:
     """Forward FLOPs of the output layer, a row."""
     return 2 * model.hidden_size * model.padded_vocab
+
+
+def saved_frame(model: ModelConfig, gpu: bool) -> Saved:
+    """Elements kept for the backward pass of a layer around its mixer, a row. On a GPU the norms and the gated MLP are
+    one kernel each, which keeps its input."""
+    norm = 2 if gpu else 3  # input and output; x / rms(x)
+    mlp = 3 if gpu else 5  # gate, up, their product; gate again, SiLU(gate)
+    return Saved(rows=2 * norm * model.hidden_size, heads=mlp * model.intermediate_size)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_refine.config import ModelConfig
+from megatron_refine.models.common import cost
 from megatron_refine.models.common.cost import head_flops, rank_parameters
 from megatron_refine.models.family import Saved
 
@@ -87,18 +88,41 @@ class DeltaCost:
         s = self.shape(model)
         return s.heads * s.key_dim * s.value_dim * FP32 + (s.conv_size - 1) * s.channels * itemsize
 
-    def saved_bytes(self, model: ModelConfig, itemsize: int) -> Saved:
-        """Bytes kept for the backward pass of a layer, a token: what autograd saves around and in the chunked delta
-        rule in torch, which computes in fp32 (`kernels/delta_rule/chunk.py`). The fla kernels keep less."""
+    def head_norm_width(self, model: ModelConfig) -> int:
+        """Width of the norm of a head's output."""
+        return self.shape(model).value_dim
+
+    def exchanged_columns(self, model: ModelConfig) -> tuple[int, int]:
+        """All but the gate; what the heads read."""
+        s = self.shape(model)
+        outputs = s.heads * s.value_dim
+        return s.channels + s.others - outputs * s.gated_output, outputs
+
+    def saved_bytes(self, model: ModelConfig, itemsize: int, length: int, gpu: bool) -> Saved:
+        """Bytes kept for the backward pass of a layer.
+
+        On a CPU what autograd saves around and in the chunked delta rule, which computes in fp32
+        (`kernels/delta_rule/chunk.py`); held to measurements by tests. On a GPU what flash-linear-attention's function
+        saves (its 0.6.0: q, k, v, beta and a [C] of (I + A)^-1), compiled elementwise chains keeping their inputs;
+        counted in the sources, never measured.
+        """
         s = self.shape(model)
         heads, k, v = s.heads, s.key_dim, s.value_dim
-        rows = 4 * model.hidden_size  # input and output of both norms
-        mixer = 3 * s.channels  # before the convolution, once more with the tail in front, before SiLU
-        mixer += heads * (2 * k + 2 * v)  # q, k before their norm; o before and after its norm
-        mixer += heads * 3 * v if s.gated_output else 0  # the gate, its SiLU, the product
-        rule = rule_elements(k, v, s.gated_rule)
-        mlp = 4 * model.intermediate_size  # gate, up, SiLU(gate), their product
-        return Saved(rows=rows * itemsize, heads=(mixer + mlp) * itemsize + heads * rule * FP32)
+        frame = cost.saved_frame(model, gpu)
+        columns = s.channels + s.others  # of the input projection
+        forked = heads * (k * v + CHUNK * (k + v + k * s.gated_rule)) * FP32  # state, keys and writes of its chunk
+        left = heads * v * s.gated_output  # columns of the gate: what travels is beside the whole projection
+        travelled = (columns - left) * itemsize * s.gated_output
+        if gpu:
+            mixer = columns + s.channels + heads * (2 * k + CHUNK + 2 * v + v * s.gated_output)
+            return Saved(frame.rows * itemsize, (frame.heads + mixer) * itemsize, travelled, position=forked)
+        mixer = columns + 3 * s.channels  # with the tail in front, before SiLU, after it
+        mixer += heads * v * (1 + 2 * s.gated_output)  # what out_proj reads; SiLU of the gate, the norm's output
+        rule = heads * (rule_elements(k, v, s.gated_rule) + 2 * v + 4)  # o, x / rms(x); beta and lengths
+        return Saved(
+            frame.rows * itemsize, (frame.heads + mixer) * itemsize + rule * FP32, travelled,
+            position=forked, rollout=heads * k * v * FP32 * s.gated_rule,
+        )  # fmt: skip
 
     def _sharded_of_layer(self, model: ModelConfig) -> int:
         s, h = self.shape(model), model.hidden_size

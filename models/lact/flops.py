@@ -61,15 +61,46 @@ def state_bytes(model: LactConfig, itemsize: int) -> int:
     return fast + 2 * (model.window_size - 1) * model.hidden_size * itemsize
 
 
-def saved_bytes(model: LactConfig, itemsize: int) -> Saved:
-    """Bytes kept for the backward pass of a layer, a token, around and in `kernels/lact/chunk.py`."""
-    h, inner = model.hidden_size, model.num_lact_heads * model.inner_dim
-    rows = 4 * h  # input and output of both norms
-    mixer = 17 * h  # q, k, v of both paths with what their scale, SiLU, unit length and rotation keep; both outputs
-    fast = 13 * inner + 6 * h  # gate, up and what is made of them, reading and training; operands of the gradients
-    weights = 8 * 3 * model.num_lact_heads * model.head_dim * model.inner_dim // model.lact_chunk_size  # of a chunk
-    mlp = 4 * model.intermediate_size  # gate, up, SiLU(gate), their product
-    return Saved(rows=rows * itemsize, heads=(mixer + fast + mlp) * itemsize + weights * FP32)
+def head_norm_width(model: LactConfig) -> int:
+    """Width of the norm of a head's output."""
+    return model.head_dim
+
+
+def exchanged_columns(model: LactConfig) -> tuple[int, int]:
+    """Columns that context parallel ranks exchange before the mixing of a row, and after it."""
+    return _columns(model), model.hidden_size
+
+
+def saved_bytes(model: LactConfig, itemsize: int, length: int, gpu: bool) -> Saved:
+    """Bytes kept for the backward pass of a layer, around and in `kernels/lact/chunk.py`; on a CPU held to measurements
+    by tests, on a GPU (compiled chains keep their inputs, FlexAttention its own) counted in the sources."""
+    h, inner, window = model.hidden_size, model.num_lact_heads * model.inner_dim, model.window_size
+    frame = cost.saved_frame(model, gpu)
+    updates = -(-length // model.lact_chunk_size) - 1
+    trained = min(1.0, updates * model.lact_chunk_size / length)  # share of the tokens
+    attended = -(-length // window) * window if length > window else length
+    mixer = _columns(model) + (7 if gpu else 11) * h  # sides of the scale, SiLU, unit length and rotation; outputs
+    attention = 4 * h * attended / length  # q, k, v and what is read
+    if not gpu:
+        attention += 4 * h * max(0, attended - window) / length  # keys and values of two windows side by side
+    reads, trains = (3, 6) if gpu else (4, 13)  # gate, up and what is made of them
+    fast = reads * inner + trained * (trains * inner + 2 * h)  # keys times two rates
+    position = 2 * (window - 1) * h * itemsize  # keys and values before a branch
+    angles = (2 if model.ttt_nope else 4) * length * h // model.num_attn_heads * FP32  # cosines and sines
+    mask = 2 * window * window * FP32 if length > window else 0
+    return Saved(
+        rows=frame.rows * itemsize,
+        heads=(frame.heads + mixer + attention + fast) * itemsize + _saved_matrices(model, updates) / length * FP32,
+        fixed=0 if gpu else angles + mask,
+        position=position,
+    )
+
+
+def _saved_matrices(model: LactConfig, updates: int) -> int:
+    """Elements of the fast weights and of what their updates keep, a sequence."""
+    small, size = min(model.head_dim, model.inner_dim), model.head_dim * model.inner_dim
+    each = 28 * size + 9 * NEWTON_SCHULZ_STEPS * small * small if model.use_muon else 12 * size
+    return model.num_lact_heads * (updates * each + 2 * size)
 
 
 def _columns(model: LactConfig) -> int:

@@ -1,0 +1,204 @@
+"""The estimate held to real ranks: saved activations, parameters, Adam's state, collectives, FLOPs."""
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from megatron_refine.config import Config
+from megatron_refine.estimate.flops import step_flops
+from megatron_refine.estimate.memory import rank_memory
+from megatron_refine.estimate.traffic import step_traffic
+from megatron_refine.models import family
+from tests.parity import batch, build, small_config
+from tests.test_step import make_step
+from tests.zygote import Zygote
+
+LAYOUTS = {
+    "one": (1, []),
+    "tp2": (2, ["parallel.tp=2"]),
+    "tp2 sp": (2, ["parallel.tp=2", "parallel.sp=true"]),
+    "cp2": (2, ["parallel.cp=2"]),
+    "pp2": (2, ["parallel.pp=2"]),
+    "dp2": (2, ["train.micro_batch_size=1"]),
+}
+WIDE = ["model.hidden_size=256", "model.intermediate_size=512", "model.num_layers=4", "data.seq_length=1024"]
+WIDE += ["train.global_batch_size=1", "train.micro_batch_size=1", "refine.num_rollouts=4"]
+OWN = {"delta_net": [], "gated_delta_net": ["model.head_dim=64"]}
+LACT = ["model.lact_chunk_size=128", "model.window_size=128"]
+
+
+def wide(tmp_path: Path, model: str, *overrides: str) -> Config:
+    """Wide and long enough that activations outweigh what the estimate leaves out (lengths of rows, indices)."""
+    return small_config(tmp_path, *WIDE, *OWN.get(model, LACT), *overrides, model=model)
+
+
+def saved(config: Config) -> dict[str, int]:
+    """On a rank: bytes that the backward pass of a main and of a packed forward keeps, each storage once."""
+    from megatron_refine.trainer import forward
+    from megatron_refine.trainer.model import unwrap
+
+    model, ranks = build(config, torch.float32)
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    r, length = config.refine, config.data.seq_length
+    tokens, positions = batch(1, length).tokens, torch.tensor([100, 300, 500, 900])
+    branches = torch.randint(0, 97, (1, r.num_chunks, r.num_rollouts, r.rollout_len))
+    sequences, found = torch.zeros_like(positions), {}
+    for kind in ("main", "packed"):
+        kept: dict[int, torch.UntypedStorage] = {}
+
+        def pack(tensor: torch.Tensor, kept: Any = kept) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:  # a view of a weight is no activation
+                kept[storage.data_ptr()] = storage
+            return tensor
+
+        if ranks.pp_rank:
+            rows = length + (config.branch_rows if kind == "packed" else 0)
+            unwrap(model).set_input_tensor(torch.randn(rows, 1, config.model.hidden_size, requires_grad=True))
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            if kind == "main":
+                output = forward.ntp_pass(model, tokens)
+            else:
+                output = forward.packed_pass(model, tokens, branches, sequences, positions)
+        found[kind] = sum(storage.nbytes() for storage in kept.values())
+        del output
+    return found
+
+
+@pytest.mark.parametrize("layout", ["one", "tp2", "tp2 sp", "cp2", "pp2"])
+@pytest.mark.parametrize("model", ["delta_net", "gated_delta_net", "lact", "lact muon"])
+def test_activations(ranks: Zygote, tmp_path: Path, model: str, layout: str) -> None:
+    """Within 4 %: small things are left out, and branch rows of LaCT count as main rows do."""
+    world, overrides = LAYOUTS[layout]
+    config = wide(tmp_path, model, *overrides)
+    ntp = config.model_copy(update={"refine": config.refine.model_copy(update={"enabled": False})})
+    for rank, real in enumerate(ranks(world, saved, config=config)):
+        stage = rank if config.parallel.pp > 1 else 0
+        for kind, asked in (("main", ntp), ("packed", config)):
+            memory = rank_memory(asked, 1, stage, gpu=False)
+            assert memory.activations == pytest.approx(real[kind], rel=0.04), (kind, rank)
+
+
+def held(config: Config) -> tuple[int, int]:
+    """On a rank: bytes of the parameters, and of Adam's state with the fp32 weights that it updates."""
+    from megatron_refine.trainer.optimizer import Updater
+
+    model, ranks = build(config, torch.bfloat16 if config.train.precision == "bf16" else torch.float32)
+    state = 0
+    for part in Updater(config, model, ranks).parts:
+        state += sum(v.nbytes for s in part.optimizer.state.values() for k, v in s.items() if k != "step")
+        own = [p for group in part.optimizer.param_groups for p in group["params"]]
+        state += sum(p.nbytes for p in own if config.train.precision == "bf16")
+    return sum(p.nbytes for p in model.parameters()), state
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_weights_and_optimizer(ranks: Zygote, tmp_path: Path, layout: str, precision: str) -> None:
+    """To the byte. The distributed optimizer's parts differ a little in size: their mean over dp * cp."""
+    world, overrides = LAYOUTS[layout]
+    config = small_config(tmp_path, f"train.precision={precision}", *overrides)
+    dp, p = world // config.parallel.model_size, config.parallel
+    real = ranks(world, held, config=config)
+    for rank in range(world):
+        memory = rank_memory(config, dp, rank if p.pp > 1 else 0)
+        assert real[rank][0] == memory.weights
+        replicas = [state for _, state in real] if dp * p.cp > 1 else [real[rank][1]]
+        assert sum(replicas) == memory.optimizer * len(replicas)
+
+
+OPERATIONS = {
+    "allreduce_": "all_reduce", "_allgather_base_": "all_gather", "_reduce_scatter_base_": "reduce_scatter",
+    "alltoall_base_": "all_to_all", "send": "send", "broadcast_": "broadcast",
+    "reduce_scatter_tensor_coalesced_": "reduce_scatter", "allgather_into_tensor_coalesced_": "all_gather",
+}  # fmt: skip
+SCALARS = 256  # bytes of sums of losses and norms, which the estimate leaves out
+
+
+class Collectives(TorchDispatchMode):
+    """Counts the collectives over groups of several ranks: (axis, operation) -> [calls, bytes of the larger side]."""
+
+    def __init__(self, axes: dict[str, str]):
+        """axes: by the name of a group."""
+        super().__init__()
+        self.axes = axes
+        self.found: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0, 0])
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        from torch.distributed.distributed_c10d import ProcessGroup
+
+        name = func._schema.name.split("::")[1]
+        if func.namespace == "c10d" and name in OPERATIONS:
+            groups = [x for x in args if isinstance(x, torch.ScriptObject) and "ProcessGroup" in str(x._type())]
+            axis = self.axes.get(ProcessGroup.unbox(groups[0]).group_name)
+            sides = [[t for t in tree_leaves(x) if isinstance(t, torch.Tensor)] for x in args]
+            size = max(sum(t.nbytes for t in side) for side in sides)
+            if axis and size >= SCALARS:
+                entry = self.found[axis, OPERATIONS[name]]
+                entry[0], entry[1] = entry[0] + 1, entry[1] + size
+        return func(*args, **(kwargs or {}))
+
+
+def collectives(config: Config) -> Any:
+    """On a rank: those of an NTP-only and of a REFINE step."""
+    step = make_step(config, torch.float32, optimizer=True)
+    ranks, share = step.ranks, 4 // step.ranks.dp
+    groups = {"tp": ranks.tp_group, "cp": ranks.cp_group, "pp": ranks.pp_group, "dp": ranks.replica_group}
+    axes = {group.group_name: axis for axis, group in groups.items() if group.size() > 1}
+    mine, found = batch(4).rows(slice(ranks.dp_rank * share, (ranks.dp_rank + 1) * share)), {}
+    for refine in (False, True):
+        with Collectives(axes) as counted:
+            step(mine, 0, refine=refine)
+        found[refine] = dict(counted.found)
+    return found
+
+
+CASES = [(layout, mode) for layout in LAYOUTS for mode in ("two_pass", "fused") if layout != "one"]
+
+
+@pytest.mark.parametrize(("layout", "mode"), [case for case in CASES if case != ("pp2", "fused")])
+def test_collectives(ranks: Zygote, tmp_path: Path, layout: str, mode: str) -> None:
+    """Their number, and their bytes exactly; the gradient's are padded, to 64 elements a parameter and 128 ranks."""
+    world, overrides = LAYOUTS[layout]
+    # a size at which no message but sums of losses is small
+    config = small_config(tmp_path, *overrides, f"update.mode={mode}", "refine.num_rollouts=16")
+    for rank, real in enumerate(ranks(world, collectives, config=config)):
+        for refine, counted in real.items():
+            expected: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0, 0])
+            stage = rank if config.parallel.pp > 1 else 0
+            for x in step_traffic(config, world // config.parallel.model_size, refine, stage):
+                if x.size / x.calls >= SCALARS:
+                    entry = expected[x.axis, x.op]
+                    entry[0], entry[1] = entry[0] + x.calls, entry[1] + x.size
+            assert counted.keys() == expected.keys(), (rank, refine)
+            for key, (calls, size) in counted.items():
+                slack = 64 * 4 * 40 if key[0] == "dp" else 0
+                assert calls == expected[key][0], (key, refine)
+                assert 0 <= size - expected[key][1] <= slack, (key, refine)
+
+
+def forward_flops(config: Config) -> int:
+    """On a rank: matmul FLOPs of a main pass, as torch counts them."""
+    from megatron_refine.trainer import forward
+
+    model, _ = build(config, torch.float32)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        forward.score_pass(model, batch(1, config.data.seq_length).tokens)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("model", ["delta_net", "gated_delta_net", "lact", "lact muon"])
+def test_flops(ranks: Zygote, tmp_path: Path, model: str) -> None:
+    """Within 2 %. The counter sees neither triangular solves nor, on a CPU, the window's fused attention."""
+    config = wide(tmp_path, model, "refine.enabled=false")
+    shape, length = config.model, config.data.seq_length
+    layer = family.flops(shape.family).layer_flops(shape, length)
+    unseen = length * shape.num_layers * (layer.get("solve", 0) + layer.get("window", 0))
+    expected = step_flops(config).ntp / 3 - unseen
+    assert ranks(1, forward_flops, config=config)[0] == pytest.approx(expected, rel=0.02)
