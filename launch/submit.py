@@ -12,7 +12,8 @@ from pathlib import Path
 
 from megatron_refine import config as configuration
 from megatron_refine.config.load import read_as
-from megatron_refine.estimate import estimate, render
+from megatron_refine.estimate.hardware import Hardware
+from megatron_refine.estimate.plan import plan
 from megatron_refine.models.family import FAMILIES
 from megatron_refine.slurm.job import Job
 from megatron_refine.slurm.site import Site
@@ -27,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
         job = build(options)
         if options.dry_run:
             world = job.nodes * job.site.ranks_per_node
-            print(job.script() + "\n" + render(estimate(job.config, world)))
+            print(job.script() + "\n" + plan(job.config, world, Hardware()))
             return 0
         ids = submit(job, options.chain)
     except configuration.ConfigError as error:

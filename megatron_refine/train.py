@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Parse, check, then dry-run or train. Every failure ends in one line."""
     parser = argparse.ArgumentParser(prog="python -m megatron_refine.train", description=__doc__.split("\n")[0])
     parser.add_argument("--config", required=True, action="append", help="a YAML file; several: later ones win")
-    parser.add_argument("--dry-run", action="store_true", help="print configuration, memory and FLOPs; start nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print configuration and estimate; start nothing")
     parser.add_argument("--gpus", type=int, help="world size of the dry run (default: that of the environment)")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override a key of the configuration")
     options = parser.parse_intermixed_args(arguments)
@@ -72,10 +72,11 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         config = configuration.load(options.config, options.overrides, FAMILIES)
         if options.dry_run:
-            from megatron_refine.estimate import estimate, render
+            from megatron_refine.estimate.hardware import Hardware
+            from megatron_refine.estimate.plan import plan
 
             world = options.gpus or max(world, config.parallel.model_size)
-            print(config.to_yaml() + "\n" + render(estimate(config, world)))
+            print(config.to_yaml() + "\n" + plan(config, world, Hardware()))
             return 0
         configuration.check_world_size(config, world)
         return _run(config)

@@ -157,7 +157,7 @@ def test_memory_follows_precision_and_layout() -> None:
     fp32 = rank_memory(config.model_copy(update={"train": Train(precision="fp32")}), dp=4, stage=0)
     assert (fp32.weights, fp32.gradients, fp32.optimizer) == (4 * count, 4 * count, 2 * count)
     single = rank_memory(config.model_copy(update={"parallel": Parallel()}), dp=4, stage=0)
-    assert single.activations == pytest.approx(2 * ours.memory.activations, rel=1e-6)
+    assert single.activations == pytest.approx(2 * ours.memory.activations, rel=0.01)  # the head's rows are whole
     recomputed = rank_memory(config.model_copy(update={"train": Train(recompute="full")}), dp=4, stage=0)
     assert 0 < recomputed.activations < ours.memory.activations / 10
 

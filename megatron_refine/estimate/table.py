@@ -17,7 +17,8 @@ def _layout(e: Estimate) -> str:
     ranks = f"{e.world_size} rank" + "s" * (e.world_size > 1)
     sp = " (sequence parallel)" if p.sp else ""
     model = f"{e.config.model.family}, {_amount(e.parameters)} parameters"
-    return f"{model}, on {ranks}: tp {p.tp}{sp}, pp {p.pp}, dp {e.dp}"
+    cp = f", cp {p.cp}" if p.cp > 1 else ""
+    return f"{model}, on {ranks}: tp {p.tp}{sp}{cp}, pp {p.pp}, dp {e.dp}"
 
 
 def _memory(e: Estimate) -> list[str]:
@@ -29,7 +30,7 @@ def _memory(e: Estimate) -> list[str]:
     rows = [
         (f"weights, {c.train.precision}", m.weights),
         ("gradients, fp32", m.gradients),
-        (f"{adam}, 1/{e.dp}", m.optimizer),
+        (f"{adam}, 1/{e.dp * c.parallel.cp}", m.optimizer),
         (f"activations, {tokens}{branches}{recompute}", m.activations),
         ("logits, a chunk of rows", m.head),
         ("forked states", m.states),

@@ -1,0 +1,125 @@
+"""How long a step takes: matmuls at a share of the peak, collectives by latency and bandwidth, decoding by memory.
+
+A range, from Hardware.slow to Hardware.fast: nothing here was measured on the machine that it speaks of.
+"""
+
+from dataclasses import dataclass
+
+from megatron_refine.config import Config
+from megatron_refine.estimate.flops import StepFlops, step_flops
+from megatron_refine.estimate.hardware import Hardware
+from megatron_refine.estimate.memory import itemsize
+from megatron_refine.estimate.traffic import Traffic, step_traffic
+from megatron_refine.models import family
+
+KERNELS = 25  # a layer's in a step of decoding
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of a batch, (at best, at worst)."""
+
+    stages: dict[str, tuple[float, float]]  # score, rollout, rescore, update, collectives, sync
+    ntp: tuple[float, float]  # a step of next-token prediction alone
+    exchanged: dict[tuple[str, str], float]  # (axis, operation) -> seconds of its collectives
+
+    @property
+    def total(self) -> tuple[float, float]:
+        best, worst = zip(*self.stages.values(), strict=True)
+        return sum(best), sum(worst)
+
+
+def step_time(config: Config, dp: int, hardware: Hardware) -> StepTime:
+    """Of the pipeline stage that takes longest: the last, which has the head."""
+    work, stage = step_flops(config), config.parallel.pp - 1
+    plain = StepFlops(ntp=work.ntp, score=0, rollout=0, rescore=0, update=work.ntp)
+    refine = config.refine.enabled
+    stages = _computing(config, dp, hardware, work if refine else plain, refine)
+    traffic = step_traffic(config, dp, refine, stage)
+    exchanged: dict[tuple[str, str], float] = {}
+    for each in traffic:
+        key = each.axis, each.op
+        exchanged[key] = exchanged.get(key, 0.0) + collective_seconds(config, dp, hardware, each)
+    stages["collectives"] = (sum(exchanged.values()),) * 2
+    if config.engine.kind == "sglang" and refine:
+        stages["sync"] = sync_seconds(config, hardware)
+    others = sum(collective_seconds(config, dp, hardware, x) for x in step_traffic(config, dp, False, stage))
+    best, worst = _computing(config, dp, hardware, plain, refine=False)["update"]
+    return StepTime(stages, (best + others, worst + others), exchanged)
+
+
+def _computing(
+    config: Config, dp: int, hardware: Hardware, work: StepFlops, refine: bool
+) -> dict[str, tuple[float, float]]:
+    p, train = config.parallel, config.train
+    world, micros = dp * p.model_size, train.global_batch_size // (dp * train.micro_batch_size)
+    updates = train.global_batch_size // config.mini_batch_at(config.refine.start_step, refine)
+    each = max(1, micros // updates)  # micro-batches of an optimizer step
+    full = _fullest_stage(config) / world
+
+    def seconds(flops: float, bubble: float) -> tuple[float, float]:
+        busy = flops * full * bubble / hardware.peak_flops
+        return busy / hardware.fast, busy / hardware.slow
+
+    wave = min(p.pp, micros)  # micro-batches that follow one another through the stages
+    passing = (wave + p.pp - 1) / wave
+    backward = (each + p.pp - 1) / each  # 1F1B
+    again = 4 / 3 if train.recompute == "full" else 1.0
+    if config.fused and refine:
+        again = 1.5 if train.recompute == "full" else 1.0  # of the backward passes alone
+    found = {"update": seconds(work.update * again, backward)}
+    if refine:
+        found |= {"score": seconds(work.score, passing), "rescore": seconds(work.rescore, passing)}
+        if config.engine.kind == "native":
+            found["rollout"] = _decoding(config, micros, hardware)
+    return found
+
+
+def _decoding(config: Config, micros: int, hardware: Hardware) -> tuple[float, float]:
+    """A token of all branches: this rank's weights are read, or its kernels started, whichever takes longer."""
+    p, model = config.parallel, config.model
+    weights = family.flops(model.family).rank_parameters(model, p.tp, p.pp, p.pp - 1) * itemsize(config)
+    reading = weights / hardware.memory_bandwidth
+    starting = KERNELS * model.num_layers / p.pp * hardware.launch * (0.1 if config.engine.cuda_graphs else 1.0)
+    steps = micros * config.refine.rollout_len * (2 * p.pp - 1 if p.pp > 1 else 1)
+    return steps * max(reading, starting / 2), steps * (reading + starting)
+
+
+def _fullest_stage(config: Config) -> float:
+    """Work of the last pipeline stage / the mean."""
+    cost, model = family.flops(config.model.family), config.model
+    layers = model.num_layers * sum(cost.layer_flops(model, config.data.seq_length).values())
+    head, pp = cost.head_flops(model), config.parallel.pp
+    return (layers / pp + head) / ((layers + head) / pp)
+
+
+def collective_seconds(config: Config, dp: int, hardware: Hardware, traffic: Traffic) -> float:
+    """alpha-beta: ring collectives over w ranks move (w-1)/w of the tensor in w-1 hops, an all-reduce twice that."""
+    size, spread = _spread(config, dp, traffic.axis)
+    inside = spread <= hardware.gpus_per_node
+    latency = hardware.node_latency if inside else hardware.network_latency
+    bandwidth = (hardware.node_bandwidth if inside else hardware.network_bandwidth) * hardware.reached_bandwidth
+    if traffic.op in ("send", "broadcast"):
+        return traffic.calls * latency + traffic.size / bandwidth
+    rounds = 2 if traffic.op == "all_reduce" else 1
+    hops = rounds * (size - 1) if traffic.op != "all_to_all" else 1  # pairs exchange at once
+    return traffic.calls * hops * latency + rounds * traffic.size * (size - 1) / size / bandwidth
+
+
+def _spread(config: Config, dp: int, axis: str) -> tuple[int, int]:
+    """Ranks of a group, and how many neighbouring ranks it lies in: tp innermost, then cp, dp and pp, as Megatron."""
+    p = config.parallel
+    if axis == "tp":
+        return p.tp, p.tp
+    if axis == "cp":
+        return p.cp, p.tp * p.cp
+    if axis == "dp":
+        return dp * p.cp, p.tp * p.cp * dp
+    return p.pp, p.tp * p.cp * dp * p.pp
+
+
+def sync_seconds(config: Config, hardware: Hardware) -> tuple[float, float]:
+    """The weights, broadcast to the servers over the network: at a link's share, and at a third of that."""
+    weights = family.flops(config.model.family).parameters(config.model) * itemsize(config)
+    best = weights / (hardware.network_bandwidth * hardware.reached_bandwidth)
+    return best, 3 * best

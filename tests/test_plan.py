@@ -1,0 +1,115 @@
+"""The plan of a run: time, layouts, and the command line that prints it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_refine.config import Config, load
+from megatron_refine.estimate.flops import step_flops
+from megatron_refine.estimate.hardware import Hardware
+from megatron_refine.estimate.layouts import layout_of, layouts
+from megatron_refine.estimate.plan import plan, summary, throughput
+from megatron_refine.estimate.timing import collective_seconds, step_time
+from megatron_refine.estimate.traffic import Traffic
+from megatron_refine.models.family import FAMILIES
+
+ROOT = Path(__file__).parents[1]
+LARGE = ROOT / "configs/midtrain_delta_net_7b.yaml"
+# no latency, and whole peaks: what remains can be computed by hand
+IDEAL = Hardware(slow=1, fast=1, node_latency=1e-15, network_latency=1e-15, launch=0, reached_bandwidth=1)
+
+
+def large(*overrides: str) -> Config:
+    return load([str(LARGE)], list(overrides), FAMILIES)
+
+
+def test_alpha_and_beta_by_hand() -> None:
+    """Four ranks of a node, and sixteen over two; a ring of w moves (w-1)/w of the tensor, an all-reduce twice that."""
+    hardware = Hardware(reached_bandwidth=0.5, node_latency=1e-5, network_latency=1e-4)
+    config = large("parallel.tp=4")
+
+    def seconds(axis: str, op: str, dp: int = 4) -> float:
+        return collective_seconds(config, dp, hardware, Traffic("update", axis, op, 10, 9e9))
+
+    assert seconds("tp", "all_gather") == pytest.approx(10 * 3e-5 + 9e9 * 3 / 4 / 225e9)
+    assert seconds("tp", "all_reduce") == pytest.approx(10 * 6e-5 + 2 * 9e9 * 3 / 4 / 225e9)
+    assert seconds("dp", "reduce_scatter") == pytest.approx(10 * 3e-4 + 9e9 * 3 / 4 / 25e9)
+    assert seconds("dp", "reduce_scatter", dp=2) == pytest.approx(10 * 1e-5 + 9e9 / 2 / 225e9)  # 4 x 2: one node
+    assert seconds("pp", "send") == pytest.approx(10 * 1e-4 + 9e9 / 25e9)
+
+
+def test_an_ideal_machine_takes_the_flops_over_its_peak() -> None:
+    config = large("parallel.tp=1", "parallel.sp=false")
+    time, work = step_time(config, 64, IDEAL), step_flops(config)
+    each = 64 * IDEAL.peak_flops
+    for stage in ("score", "rescore", "update"):
+        assert time.stages[stage] == pytest.approx((getattr(work, stage) / each,) * 2), stage
+    recomputed = step_time(large("parallel.tp=1", "parallel.sp=false", "train.recompute=full"), 64, IDEAL)
+    assert recomputed.stages["update"][0] == pytest.approx(4 / 3 * time.stages["update"][0])
+
+
+def test_a_pipeline_waits_at_both_ends() -> None:
+    """8 micro-batches an optimizer step on 4 stages: 11 turns for 8. Scoring: waves of 4, 7 turns for 4."""
+    config = large("parallel.tp=1", "parallel.sp=false", "parallel.pp=4", "update.mini_batch_size=32")
+    time, plain = step_time(config, 4, IDEAL), step_time(large("parallel.tp=1", "parallel.sp=false"), 16, IDEAL)
+    head = time.stages["rescore"][0] / plain.stages["rescore"][0] / (7 / 4)  # the last stage has more than a quarter
+    assert 1 < head < 1.1
+    assert time.stages["update"][0] / plain.stages["update"][0] == pytest.approx(head * 11 / 8)
+    assert time.stages["score"][0] / plain.stages["score"][0] == pytest.approx(head * 7 / 4)
+
+
+def test_layouts_fit_and_are_ranked() -> None:
+    config, hardware = large(), Hardware()
+    found, refused = layouts(config, 64, hardware)
+    times = [layout.time.total[1] for layout in found]
+    assert times == sorted(times) and all(layout.fits(hardware) for layout in found)
+    assert any(layout.name == layout_of(config, 64, hardware).name for layout in found)
+    assert len({layout.name for layout in found}) == len(found)
+    small = layouts(config, 64, Hardware(memory_bytes=24e9))
+    assert 0 < len(small[0]) < len(found)
+    assert small[1]["more than 90% of a GPU's memory"] > refused.get("more than 90% of a GPU's memory", 0)
+
+
+def test_throughput_is_tokens_over_seconds() -> None:
+    layout = layout_of(large(), 64, Hardware())
+    (fast, _), (high, low) = throughput(layout, 64, Hardware())
+    assert fast == pytest.approx(128 * 16384 / layout.time.total[0] / 64)
+    assert 0.1 < low < high < 0.6  # Hardware.fast less what is no matmul
+
+
+def test_the_plan_names_everything() -> None:
+    text = plan(large("engine.kind=sglang", "engine.urls=['http://a:1']", "engine.tp=8"), 64, Hardware())
+    for words in ("6.7442 B parameters", "fits: ", "score, s", "update, s", "sync, s", "REFINE / NTP", "tokens/s a GPU",
+                  "GPU-hours of 100 steps", "tp reduce_scatter", "dp all_gather", "<- this configuration", "left out: ",
+                  "a GPU of an SGLang server, tp 8: weights 1.57 GiB"):  # fmt: skip
+        assert words in text, words
+    assert "DOES NOT FIT" in plan(large("parallel.tp=1", "parallel.sp=false"), 32, Hardware())
+    assert "GPU-hours" in summary(large(), 64, Hardware())
+
+
+def run(*arguments: str) -> tuple[int, str, str]:
+    command = [sys.executable, str(ROOT / "tools/estimate.py"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_the_command_line(tmp_path: Path) -> None:
+    slow = tmp_path / "slow.yaml"
+    slow.write_text("name: A100\npeak_flops: 312.0e12\n")
+    code, out, err = run(str(LARGE), "--gpus", "64", "--hardware", str(slow), "parallel.tp=8")
+    assert code == 0 and "on 64 A100" in out and "tp 8 (sequence parallel)" in out, err
+    slow.write_text("peak_flop: 1.0\n")
+    for arguments, says in (
+        (("--gpus", "6"), "world size 6 is no multiple of tp*cp*pp = 4*1*1 = 4"),
+        (("--hardware", str(slow)), "did you mean peak_flops?"),
+        (("parallel.pp=3",), "parallel.pp=3: must divide model.num_layers=32"),
+    ):
+        code, out, err = run(str(LARGE), *arguments)
+        assert code == 2 and not out and says in err and len(err.splitlines()) == 1, err
+
+
+def test_it_imports_neither_torch_nor_megatron() -> None:
+    code = "import sys, megatron_refine.estimate.plan; sys.exit('torch' in sys.modules or 'megatron' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,39 @@
+"""What a run needs and how long it takes, without a GPU and without starting anything.
+
+    python tools/estimate.py CONFIG [CONFIG ...] [--gpus N] [--hardware FILE] [key.sub=value ...]
+
+Prints parameters, memory of a rank, FLOPs, seconds of a step, collectives, and the layouts of N GPUs that fit, ranked.
+Every formula: docs/estimator.md. Exit codes: 0, 2 what was asked cannot be.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from megatron_refine import config as configuration
+from megatron_refine.estimate.hardware import read_hardware
+from megatron_refine.estimate.plan import plan
+from megatron_refine.models.family import FAMILIES
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the plan."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", nargs="+", metavar="CONFIG", help="YAML files, later ones win; then key.sub=value")
+    parser.add_argument("--gpus", type=int, help="number of ranks (default: those of one copy of the model)")
+    parser.add_argument("--hardware", type=Path, help="a YAML file of the keys in docs/estimator.md (default: H100)")
+    options = parser.parse_intermixed_args(arguments)
+    files = [text for text in options.config if "=" not in text]
+    overrides = [text for text in options.config if "=" in text]
+    try:
+        config = configuration.load(files, overrides, FAMILIES)
+        world = options.gpus if options.gpus is not None else config.parallel.model_size
+        print(plan(config, world, read_hardware(options.hardware)))
+        return 0
+    except configuration.ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
