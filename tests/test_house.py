@@ -27,7 +27,7 @@ ORDER = (
     {"eval", "report"},
     {"phases"},
     {"opening"},
-    {"session", "bench"},
+    {"session", "bench", "scaling"},
     {"exits"},
     {"train"},
 )

@@ -1,0 +1,1 @@
+"""Scaling experiments: the points of a sweep, their runs, and what came out of them."""

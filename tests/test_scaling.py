@@ -1,0 +1,171 @@
+"""Scaling sweeps: their points, real runs of one, two and four ranks, failures, resumption, results."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megatron_refine.config import ConfigError
+from megatron_refine.scaling.results import as_table, collect, write
+from megatron_refine.scaling.run import LOG, RECORD, command, failure, submit_jobs
+from megatron_refine.scaling.sweep import points, read_sweep
+from megatron_refine.slurm.site import Site
+from tests.runs import write_config
+
+ROOT = Path(__file__).parents[1]
+SHIPPED = ROOT / "configs/scaling/ranks.yaml"
+
+
+def written(tmp_path: Path, **keys: Any) -> Path:
+    path = tmp_path / "sweep.yaml"
+    base = {"config": [str(ROOT / "configs/quickstart.yaml")], "out": str(tmp_path / "out"),
+            "overrides": ["parallel.tp=1", "parallel.sp=false", "train.micro_batch_size=1"]}  # fmt: skip
+    path.write_text(yaml.safe_dump(base | keys, sort_keys=False))
+    return path
+
+
+def test_the_points_of_the_shipped_sweep() -> None:
+    found, left_out = points(read_sweep(SHIPPED), SHIPPED)
+    assert not left_out and {point.ranks for point in found} == {1, 2, 4}
+    assert {(p.config.parallel.tp, p.config.parallel.cp, p.config.parallel.pp, p.dp) for p in found} >= {
+        (1, 1, 1, 4), (2, 1, 1, 2), (1, 2, 2, 1)
+    }  # fmt: skip
+    assert len({point.folder for point in found}) == len(found)
+
+
+def test_weak_scaling_grows_the_batch_with_the_replicas(tmp_path: Path) -> None:
+    grid = {"ranks": [1, 2, 4], "parallel.cp": [1, 2]}
+    path = written(tmp_path, mode="weak", grid=grid, overrides=["parallel.tp=1", "parallel.sp=false",
+                   "train.global_batch_size=2", "train.micro_batch_size=1", "update.mini_batch_size=2"])  # fmt: skip
+    found, left_out = points(read_sweep(path), path)
+    assert {p.name: (p.config.train.global_batch_size, p.config.mini_batch_size) for p in found} == {
+        "ranks1_cp1": (2, 2), "ranks2_cp1": (4, 4), "ranks2_cp2": (2, 2), "ranks4_cp1": (8, 8), "ranks4_cp2": (4, 4)
+    }  # fmt: skip
+    assert left_out == [
+        "ranks1_cp2: world size 1 is no multiple of tp*cp*pp = 1*2*1 = 2: start a multiple of 2 processes or change "
+        "parallel.*"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        ({}, "names no points"),
+        ({"gird": {"ranks": [1]}}, "did you mean grid?"),
+        ({"mode": "week", "grid": {"ranks": [1]}}, "'strong' or 'weak'"),
+        ({"points": [{"ranks": 0}]}, "ranks=0: must be a whole number"),
+        ({"points": [{"ranks": 3, "parallel.tp": 2}]}, "points: ranks3_tp2: world size 3 is no multiple"),
+        ({"points": [{"ranks": 2, "parallel.cq": 2}]}, "did you mean parallel.cp?"),
+        ({"grid": {"ranks": [1, 1]}}, "the point ranks1 stands twice"),
+        ({"grid": {"ranks": [3], "parallel.tp": [2]}}, "no point of the grid is possible"),
+    ],
+)
+def test_what_no_sweep_can_be(tmp_path: Path, keys: dict[str, Any], says: str) -> None:
+    path = written(tmp_path, **keys)
+    with pytest.raises(ConfigError) as caught:
+        points(read_sweep(path), path)
+    assert says in str(caught.value) and str(path) in str(caught.value)
+
+
+def rows(folder: Path, tokens: float, steps: int = 6, **more: float) -> None:
+    folder.mkdir(parents=True)
+    with (folder / "metrics.jsonl").open("w") as file:
+        for step in range(1, steps + 1):
+            row = {"step": step, "train/loss": 1.0, "rollout/reward_mean": 0.5, "perf/tokens_per_sec": tokens + step,
+                   "time/step": 2.0, "perf/peak_memory_bytes": 2**30 * step, **more}  # fmt: skip
+            file.write(json.dumps(row) + "\n")
+
+
+def test_efficiency_by_hand(tmp_path: Path) -> None:
+    """Medians after the warm-up of 2: of steps 3 to 6, tokens + 4.5."""
+    path = written(tmp_path, grid={"ranks": [1, 2, 4]}, overrides=["parallel.tp=1", "parallel.sp=false",
+                   "train.micro_batch_size=1", "refine.start_step=0"])  # fmt: skip
+    sweep = read_sweep(path)
+    found, _ = points(sweep, path)
+    for point, tokens in zip(found, (95.5, 145.5, 195.5), strict=True):
+        rows(point.folder, tokens, **{"time/score": 0.5, "time/sync": 0.25})
+    (found[2].folder / RECORD).write_text(json.dumps({"code": 3, "cause": "loss not finite"}))
+    results, missing = collect(sweep, found)
+    assert [(r.ranks, r.tokens_per_sec, r.efficiency, r.steps) for r in results] == [(1, 100, 1, 4), (2, 150, 0.75, 4)]
+    assert (results[0].score, results[0].sync, results[0].peak_gib) == (0.5, 0.25, 6)
+    assert missing == ["ranks4: failed with code 3: loss not finite"]
+    table = as_table(results, missing)
+    assert "| 2 | dp 2 | 1024 | 4 | 150 | 75% |" in table and "- ranks4: failed with code 3" in table
+    files = write(tmp_path / "out", sweep, results, missing)
+    assert {path.name for path in files} == {"results.csv", "results.md", "throughput.svg", "stages.svg", "memory.svg"}
+    table_rows = list(csv.DictReader((tmp_path / "out/results.csv").open()))
+    assert [row["efficiency"] for row in table_rows] == ["1", "0.75"]
+    assert all(path.read_text().startswith("<svg") for path in files if path.suffix == ".svg")
+
+
+def test_a_cause_is_the_line_of_the_run_not_of_its_launcher() -> None:
+    text = """run x: midtrain step 0/10
+data.paths: /nowhere: no such file; name text, jsonl or parquet files
+E1127 08:00:00.1 3 torch/distributed/elastic/multiprocessing/api.py:882] failed (exitcode: 2) local_rank: 0
+Traceback (most recent call last):
+  File "run.py", line 1, in <module>
+torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
+============================================================
+Root Cause (first observed failure):
+  exitcode  : 2 (pid: 11)
+============================================================"""
+    assert failure(text) == (2, "data.paths: /nowhere: no such file; name text, jsonl or parquet files")
+
+
+def test_slurm_jobs_are_arrays_by_number_of_nodes(tmp_path: Path) -> None:
+    path = written(tmp_path, grid={"ranks": [2, 4], "parallel.cp": [1, 2]})
+    sweep = read_sweep(path)
+    found, _ = points(sweep, path)
+    scripts = submit_jobs(sweep, found, Site(gpus_per_node=0, cpu_ranks=2), dry_run=True)
+    assert [("--nodes=1" in s, "--nodes=2" in s, "--array=0-1" in s) for s in scripts] == [
+        (True, False, True), (False, True, True)
+    ]  # fmt: skip
+    assert all(str(point.folder) in "".join(scripts) for point in found)
+    with pytest.raises(ConfigError, match="ranks2_cp1: 2 ranks are no multiple of a node's 8"):
+        submit_jobs(sweep, found, Site(), dry_run=True)
+
+
+def scaling(*arguments: str) -> tuple[int, str, str]:
+    line = [sys.executable, str(ROOT / "tools/scaling.py"), *arguments]
+    done = subprocess.run(
+        line, capture_output=True, text=True, check=False, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.slow
+def test_a_sweep_runs_names_what_failed_and_goes_on(tmp_path: Path) -> None:
+    """One, two and four ranks, and a point whose data is missing; then the same command again."""
+    config = write_config(tmp_path, tmp_path / "cache", train={"steps": 5}, eval={"sequences": 0})
+    layouts = {"overrides": ["parallel.tp=1", "parallel.sp=false", "train.micro_batch_size=1", "refine.start_step=0"]}
+    faulty = {"ranks": 1, "data.paths": "[/nowhere]"}
+    path = written(tmp_path, config=[str(config)], grid={"ranks": [1, 2, 4]}, points=[faulty], **layouts)
+    code, out, err = scaling(str(path))
+    assert code == 1, out + err
+    assert "ranks1_paths[-nowhere]: failed with code 2: " in out and "/nowhere" in out
+    sweep = read_sweep(path)
+    found, _ = points(sweep, path)
+    results, missing = collect(sweep, found)
+    assert [(r.ranks, r.dp, r.steps) for r in results] == [(1, 1, 3), (2, 2, 3), (4, 4, 3)] and len(missing) == 1
+    assert all(r.tokens_per_sec > 0 and r.update > 0 and r.rollout > 0 and r.peak_gib > 0 for r in results)
+    logs = {point.name: (point.folder / LOG).stat().st_mtime_ns for point in found}
+    code, out, _ = scaling(str(path))
+    assert code == 1 and out.count("finished before") == 3  # the failed one was tried again
+    again = {point.name: (point.folder / LOG).stat().st_mtime_ns for point in found}
+    assert [name for name in logs if logs[name] != again[name]] == ["ranks1_paths[-nowhere]"]
+    assert "--nproc-per-node 4" in " ".join(command(sweep, found[-1]))
+
+
+def test_the_command_line(tmp_path: Path) -> None:
+    code, out, _ = scaling(str(SHIPPED), "--dry-run")
+    assert code == 0 and out.count("torch.distributed.run") == 7
+    code, out, err = scaling("--predict", "configs/midtrain_delta_net_7b.yaml", "--gpus", "8,1024")
+    assert code == 0 and out.count("\n") == 4 and "| 1024 | 16384 |" in out, err
+    code, out, err = scaling(str(tmp_path / "none.yaml"))
+    assert code == 2 and "none.yaml: cannot be read" in err and not out
