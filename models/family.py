@@ -26,7 +26,8 @@ class Saved:
     """Bytes of what autograd keeps for the backward pass of one layer."""
 
     rows: float  # a row: divided by cp, and by tp under sequence parallelism
-    heads: float  # a row, of this rank's heads or MLP columns: divided by tp * cp
+    heads: float  # a row, of this rank's heads in the mixer: divided by tp * cp
+    mlp: float  # a row, of this rank's columns of the MLP: divided by tp * cp
     travelled: float = 0.0  # a row, of this rank's heads, under context parallelism alone
     fixed: float = 0.0  # whatever the layout and the micro-batch
     position: float = 0.0  # a position that branches start from, of this rank's heads

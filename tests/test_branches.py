@@ -24,6 +24,10 @@ LAYOUTS = {
     "cp2": (2, ["parallel.cp=2"]),
     "cp4": (4, ["parallel.cp=4"]),
     "tp2 sp cp2": (4, ["parallel.tp=2", "parallel.sp=true", "parallel.cp=2"]),
+    "tp2 sp selective": (
+        2,
+        ["parallel.tp=2", "parallel.sp=true", "train.recompute=selective", "train.recompute_modules=[mixer,mlp]"],
+    ),
     "tp2 sp recompute": (2, ["parallel.tp=2", "parallel.sp=true", "train.recompute=full"]),
 }
 

@@ -49,7 +49,7 @@ def gradients_of_a_step(config: Config) -> Any:
 
 
 @pytest.mark.parametrize("layout", ["tp1", "tp2 sp"])
-@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_fused_and_two_pass_give_the_same_gradients(ranks: Any, tmp_path: Path, layout: str, recompute: str) -> None:
     world, overrides = LAYOUTS[layout]
     found = {}

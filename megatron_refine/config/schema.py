@@ -146,7 +146,15 @@ class Train(Section):
     global_batch_size: int = Field(128, ge=1, description="sequences a batch, over all ranks")
     micro_batch_size: int = Field(1, ge=1, description="sequences a forward pass, per rank")
     precision: Literal["fp32", "bf16"] = "bf16"
-    recompute: Literal["none", "full"] = Field("none", description="recompute activations in the backward pass")
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none", description="recompute activations in the backward pass: of some modules of each layer, or whole layers"
+    )
+    recompute_modules: list[Literal["mixer", "mlp"]] = Field(
+        ["mixer"], description="what recompute=selective recomputes"
+    )
+    backend: Literal["auto", "te", "local"] = Field(
+        "local", description="linear layers of the MLP: Megatron's; Transformer Engine's; auto: these where installed"
+    )
     max_skipped_steps: int = Field(3, ge=0, description="non-finite steps skipped in a row before the run stops")
 
 

@@ -8,7 +8,7 @@ from megatron_refine.estimate.hardware import Hardware
 from megatron_refine.estimate.memory import RankMemory, fullest_rank
 from megatron_refine.estimate.timing import StepTime, step_time
 
-RECOMPUTE = ("none", "full")
+RECOMPUTE = ("none", "selective", "full")
 RULES = {  # words of a configuration error -> the rule
     "heads of the model": "tp*cp does not divide the heads",
     "intermediate_size": "tp does not divide the MLP",

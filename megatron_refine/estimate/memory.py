@@ -66,26 +66,35 @@ def _activations(config: Config, dp: int, stage: int, gpu: bool) -> int:
     stage holds one micro-batch more for each stage that follows."""
     p, model, size = config.parallel, config.model, itemsize(config)
     cut = p.cp * (p.tp if p.sp else 1)  # of whole rows
-    layer = layer_bytes(config, gpu)
+    modules = module_bytes(config, gpu)
     layers, layer_input = model.num_layers // p.pp, _rows(config) * model.hidden_size * size / cut
     in_flight = min(p.pp - stage, config.train.global_batch_size // (dp * config.train.micro_batch_size))
     ends = 0.0
     if stage == p.pp - 1:  # the final norm, as those of the layers; what it returns is gathered over tp
         ends = layer_input * (1 if gpu else 2) + _rows(config) * model.hidden_size * size / p.cp
     if config.train.recompute == "full":
-        return round(in_flight * layers * layer_input + layer + ends)
-    return round(in_flight * layers * layer + ends)
+        return round(in_flight * layers * layer_input + sum(modules.values()) + ends)
+    again = {name: modules[name] for name in recomputed(config)}
+    kept = sum(modules.values()) - sum(again.values())
+    return round(in_flight * layers * kept + max(again.values(), default=0) + ends)
 
 
-def layer_bytes(config: Config, gpu: bool) -> float:
-    """Bytes kept for the backward pass of one layer and micro-batch, branches included."""
+def recomputed(config: Config) -> list[str]:
+    """The modules that the backward pass runs again, one after the other: `mixer`, `mlp`."""
+    modules = {"none": (), "selective": config.train.recompute_modules, "full": ("mixer", "mlp")}
+    return list(dict.fromkeys(modules[config.train.recompute]))
+
+
+def module_bytes(config: Config, gpu: bool) -> dict[str, float]:
+    """Bytes kept for the backward pass of one layer and micro-batch, branches included: `norms`, `mixer`, `mlp`."""
     p, r, micro, length = config.parallel, config.refine, config.train.micro_batch_size, config.data.seq_length
     saved = family.flops(config.model.family).saved_bytes(config.model, itemsize(config), length, gpu)
-    cut = p.cp * (p.tp if p.sp else 1)
-    heads = _rows(config) * (saved.heads + saved.travelled * (p.cp > 1))
+    rows, shards = _rows(config), p.tp * p.cp
+    mixer = rows * (saved.heads + saved.travelled * (p.cp > 1))
     if r.enabled:
-        heads += micro * r.num_chunks * (saved.position + r.num_rollouts * saved.rollout)
-    return _rows(config) * saved.rows / cut + heads / (p.tp * p.cp) + saved.fixed
+        mixer += micro * r.num_chunks * (saved.position + r.num_rollouts * saved.rollout)
+    norms = rows * saved.rows / (p.cp * (p.tp if p.sp else 1))
+    return {"norms": norms, "mixer": mixer / shards + saved.fixed, "mlp": rows * saved.mlp / shards}
 
 
 def _head(config: Config) -> int:

@@ -1,5 +1,6 @@
 """The estimate as text, for `--dry-run`."""
 
+from megatron_refine.estimate.memory import recomputed
 from megatron_refine.estimate.total import Estimate
 
 _BYTES = ((2**30, "GiB"), (2**20, "MiB"))
@@ -26,12 +27,12 @@ def _memory(e: Estimate) -> list[str]:
     adam = "Adam's moments" + (", fp32 weights" if c.train.precision == "bf16" else "")
     tokens = f"{c.train.micro_batch_size} x {c.data.seq_length} tokens"
     branches = f" + {c.train.micro_batch_size} x {c.branch_rows}" if c.refine.enabled else ""
-    recompute = ", recomputed" if c.train.recompute == "full" else ""
+    recompute = {"none": "", "selective": f", {' and '.join(recomputed(c))} recomputed", "full": ", recomputed"}
     rows = [
         (f"weights, {c.train.precision}", m.weights),
         ("gradients, fp32", m.gradients),
         (f"{adam}, 1/{e.dp * c.parallel.cp}", m.optimizer),
-        (f"activations, {tokens}{branches}{recompute}", m.activations),
+        (f"activations, {tokens}{branches}{recompute[c.train.recompute]}", m.activations),
         ("logits, a chunk of rows", m.head),
         ("forked states", m.states),
         ("total", m.total),

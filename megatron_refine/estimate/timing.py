@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from megatron_refine.config import Config
 from megatron_refine.estimate.flops import StepFlops, step_flops
 from megatron_refine.estimate.hardware import Hardware
-from megatron_refine.estimate.memory import itemsize
+from megatron_refine.estimate.memory import itemsize, recomputed
 from megatron_refine.estimate.traffic import Traffic, step_traffic
 from megatron_refine.models import family
 
@@ -64,15 +64,21 @@ def _computing(
     wave = min(p.pp, micros)  # micro-batches that follow one another through the stages
     passing = (wave + p.pp - 1) / wave
     backward = (each + p.pp - 1) / each  # 1F1B
-    again = 4 / 3 if train.recompute == "full" else 1.0
-    if config.fused and refine:
-        again = 1.5 if train.recompute == "full" else 1.0  # of the backward passes alone
+    passes = 2 if config.fused and refine else 3  # of an update: backward, backward and forward
+    again = 1 + recomputed_share(config) / passes
     found = {"update": seconds(work.update * again, backward)}
     if refine:
         found |= {"score": seconds(work.score, passing), "rescore": seconds(work.rescore, passing)}
         if config.engine.kind == "native":
             found["rollout"] = _decoding(config, micros, hardware)
     return found
+
+
+def recomputed_share(config: Config) -> float:
+    """Of a layer's forward pass, what the backward pass runs again."""
+    layer = family.flops(config.model.family).layer_flops(config.model, config.data.seq_length)
+    mlp = layer["mlp"] / sum(layer.values())
+    return sum({"mlp": mlp, "mixer": 1 - mlp}[name] for name in recomputed(config))
 
 
 def _decoding(config: Config, micros: int, hardware: Hardware) -> tuple[float, float]:

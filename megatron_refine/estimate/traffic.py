@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_refine.config import Config
-from megatron_refine.estimate.memory import HEAD_ELEMENTS, itemsize
+from megatron_refine.estimate.memory import HEAD_ELEMENTS, itemsize, recomputed
 from megatron_refine.models import family
 
 FP32, INT64, BOOL = 4, 8, 1
@@ -79,7 +79,8 @@ def _of_pass(config: Config, each: Pass, stage: int) -> Iterator[Traffic]:
     rows, layers = each.padded(config) * each.batch, model.num_layers // p.pp
     first, last = stage == 0, stage == p.pp - 1
     hidden = rows * model.hidden_size * size
-    again = layers if config.train.recompute == "full" and each.backward else 0  # forward passes of layers
+    again = layers * each.backward * len(recomputed(config))  # modules that run again
+    inner = layers * each.backward * (config.train.recompute == "full")  # the first of a layer's, to its very end
     sharded = p.sp and each.sp
 
     def traffic(axis: str, op: str, calls: float, each_size: float) -> Traffic:
@@ -88,13 +89,13 @@ def _of_pass(config: Config, each: Pass, stage: int) -> Iterator[Traffic]:
     ahead, back = layers * each.forward, layers * each.backward
     starts, ends = first * each.forward, last * each.forward
     if sharded:
-        gathers = 2 * (ahead + again) + ends + 4 * back + first * each.backward
+        gathers = 2 * ahead + again + ends + 4 * back + first * each.backward
         yield traffic("tp", "all_gather", gathers, hidden)
-        yield traffic("tp", "reduce_scatter", 2 * ahead + again + starts + 2 * back + last * each.backward, hidden)
+        yield traffic("tp", "reduce_scatter", 2 * ahead + inner + starts + 2 * back + last * each.backward, hidden)
     else:
-        yield traffic("tp", "all_reduce", 2 * ahead + again + starts + 2 * back + last * each.backward, hidden)
+        yield traffic("tp", "all_reduce", 2 * ahead + inner + starts + 2 * back + last * each.backward, hidden)
     before, after = family.flops(model.family).exchanged_columns(model)
-    exchanges = ahead + again + back
+    exchanges = ahead + back + layers * each.backward * ("mixer" in recomputed(config))
     yield traffic("cp", "all_to_all", 2 * exchanges, rows * (before + after) / 2 // p.tp * size)
     if last:
         yield from _of_head(config, each, traffic)

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from megatron_refine.models.layout import Branches
 from megatron_refine.models.mixer import Handle, State
 from megatron_refine.trainer import head
-from megatron_refine.trainer.model import unwrap, whole_rows
+from megatron_refine.trainer.layers import whole_rows
+from megatron_refine.trainer.model import unwrap
 from megatron_refine.trainer.parallel import from_last_stage
 from megatron_refine.trainer.pipeline import Link
 from megatron_refine.trainer.rows import Held, Rows, score

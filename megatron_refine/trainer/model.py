@@ -1,57 +1,27 @@
 """The model as Megatron-Core's GPTModel: our mixers through its layer specs, our output through its one hook."""
 
-import contextlib
 import hashlib
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
-from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from megatron_refine import platform
 from megatron_refine.config import Config
-from megatron_refine.models import family
-from megatron_refine.models.common.norm import RMSNorm
 from megatron_refine.trainer.gradients import finalize_gradients
+from megatron_refine.trainer.layers import block_spec, recompute_layers
 from megatron_refine.trainer.parallel import Ranks
 from megatron_refine.trainer.shards import full_shape, shard
-
-_SEQUENCE_FLAGS = ("sequence_parallel", "reduce_scatter_embeddings")  # where Megatron's modules keep the choice
-
-
-class RecomputedLayer(TransformerLayer):
-    """A layer that recomputes its activations in the backward pass.
-
-    Megatron's own checkpoint is reentrant: it runs the layer without grad first, so states taken from it would be
-    silently detached. torch's non-reentrant one keeps the graph through the layout (states in, handles out).
-    """
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return super().forward(*args, **kwargs)
-        # the backward pass runs the layer again when `whole_rows` has long been left: enter it as it is now
-        again = contextlib.nullcontext if self.config.sequence_parallel else partial(whole_rows, self)
-        return checkpoint(
-            super().forward, *args, use_reentrant=False, preserve_rng_state=False,  # no dropout
-            context_fn=lambda: (contextlib.nullcontext(), again()), **kwargs,
-        )  # fmt: skip
 
 
 class RefineModel(GPTModel):
@@ -125,23 +95,6 @@ def transformer_config(config: Config, dtype: torch.dtype) -> TransformerConfig:
     )
 
 
-def block_spec(config: Config, megatron: TransformerConfig) -> TransformerBlockSubmodules:
-    """Norm, mixer, norm, gated MLP; the mixer is the family's."""
-    backend = LocalSpecProvider()
-    layer = ModuleSpec(
-        module=RecomputedLayer if config.train.recompute == "full" else TransformerLayer,
-        submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
-            self_attention=ModuleSpec(module=family.mixer(config.model.family), params={"model": config.model}),
-            self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=RMSNorm,
-            mlp=get_mlp_module_spec_for_backend(backend=backend),
-            mlp_bda=get_bias_dropout_add,
-        ),
-    )
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(megatron), layer_norm=RMSNorm)
-
-
 def build_module(config: Config, ranks: Ranks, dtype: torch.dtype | None = None) -> RefineModel:
     """This rank's part of the model, initialised from config.run.seed: the same weights at any layout.
 
@@ -160,7 +113,10 @@ def build_module(config: Config, ranks: Ranks, dtype: torch.dtype | None = None)
         share_embeddings_and_output_weights=config.model.tie_embeddings,
         real_vocab=config.model.vocab_size,
     )
+    for layer in module.decoder.layers:  # gate above up, whoever built it
+        layer.mlp.linear_fc1.weight.partition_stride = 2
     initialize(module, config, ranks)
+    recompute_layers(module.decoder.layers, config)
     return module.to(platform.device())
 
 
@@ -183,23 +139,6 @@ def unwrap(model: nn.Module) -> RefineModel:
     while not isinstance(model, RefineModel):
         model = model.module  # type: ignore[assignment]
     return model
-
-
-@contextlib.contextmanager
-def whole_rows(module: nn.Module) -> Iterator[None]:
-    """No sequence parallelism inside: the few rows of branches cost less whole than their gathers and scatters would.
-
-    Exact with gradients too: each rank then holds the whole gradient of a norm's weight, and RMSNorm takes its share.
-    """
-    owners = [module.config, *module.modules()]
-    flags = [(o, name) for o in owners for name in _SEQUENCE_FLAGS if getattr(o, name, False)]
-    for owner, name in flags:
-        setattr(owner, name, False)
-    try:
-        yield
-    finally:
-        for owner, name in flags:
-            setattr(owner, name, True)
 
 
 def global_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -30,4 +30,4 @@ def saved_frame(model: ModelConfig, gpu: bool) -> Saved:
     one kernel each, which keeps its input."""
     norm = 2 if gpu else 3  # input and output; x / rms(x)
     mlp = 3 if gpu else 5  # gate, up, their product; gate again, SiLU(gate)
-    return Saved(rows=2 * norm * model.hidden_size, heads=mlp * model.intermediate_size)
+    return Saved(rows=2 * norm * model.hidden_size, heads=0, mlp=mlp * model.intermediate_size)

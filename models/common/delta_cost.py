@@ -115,12 +115,12 @@ class DeltaCost:
         travelled = (columns - left) * itemsize * s.gated_output
         if gpu:
             mixer = columns + s.channels + heads * (2 * k + CHUNK + 2 * v + v * s.gated_output)
-            return Saved(frame.rows * itemsize, (frame.heads + mixer) * itemsize, travelled, position=forked)
+            return Saved(frame.rows * itemsize, mixer * itemsize, frame.mlp * itemsize, travelled, position=forked)
         mixer = columns + 3 * s.channels  # with the tail in front, before SiLU, after it
         mixer += heads * v * (1 + 2 * s.gated_output)  # what out_proj reads; SiLU of the gate, the norm's output
         rule = heads * (rule_elements(k, v, s.gated_rule) + 2 * v + 4)  # o, x / rms(x); beta and lengths
         return Saved(
-            frame.rows * itemsize, (frame.heads + mixer) * itemsize + rule * FP32, travelled,
+            frame.rows * itemsize, mixer * itemsize + rule * FP32, frame.mlp * itemsize, travelled,
             position=forked, rollout=heads * k * v * FP32 * s.gated_rule,
         )  # fmt: skip
 

@@ -90,7 +90,8 @@ def saved_bytes(model: LactConfig, itemsize: int, length: int, gpu: bool) -> Sav
     mask = 2 * window * window * FP32 if length > window else 0
     return Saved(
         rows=frame.rows * itemsize,
-        heads=(frame.heads + mixer + attention + fast) * itemsize + _saved_matrices(model, updates) / length * FP32,
+        heads=(mixer + attention + fast) * itemsize + _saved_matrices(model, updates) / length * FP32,
+        mlp=frame.mlp * itemsize,
         fixed=0 if gpu else angles + mask,
         position=position,
     )
