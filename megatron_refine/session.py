@@ -26,6 +26,7 @@ from megatron_refine.trainer.model import build_model
 from megatron_refine.trainer.optimizer import Updater
 from megatron_refine.trainer.parallel import Ranks, init_parallel
 from megatron_refine.trainer.signals import StopRequest
+from megatron_refine.trainer.used import used
 from megatron_refine.trainer.watchdog import Watchdog
 
 
@@ -81,6 +82,11 @@ class Session:
 
     def __exit__(self, *_: Any) -> None:
         self.engine.close()
+
+    @property
+    def used(self) -> str:
+        """What the run computes with, in one line."""
+        return used(self.config, self.updater.parts)
 
     @property
     def total_steps(self) -> int:

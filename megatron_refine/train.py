@@ -29,6 +29,7 @@ def train(session: "Session") -> int:
     last, start = session.total_steps, config.refine.start_step
     session.say(f"run {config.run.dir}: {config.train.phase} step {session.progress.step}/{last}, "
                 f"{session.ranks.world} ranks, {'fused' if config.fused else 'two-pass'} update")  # fmt: skip
+    session.say(session.used)
     watch = session.watch
     if session.progress.step == 0:
         with watch("evaluation"):

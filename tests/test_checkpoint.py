@@ -26,7 +26,7 @@ def start(config: Config) -> Any:
     """On a rank: (step, checkpoints) of a new model."""
     from megatron_refine.trainer.checkpoint import Checkpoints
 
-    step = make_step(config, torch.float32, optimizer=True)
+    step = make_step(config, torch.bfloat16 if config.train.precision == "bf16" else torch.float32, optimizer=True)
     return step, Checkpoints(Path(config.run.dir) / "checkpoints", config, step.ranks)
 
 

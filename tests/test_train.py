@@ -186,7 +186,8 @@ def test_the_screen_tells_the_run(whole: Any) -> None:
     folder, _, end = whole
     lines = end.out.splitlines()
     assert lines[0] == f"run {folder / 'run'}: midtrain step 0/6, 1 ranks, fused update"
-    assert lines[1].startswith("eval step 0: ntp 6.") and " reward " in lines[1] and " greedy_match " in lines[1]
+    assert lines[1] == "fp32, torch AdamW; delta rule: torch; linear layers: local; recomputed: nothing"
+    assert lines[2].startswith("eval step 0: ntp 6.") and " reward " in lines[2] and " greedy_match " in lines[2]
     steps = [line for line in lines if line.startswith("step ")]
     assert [line.split()[1] for line in steps] == [f"{i}/6" for i in range(1, 7)]
     assert all("reward" not in line and "tok/s" in line for line in steps[:3])

@@ -1,0 +1,145 @@
+"""Training in bf16: what stays in fp32, what a step makes of the weights, and how a run goes on.
+
+And which linear layers and kernels a run says that it uses.
+"""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_refine.config import Config, ConfigError
+from tests.parity import batch, full_gradients, full_parameters, relative, small_config
+from tests.runs import TP2
+from tests.test_checkpoint import loaded_saved_continued, two_steps_saved
+from tests.test_step import make_step
+from tests.zygote import Zygote
+
+LAYOUTS: dict[str, tuple[int, list[str]]] = {
+    "one": (1, []), "dp2": (2, ["train.micro_batch_size=1"]), "tp2 sp": (2, TP2), "cp2": (2, ["parallel.cp=2"])
+}  # fmt: skip
+FAMILIES = ["delta_net", "gated_delta_net", "lact"]
+
+
+def bf16(tmp_path: Path, model: str, *overrides: str) -> Config:
+    return small_config(tmp_path, "train.precision=bf16", "optimizer.clip_grad=1000.0", *overrides, model=model)
+
+
+def against_adamw(config: Config) -> list[int]:
+    """On a rank: after each of three steps, weights that are not bf16(AdamW on fp32 weights, the same gradients)."""
+    step = make_step(config, torch.bfloat16, optimizer=True)
+    o = config.optimizer
+    masters = {name: p.float() for name, p in full_parameters(step.model).items()}
+    groups = [
+        {"params": [m for m in masters.values() if (m.dim() == 1) == vectors], "weight_decay": decay}
+        for vectors, decay in ((False, o.weight_decay), (True, 0.0))
+    ]
+    adam = torch.optim.AdamW(groups, lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps)
+    share, different = 4 // step.ranks.dp, []
+    for i in range(3):
+        mine = batch(4, seed=i).rows(slice(step.ranks.dp_rank * share, (step.ranks.dp_rank + 1) * share))
+        for group in adam.param_groups:
+            group["lr"] = step.updater.lr
+        step(mine, i, refine=True)
+        gradients = full_gradients(step.model)
+        assert all(g.dtype == torch.float32 for g in gradients.values())
+        for name, master in masters.items():
+            master.grad = gradients[name]
+        adam.step()
+        found = full_parameters(step.model)
+        assert all(p.dtype == torch.bfloat16 for p in found.values())
+        different.append(sum(int((found[n] != m.bfloat16()).sum()) for n, m in masters.items()))
+    return different
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("model", FAMILIES)
+def test_a_step_is_adamws_on_fp32_weights(ranks: Zygote, tmp_path: Path, model: str, layout: str) -> None:
+    """Bit by bit: the same operations on every element, whichever rank it lies on."""
+    world, overrides = LAYOUTS[layout]
+    assert ranks(world, against_adamw, config=bf16(tmp_path, model, *overrides)) == [[0, 0, 0]] * world
+
+
+def dtypes(config: Config) -> dict[str, set[torch.dtype]]:
+    """On a rank: of the states in the middle of a sequence, and of the decays."""
+    from megatron_refine.trainer import forward
+
+    step = make_step(config, torch.bfloat16, optimizer=True)
+    with torch.no_grad():
+        main = forward.main_pass(step.model, batch(1).tokens)
+        trace = getattr(main.handles[1], "trace", None)
+        decays = {g.dtype for g in getattr(trace, "decays", None) or []}
+        state: Any = main.states(torch.tensor([0]), torch.tensor([100]))[1]
+    memory = [state.memory] if hasattr(state, "memory") else [m for w in state.weights for m in (*w.used, *w.moved)]
+    adam = step.updater.parts[0].optimizer
+    moments = {v.dtype for s in adam.state.values() for k, v in s.items() if k != "step"}
+    return {"memory": {m.dtype for m in memory}, "decays": decays, "moments": moments}
+
+
+@pytest.mark.parametrize("model", FAMILIES)
+def test_states_decays_and_moments_are_fp32(ranks: Zygote, tmp_path: Path, model: str) -> None:
+    found = ranks(1, dtypes, config=bf16(tmp_path, model))[0]
+    assert found["memory"] == found["moments"] == {torch.float32}
+    assert found["decays"] == ({torch.float32} if model == "gated_delta_net" else set())
+
+
+def gradients_of(config: Config) -> Any:
+    """On a rank: whole gradients of a REFINE step in the configuration's precision, its metrics, its draws."""
+    step = make_step(config, torch.bfloat16, optimizer=True)
+    metrics = step(batch(4), 0, refine=True)
+    return metrics, full_gradients(step.model), step.last.experience.tokens
+
+
+@pytest.mark.parametrize("model", FAMILIES)
+def test_fused_and_two_pass_agree_to_bf16s_rounding(ranks: Zygote, tmp_path: Path, model: str) -> None:
+    """Products of 8 bits in another grouping: 3 % of a gradient's length, of which the two differ in direction."""
+    found = [ranks(1, gradients_of, config=bf16(tmp_path, model, f"update.mode={m}"))[0] for m in ("fused", "two_pass")]
+    (fused, gradients, tokens), (two_pass, expected, drawn) = found
+    assert tokens.equal(drawn)  # both draw from the same passes
+    assert max(relative(gradients, expected).values()) < 0.05
+    assert fused["train/ntp_loss"] == pytest.approx(two_pass["train/ntp_loss"], rel=2e-3)
+    # decoding a token at a time and k at once round differently: eight bits of logits of size 5
+    assert 0 < fused["rollout/logprob_gap_max"] < 0.2
+
+
+@pytest.mark.parametrize("layout", ["one", "tp2 sp"])
+def test_a_run_goes_on_bit_by_bit(ranks: Zygote, tmp_path: Path, layout: str) -> None:
+    """Weights, fp32 weights and moments: the step after a checkpoint is that of the run that was never stopped."""
+    world, overrides = LAYOUTS[layout]
+    config = bf16(tmp_path, "delta_net", "train.micro_batch_size=1", *overrides)
+    expected = ranks(world, two_steps_saved, config=config)[0][0]
+    (tmp_path / "later").mkdir()
+    later = config.model_copy(update={"run": config.run.model_copy(update={"dir": str(tmp_path / "later/run")})})
+    source = Path(config.run.dir) / "checkpoints/step_0000002"
+    for metrics, _, _ in ranks(world, loaded_saved_continued, config=later, source=source):
+        for key in ("train/ntp_loss", "train/grad_norm"):
+            assert metrics[key] == expected[key], key
+
+
+def said(config: Config) -> str:
+    from megatron_refine.trainer.used import used
+
+    return used(config, make_step(config, torch.bfloat16, optimizer=True).updater.parts)
+
+
+def test_a_run_says_what_it_uses(ranks: Zygote, tmp_path: Path) -> None:
+    line = ranks(1, said, config=bf16(tmp_path, "lact", "train.recompute=selective"))[0]
+    assert line == (
+        "bf16, fp32 master weights, torch AdamW; window attention: torch; linear layers: local; recomputed: mixer"
+    )
+
+
+def test_transformer_engine_is_taken_where_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It does not run here: that it is installed is what cannot be shown for real."""
+    from megatron_refine.trainer.layers import linears
+
+    def config(backend: str) -> Config:
+        return small_config(tmp_path, f"train.backend={backend}")
+
+    assert [linears(config(backend)) for backend in ("local", "auto")] == ["local", "local"]
+    with pytest.raises(ConfigError, match="train.backend=te: Transformer Engine is not installed; install it"):
+        linears(config("te"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name == "transformer_engine" else None)
+    assert [linears(config(backend)) for backend in ("local", "auto", "te")] == ["local", "te", "te"]
