@@ -88,14 +88,14 @@ def _collectives(layout: Layout, hardware: Hardware) -> str:
 
 def _ranking(own: Layout, world: int, hardware: Hardware) -> str:
     found, refused = layouts(own.config, world, hardware)
-    lines = [f"{'layouts that fit, the fastest first':<44}{'GiB':>12}{'s a step':>12}{'MFU':>12}"]
+    lines = [f"{'layouts that fit, the fastest first':<50}{'GiB':>12}{'s a step':>12}{'MFU':>12}"]
     shown = found[:SHOWN] + [x for x in found[SHOWN:] if x.name == own.name]
     for layout in shown:
         best, worst = layout.time.total
         high, low = throughput(layout, world, hardware)[1]
         mark = " <- this configuration" if layout.name == own.name else ""
         lines.append(
-            f"  {layout.name:<42}{layout.memory.total / 2**30:>12.1f}{f'{best:.1f}-{worst:.1f}':>12}"
+            f"  {layout.name:<48}{layout.memory.total / 2**30:>12.1f}{f'{best:.1f}-{worst:.1f}':>12}"
             f"{f'{low:.0%}-{high:.0%}':>12}{mark}"
         )
     if len(found) > len(shown):
