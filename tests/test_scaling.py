@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import yaml
 
 from megatron_refine.config import ConfigError
 from megatron_refine.scaling.results import as_table, collect, write
-from megatron_refine.scaling.run import LOG, RECORD, command, failure, submit_jobs
+from megatron_refine.scaling.run import LOG, RECORD, command, failure, finished, submit_jobs
 from megatron_refine.scaling.sweep import points, read_sweep
 from megatron_refine.slurm.site import Site
 from tests.runs import write_config
@@ -90,6 +91,16 @@ def test_efficiency_by_hand(tmp_path: Path) -> None:
     found, _ = points(sweep, path)
     for point, tokens in zip(found, (95.5, 145.5, 195.5), strict=True):
         rows(point.folder, tokens, **{"time/score": 0.5, "time/sync": 0.25})
+    log = tmp_path / "out/ranks4/logs/attempt_1/train.log"
+    log.parent.mkdir(parents=True)
+    log.write_text("run x\nNonFiniteError: loss or gradient not finite\n")
+    rows_of_4 = (found[2].folder / "metrics.jsonl").read_text()
+    (found[2].folder / "metrics.jsonl").write_text("")
+    said = collect(sweep, found)[1]
+    assert said == [
+        "ranks4: no steps after the warm-up yet; its last attempt: NonFiniteError: loss or gradient not finite"
+    ]
+    (found[2].folder / "metrics.jsonl").write_text(rows_of_4)
     (found[2].folder / RECORD).write_text(json.dumps({"code": 3, "cause": "loss not finite"}))
     results, missing = collect(sweep, found)
     assert [(r.ranks, r.tokens_per_sec, r.efficiency, r.steps) for r in results] == [(1, 100, 1, 4), (2, 150, 0.75, 4)]
@@ -155,6 +166,9 @@ def test_a_sweep_runs_names_what_failed_and_goes_on(tmp_path: Path) -> None:
     assert [(r.ranks, r.dp, r.steps) for r in results] == [(1, 1, 3), (2, 2, 3), (4, 4, 3)] and len(missing) == 1
     assert all(r.tokens_per_sec > 0 and r.update > 0 and r.rollout > 0 and r.peak_gib > 0 for r in results)
     logs = {point.name: (point.folder / LOG).stat().st_mtime_ns for point in found}
+    entry = json.loads((found[0].folder / RECORD).read_text())
+    assert entry["code"] == 0 and finished(found[0])
+    assert not finished(replace(found[0], overrides=[*found[0].overrides, "train.steps=9"]))
     code, out, _ = scaling(str(path))
     assert code == 1 and out.count("finished before") == 3  # the failed one was tried again
     again = {point.name: (point.folder / LOG).stat().st_mtime_ns for point in found}

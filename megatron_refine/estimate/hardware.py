@@ -12,6 +12,7 @@ class Hardware(Section):
 
     name: str = "H100"
     peak_flops: float = Field(989e12, gt=0, description="dense bf16 matmul FLOP/s of a GPU")
+    peak_fp32_flops: float = Field(67e12, gt=0, description="the same in fp32, for train.precision=fp32")
     memory_bytes: float = Field(80e9, gt=0, description="of a GPU")
     usable: float = Field(0.9, gt=0, le=1, description="share of the memory for tensors; the rest: CUDA, NCCL, gaps")
     memory_bandwidth: float = Field(3.35e12, gt=0, description="bytes/s")
@@ -24,6 +25,10 @@ class Hardware(Section):
     slow: float = Field(0.30, gt=0, le=1, description="share of peak_flops that a step's matmuls reach, at worst")
     fast: float = Field(0.55, gt=0, le=1, description="at best")
     launch: float = Field(6e-6, ge=0, description="seconds to start a kernel, for which decoding waits")
+
+    def peak(self, precision: str) -> float:
+        """FLOP/s of a GPU in train.precision."""
+        return self.peak_flops if precision == "bf16" else self.peak_fp32_flops
 
 
 def read_hardware(path: Path | None) -> Hardware:

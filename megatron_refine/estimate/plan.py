@@ -37,9 +37,8 @@ def times(layout: Layout, world: int, hardware: Hardware) -> str:
     (fast, slow), (high, low) = throughput(layout, world, hardware)
     hours = [seconds * total_steps(config) * world / 3600 for seconds in (best, worst)]
     lines += [f"  {'tokens/s a GPU':<42}{fast:>12,.0f}{slow:>12,.0f}", f"  {'MFU':<42}{high:>12.0%}{low:>12.0%}"]
-    return "\n".join(
-        [*lines, f"  {f'GPU-hours of {total_steps(config)} steps':<42}{hours[0]:>12,.0f}{hours[1]:>12,.0f}"]
-    )
+    name = f"GPU-hours of {total_steps(config)} steps"
+    return "\n".join([*lines, f"  {name:<42}{hours[0]:>12,.3g}{hours[1]:>12,.3g}"])
 
 
 def throughput(layout: Layout, world: int, hardware: Hardware) -> tuple[tuple[float, float], tuple[float, float]]:
@@ -49,7 +48,8 @@ def throughput(layout: Layout, world: int, hardware: Hardware) -> tuple[tuple[fl
     flops = work.refine if config.refine.enabled else work.ntp
     best, worst = layout.time.total
     rates = tokens / best / world, tokens / worst / world
-    return rates, (flops / best / world / hardware.peak_flops, flops / worst / world / hardware.peak_flops)
+    peak = world * hardware.peak(config.train.precision)
+    return rates, (flops / best / peak, flops / worst / peak)
 
 
 def _fit(layout: Layout, hardware: Hardware) -> str:
@@ -88,14 +88,14 @@ def _collectives(layout: Layout, hardware: Hardware) -> str:
 
 def _ranking(own: Layout, world: int, hardware: Hardware) -> str:
     found, refused = layouts(own.config, world, hardware)
-    lines = [f"{'layouts that fit, the fastest first':<50}{'GiB':>12}{'s a step':>12}{'MFU':>12}"]
+    lines = [f"{'layouts that fit, the fastest first':<50}{'GiB':>12}{'s a step':>16}{'MFU':>12}"]
     shown = found[:SHOWN] + [x for x in found[SHOWN:] if x.name == own.name]
     for layout in shown:
         best, worst = layout.time.total
         high, low = throughput(layout, world, hardware)[1]
         mark = " <- this configuration" if layout.name == own.name else ""
         lines.append(
-            f"  {layout.name:<48}{layout.memory.total / 2**30:>12.1f}{f'{best:.1f}-{worst:.1f}':>12}"
+            f"  {layout.name:<48}{layout.memory.total / 2**30:>12.1f}{f'{best:.3g}-{worst:.3g}':>16}"
             f"{f'{low:.0%}-{high:.0%}':>12}{mark}"
         )
     if len(found) > len(shown):

@@ -58,7 +58,7 @@ def _computing(
     full = _fullest_stage(config) / world
 
     def seconds(flops: float, bubble: float) -> tuple[float, float]:
-        busy = flops * full * bubble / hardware.peak_flops
+        busy = flops * full * bubble / hardware.peak(train.precision)
         return busy / hardware.fast, busy / hardware.slow
 
     wave = min(p.pp, micros)  # micro-batches that follow one another through the stages

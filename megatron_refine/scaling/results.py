@@ -61,11 +61,18 @@ def collect(sweep: Sweep, points: Sequence[Point]) -> tuple[list[Result], list[s
         if last.get("code"):
             missing.append(f"{point.name}: failed with code {last['code']}: {last['cause']}")
         elif not rows:
-            missing.append(f"{point.name}: no steps after the warm-up yet")
+            missing.append(f"{point.name}: no steps after the warm-up yet{_last_error(point.folder)}")
         else:
             found.append(_result(point, rows))
     bases = {r.seq_length: r for r in sorted(found, key=lambda r: -r.ranks)}  # the smallest of each length
     return [_against(result, bases[result.seq_length]) for result in found], missing
+
+
+def _last_error(folder: Path) -> str:
+    """What its last attempt noted as its end, as jobs under SLURM do."""
+    logs = sorted(folder.glob("logs/attempt_*/train.log"), key=lambda path: path.stat().st_mtime)
+    lines = logs[-1].read_text().splitlines() if logs else []
+    return f"; its last attempt: {lines[-1]}" if lines and "Error: " in lines[-1] else ""
 
 
 def _result(point: Point, rows: Sequence[metrics.Row]) -> Result:

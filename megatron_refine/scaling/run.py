@@ -32,12 +32,13 @@ def command(sweep: Sweep, point: Point) -> list[str]:
 
 
 def finished(point: Point) -> bool:
-    """Whether its last run came to its end."""
-    return record(point).get("code") == 0
+    """Whether its last run, with these very overrides, came to its end."""
+    last = record(point)
+    return last.get("code") == 0 and last.get("overrides") == point.overrides
 
 
 def record(point: Point) -> dict[str, Any]:
-    """What is known of its last run: code, seconds, cause. {} without one."""
+    """What is known of its last run here: code, seconds, cause, overrides. {} without one."""
     try:
         found: dict[str, Any] = json.loads((point.folder / RECORD).read_text())
         return found
@@ -56,9 +57,10 @@ def run_here(sweep: Sweep, points: Sequence[Point], say: Callable[[str], None]) 
         say(f"{where}: {point.ranks} rank{'s' * (point.ranks > 1)}, {point.folder / LOG}")
         start = time.monotonic()
         code, cause = _run(sweep, point)
-        entry = {"code": code, "seconds": round(time.monotonic() - start, 1), "cause": cause}
+        seconds = round(time.monotonic() - start, 1)
+        entry = {"code": code, "seconds": seconds, "cause": cause, "overrides": point.overrides}
         (point.folder / RECORD).write_text(json.dumps(entry) + "\n")
-        say(f"{where}: " + (f"{entry['seconds']:.0f} s" if code == 0 else f"FAILED with code {code}: {cause}"))
+        say(f"{where}: " + (f"{seconds:.0f} s" if code == 0 else f"FAILED with code {code}: {cause}"))
 
 
 def _run(sweep: Sweep, point: Point) -> tuple[int, str]:
