@@ -97,7 +97,7 @@ def command(
     from megatron_refine.train import main
 
     _fault = fault
-    RefineStep.explore = _observed(RefineStep.explore, record)  # type: ignore[method-assign]
+    RefineStep.explore_wave = _observed(RefineStep.explore_wave, record)  # type: ignore[method-assign]
     save = Session.save if saves else lambda self: {}
     Session.save = failing(broken)(save) if broken else save  # type: ignore[method-assign]
     with _captured() as texts:
@@ -105,20 +105,20 @@ def command(
     return End(code, *texts)
 
 
-def _observed(explore: Callable[..., Any], record: Path | None) -> Callable[..., Any]:
-    """`explore` that notes the step and writes what it drew."""
+def _observed(explore_wave: Callable[..., Any], record: Path | None) -> Callable[..., Any]:
+    """`explore_wave` that notes the step and writes what it drew."""
     from megatron_refine.eval.heldout import COUNTER
 
-    def observed(self: Any, batch: Any, step: int, *args: Any, **kwargs: Any) -> Any:
+    def observed(self: Any, batches: Any, step: int, *args: Any, **kwargs: Any) -> Any:
         global _step
         _step = step + 1 if step < COUNTER else 0
-        explored, outputs = explore(self, batch, step, *args, **kwargs)
-        if record and _step and os.environ["RANK"] == "0":
+        found = explore_wave(self, batches, step, *args, **kwargs)
+        for explored, _ in found if record and _step and os.environ["RANK"] == "0" else ():
             e = explored.experience
             drawn = {"positions": e.positions, "tokens": e.tokens, "rewards": explored.rewards}
             with record.open("a") as file:
                 file.write(json.dumps({"step": _step} | {k: v.tolist() for k, v in drawn.items()}) + "\n")
-        return explored, outputs
+        return found
 
     return observed
 

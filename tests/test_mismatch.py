@@ -103,9 +103,9 @@ def noisy_step(config: Config, lost: tuple[int, ...] = ()) -> tuple[Any, Batch, 
     explored: list[Any] = []
 
     class Recorded(RefineStep):
-        def explore(self, *args: Any, **kwargs: Any) -> Any:
-            found = super().explore(*args, **kwargs)
-            explored.append((args[0], found[0].experience))
+        def explore_wave(self, batches: Any, *args: Any, **kwargs: Any) -> Any:
+            found = super().explore_wave(batches, *args, **kwargs)
+            explored.extend((b, record.experience) for b, (record, _) in zip(batches, found, strict=True))
             return found
 
     model, ranks = build(config, torch.float64)

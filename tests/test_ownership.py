@@ -185,7 +185,7 @@ def test_a_lost_rank_ends_the_others_with_their_own_code(tmp_path: Path, cache: 
     code = (
         "import sys; from tests import runs; from megatron_refine.step.refine import RefineStep\n"
         "from megatron_refine import train; runs._fault = runs.Fault(3, 9, rank=1)\n"
-        "RefineStep.explore = runs._observed(RefineStep.explore, None); sys.exit(train.main())\n"
+        "RefineStep.explore_wave = runs._observed(RefineStep.explore_wave, None); sys.exit(train.main())\n"
     )
     codes, texts = two_ranks(code, config)
     assert codes == [8, -9], texts

@@ -14,7 +14,7 @@ import yaml
 
 from megatron_refine.config import ConfigError
 from megatron_refine.scaling.results import as_table, collect, write
-from megatron_refine.scaling.run import LOG, RECORD, command, failure, finished, submit_jobs
+from megatron_refine.scaling.run import LOG, RECORD, failure, finished, submit_jobs
 from megatron_refine.scaling.sweep import points, read_sweep
 from megatron_refine.slurm.site import Site
 from tests.runs import write_config
@@ -151,29 +151,31 @@ def scaling(*arguments: str) -> tuple[int, str, str]:
 
 
 @pytest.mark.slow
-def test_a_sweep_runs_names_what_failed_and_goes_on(tmp_path: Path) -> None:
-    """One, two and four ranks, and a point whose data is missing; then the same command again."""
-    config = write_config(tmp_path, tmp_path / "cache", train={"steps": 5}, eval={"sequences": 0})
-    layouts = {"overrides": ["parallel.tp=1", "parallel.sp=false", "train.micro_batch_size=1", "refine.start_step=0"]}
-    faulty = {"ranks": 1, "data.paths": "[/nowhere]"}
-    path = written(tmp_path, config=[str(config)], grid={"ranks": [1, 2, 4]}, points=[faulty], **layouts)
+def test_the_shipped_sweep_runs_names_what_failed_and_goes_on(tmp_path: Path) -> None:
+    """Scaled down, with one more point, whose data is missing; then the same command again."""
+    tree = yaml.safe_load(SHIPPED.read_text())
+    config = write_config(tmp_path, tmp_path / "cache", eval={"sequences": 0})
+    tree |= {"config": [str(config)], "out": str(tmp_path / "out"), "warm_up": 1}
+    tree["overrides"] += ["train.steps=3"]
+    tree["points"].append({"ranks": 1, "data.paths": "[/nowhere]"})
+    path = tmp_path / "sweep.yaml"
+    path.write_text(yaml.safe_dump(tree, sort_keys=False))
     code, out, err = scaling(str(path))
     assert code == 1, out + err
-    assert "ranks1_paths[-nowhere]: failed with code 2: " in out and "/nowhere" in out
+    assert "ranks1_paths[-nowhere]: failed with code 2: " in out and "/nowhere: no such file or folder" in out
     sweep = read_sweep(path)
     found, _ = points(sweep, path)
     results, missing = collect(sweep, found)
-    assert [(r.ranks, r.dp, r.steps) for r in results] == [(1, 1, 3), (2, 2, 3), (4, 4, 3)] and len(missing) == 1
-    assert all(r.tokens_per_sec > 0 and r.update > 0 and r.rollout > 0 and r.peak_gib > 0 for r in results)
-    logs = {point.name: (point.folder / LOG).stat().st_mtime_ns for point in found}
+    assert [r.ranks for r in results] == [1, 2, 2, 2, 4, 4, 4] and len(missing) == 1
+    assert all(r.steps == 2 and r.tokens_per_sec > 0 and r.update > 0 and r.peak_gib > 0 for r in results)
     entry = json.loads((found[0].folder / RECORD).read_text())
     assert entry["code"] == 0 and finished(found[0])
     assert not finished(replace(found[0], overrides=[*found[0].overrides, "train.steps=9"]))
+    logs = {point.name: (point.folder / LOG).stat().st_mtime_ns for point in found}
     code, out, _ = scaling(str(path))
-    assert code == 1 and out.count("finished before") == 3  # the failed one was tried again
+    assert code == 1 and out.count("finished before") == 7  # the failed one was tried again
     again = {point.name: (point.folder / LOG).stat().st_mtime_ns for point in found}
     assert [name for name in logs if logs[name] != again[name]] == ["ranks1_paths[-nowhere]"]
-    assert "--nproc-per-node 4" in " ".join(command(sweep, found[-1]))
 
 
 def test_the_command_line(tmp_path: Path) -> None:
