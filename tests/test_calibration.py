@@ -191,16 +191,18 @@ MORE = {
     "cp2 selective": (2, ["parallel.cp=2", *RECOMPUTE["mixer"]]),
     "tp2 sp cp2": (4, ["parallel.tp=2", "parallel.sp=true", "parallel.cp=2"]),
 }
-CASES = [(layout, mode) for layout in LAYOUTS | MORE for mode in ("two_pass", "fused") if layout != "one"]
+CASES = [(layout, mode, "delta_net") for layout in LAYOUTS | MORE for mode in ("two_pass", "fused")]
+CASES = [case for case in CASES if case[0] != "one" and case[:2] != ("pp2", "fused")]
+CASES += [("cp2", "fused", "gated_delta_net"), ("cp2", "fused", "lact"), ("tp2 sp", "two_pass", "lact")]
 
 
-@pytest.mark.parametrize(("layout", "mode"), [case for case in CASES if case != ("pp2", "fused")])
-def test_collectives(ranks: Zygote, tmp_path: Path, layout: str, mode: str) -> None:
+@pytest.mark.parametrize(("layout", "mode", "model"), CASES)
+def test_collectives(ranks: Zygote, tmp_path: Path, layout: str, mode: str, model: str) -> None:
     """Their number, and their bytes exactly. But the gradient's are padded, to 64 elements a parameter and 128 ranks,
     and of a cp rank's rows more or fewer have a target than of another's."""
     world, overrides = (LAYOUTS | MORE)[layout]
     # a size at which no message but sums of losses is small
-    config = small_config(tmp_path, *overrides, f"update.mode={mode}", "refine.num_rollouts=16")
+    config = small_config(tmp_path, *overrides, f"update.mode={mode}", "refine.num_rollouts=16", model=model)
     for rank, real in enumerate(ranks(world, collectives, config=config)):
         for refine, counted in real.items():
             expected: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0, 0])
