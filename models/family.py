@@ -61,6 +61,10 @@ class FamilyCost(Protocol):
     def exchanged_columns(self, model: Any) -> tuple[int, int]:
         """Columns of all heads that context parallel ranks exchange before the mixing of a row, and after it."""
 
+    def handle_bytes(self, model: Any, itemsize: int, length: int, gpu: bool, cp: int) -> float:
+        """Bytes that a layer's handle keeps of a pass without gradient, a row, of this rank's heads, until the states
+        are taken."""
+
     def saved_bytes(self, model: Any, itemsize: int, length: int, gpu: bool) -> Saved:
         """Bytes kept for the backward pass of a layer, of sequences of `length` tokens, by the kernels of a GPU or by
         torch on a CPU."""

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_refine.config import Config
 from megatron_refine.estimate.flops import step_flops
-from megatron_refine.estimate.memory import module_bytes, rank_memory, recomputed
+from megatron_refine.estimate.memory import handles, module_bytes, rank_memory, recomputed
 from megatron_refine.estimate.traffic import step_traffic
 from megatron_refine.models import family
 from tests.parity import batch, build, small_config
@@ -107,6 +107,41 @@ def test_recomputed_activations(ranks: Zygote, tmp_path: Path, model: str, recom
         expected -= config.model.num_layers * rows * config.model.hidden_size * 4
     found = ranks(1, saved, config=config)[0]["packed"]
     assert found == pytest.approx(expected, rel=0.06, abs=600_000)  # the logits of one chunk
+
+
+def pinned(config: Config) -> int:
+    """On a rank: bytes of all tensors that the handles of a pass without gradient reach, each storage once."""
+    from megatron_refine.trainer import forward
+
+    model, _ = build(config, torch.float32)
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    with torch.no_grad():
+        _, handles = forward.prefill(model, batch(1, config.data.seq_length).tokens)
+    storages: dict[int, int] = {}
+
+    def walk(value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            storage = value.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(value, dict):
+            walk(list(value.values()))
+        elif isinstance(value, list | tuple):
+            for part in value:
+                walk(part)
+        elif hasattr(value, "__dict__"):
+            walk(vars(value))
+
+    walk(handles)
+    return sum(size for pointer, size in storages.items() if pointer not in own)
+
+
+@pytest.mark.parametrize("layout", ["one", "tp2 sp", "cp2"])
+@pytest.mark.parametrize("model", ["delta_net", "gated_delta_net", "lact"])
+def test_handles(ranks: Zygote, tmp_path: Path, model: str, layout: str) -> None:
+    """Within 4 %: momenta, and states after the last chunk."""
+    world, overrides = LAYOUTS[layout]
+    config = wide(tmp_path, model, *overrides, "update.mode=two_pass")
+    assert handles(config, gpu=False) == pytest.approx(ranks(world, pinned, config=config)[0], rel=0.04)
 
 
 def held(config: Config) -> tuple[int, int]:

@@ -17,7 +17,7 @@ class RankMemory:
     weights: int
     gradients: int  # fp32 in either precision
     optimizer: int  # Adam's moments and, in bf16, fp32 weights: this rank's share of the distributed optimizer
-    activations: int  # kept for the backward pass
+    activations: int  # kept for the backward pass, or by the handles of a score pass, whichever is more
     head: int  # logits of one chunk of rows, their probabilities and their gradient
     states: int  # forked at the selected positions, and the rollouts' own while they decode
 
@@ -44,7 +44,7 @@ def rank_memory(config: Config, dp: int, stage: int, gpu: bool = True) -> RankMe
         weights=count * itemsize(config),
         gradients=count * FP32,
         optimizer=count * (12 if bf16 else 8) // (dp * p.cp),
-        activations=_activations(config, dp, stage, gpu),
+        activations=max(_activations(config, dp, stage, gpu), handles(config, gpu)),
         head=_head(config) if last else 0,
         states=_states(config) if config.refine.enabled else 0,
     )
@@ -77,6 +77,17 @@ def _activations(config: Config, dp: int, stage: int, gpu: bool) -> int:
     again = {name: modules[name] for name in recomputed(config)}
     kept = sum(modules.values()) - sum(again.values())
     return round(in_flight * layers * kept + max(again.values(), default=0) + ends)
+
+
+def handles(config: Config, gpu: bool) -> int:
+    """Bytes of the handles of a two-pass update's score pass, of the micro-batches that are in the pipeline at once. A
+    fused update keeps the same tensors for its backward pass."""
+    if not config.refine.enabled or config.fused:
+        return 0
+    p, model, length = config.parallel, config.model, config.data.seq_length
+    row = family.flops(model.family).handle_bytes(model, itemsize(config), length, gpu, p.cp)
+    waves, layers = p.pp, model.num_layers // p.pp
+    return round(waves * config.train.micro_batch_size * length * layers * row / (p.tp * p.cp))
 
 
 def recomputed(config: Config) -> list[str]:

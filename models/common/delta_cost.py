@@ -98,6 +98,15 @@ class DeltaCost:
         outputs = s.heads * s.value_dim
         return s.channels + s.others - outputs * s.gated_output, outputs
 
+    def handle_bytes(self, model: ModelConfig, itemsize: int, length: int, gpu: bool, cp: int) -> float:
+        """The projected rows, for the convolution's tail; keys, what is written (a GPU: values) and states to begin
+        from, every chunk (a GPU: every 1024 tokens); beta and decays."""
+        s = self.shape(model)
+        k, v, every = s.key_dim, s.value_dim, 1024 if gpu else CHUNK
+        rule = k * FP32 + v * (itemsize if gpu else FP32) + k * v * FP32 / every + FP32 * (gpu + s.gated_rule)
+        columns = self.exchanged_columns(model)[0] if cp > 1 else s.channels + s.others
+        return columns * itemsize + s.heads * rule
+
     def saved_bytes(self, model: ModelConfig, itemsize: int, length: int, gpu: bool) -> Saved:
         """Bytes kept for the backward pass of a layer.
 

@@ -71,6 +71,14 @@ def exchanged_columns(model: LactConfig) -> tuple[int, int]:
     return _columns(model), model.hidden_size
 
 
+def handle_bytes(model: LactConfig, itemsize: int, length: int, gpu: bool, cp: int) -> float:
+    """Keys and values of the attention and of the fast weights, their rates and momenta; at each chunk the weights, as
+    used and as they move."""
+    chunks, matrices = -(-length // model.lact_chunk_size), 9 if model.ttt_prenorm else 6
+    weights = chunks * matrices * model.num_lact_heads * model.head_dim * model.inner_dim * FP32 / length
+    return 4 * model.hidden_size * itemsize + 4 * model.num_lact_heads * FP32 + weights
+
+
 def saved_bytes(model: LactConfig, itemsize: int, length: int, gpu: bool) -> Saved:
     """Bytes kept for the backward pass of a layer, around and in `kernels/lact/chunk.py`; on a CPU held to measurements
     by tests, on a GPU (compiled chains keep their inputs, FlexAttention its own) counted in the sources."""
