@@ -201,7 +201,6 @@ def test_a_damaged_sync_is_seen_and_made_good(server: Any, fault: str, ranks: Zy
     assert all(largest < lane.TOLERANCE for _, largest in found["gaps"])
 
 
-@torch.no_grad()
 def update_without_flush(folder: str, model: str, url: str) -> dict[str, float]:
     """On a rank: the gap of a continued request whose state comes from the weights before an update."""
     from megatron_refine.trainer.forward import score_pass
@@ -221,7 +220,8 @@ def update_without_flush(folder: str, model: str, url: str) -> dict[str, float]:
             (answer,) = client.generate(
                 input_ids=[longer], sampling_params=sampling, return_logprob=True, extra_key=key
             )
-            ours = score_pass(module, torch.tensor([longer + answer["output_ids"]])).logprobs[0, 102:-1]
+            with torch.no_grad():
+                ours = score_pass(module, torch.tensor([longer + answer["output_ids"]])).logprobs[0, 102:-1]
             found[case] = float((ours - torch.tensor(lane.answered(answer))).abs().mean())
         return found
 
