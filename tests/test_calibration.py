@@ -85,6 +85,50 @@ def test_activations(ranks: Zygote, tmp_path: Path, model: str, layout: str) -> 
             assert memory.activations == pytest.approx(real[kind], rel=0.04), (kind, rank)
 
 
+class Kept:
+    """A saved tensor; counts its storage as long as a graph holds it, and the most bytes there were."""
+
+    live: dict[int, list[int]] = {}  # storage -> [holders, bytes]
+    peak = 0
+
+    def __init__(self, tensor: torch.Tensor):
+        self.tensor, storage = tensor, tensor.untyped_storage()
+        self.key = storage.data_ptr()
+        self.live.setdefault(self.key, [0, storage.nbytes()])[0] += 1
+        Kept.peak = max(Kept.peak, sum(size for _, size in self.live.values()))
+
+    def __del__(self) -> None:
+        entry = self.live[self.key]
+        entry[0] -= 1
+        if not entry[0]:
+            del self.live[self.key]
+
+
+def held_in_a_step(config: Config) -> int:
+    """On a rank: the most bytes that the graphs of a REFINE step hold at a time, each storage once, without weights."""
+    step = make_step(config, torch.float32)
+    own = {p.untyped_storage().data_ptr() for p in step.model.parameters()}
+    Kept.live, Kept.peak = {}, 0
+
+    def pack(tensor: torch.Tensor) -> Any:
+        return tensor if tensor.untyped_storage().data_ptr() in own else Kept(tensor)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x.tensor if isinstance(x, Kept) else x):
+        step(batch(4, config.data.seq_length), 0, refine=True)
+    return Kept.peak
+
+
+@pytest.mark.parametrize("mini", [1, 2, 4])
+def test_micro_batches_in_flight(ranks: Zygote, tmp_path: Path, mini: int) -> None:
+    """A stage holds no more micro-batches than an optimizer step has, whatever the batch. Within 10 %: a backward pass
+    has begun before the next forward pass is over."""
+    more = ["parallel.pp=2", "train.global_batch_size=4", f"update.mini_batch_size={mini}", "update.mode=two_pass"]
+    config = wide(tmp_path, "delta_net", *more)
+    real = ranks(2, held_in_a_step, config=config)
+    for stage in range(2):
+        assert rank_memory(config, 1, stage, gpu=False).activations == pytest.approx(real[stage], rel=0.1), stage
+
+
 RECOMPUTE = {
     "mixer": ["train.recompute=selective"],
     "mlp": ["train.recompute=selective", "train.recompute_modules=[mlp]"],
@@ -141,7 +185,7 @@ def test_handles(ranks: Zygote, tmp_path: Path, model: str, layout: str) -> None
     """Within 4 %: momenta, and states after the last chunk."""
     world, overrides = LAYOUTS[layout]
     config = wide(tmp_path, model, *overrides, "update.mode=two_pass")
-    assert handles(config, gpu=False) == pytest.approx(ranks(world, pinned, config=config)[0], rel=0.04)
+    assert handles(config, 1, gpu=False) == pytest.approx(ranks(world, pinned, config=config)[0], rel=0.04)
 
 
 def held(config: Config) -> tuple[int, int]:

@@ -44,7 +44,7 @@ def rank_memory(config: Config, dp: int, stage: int, gpu: bool = True) -> RankMe
         weights=count * itemsize(config),
         gradients=count * FP32,
         optimizer=count * (12 if bf16 else 8) // (dp * p.cp),
-        activations=max(_activations(config, dp, stage, gpu), handles(config, gpu)),
+        activations=max(_activations(config, dp, stage, gpu), handles(config, dp, gpu)),
         head=_head(config) if last else 0,
         states=_states(config) if config.refine.enabled else 0,
     )
@@ -68,7 +68,7 @@ def _activations(config: Config, dp: int, stage: int, gpu: bool) -> int:
     cut = p.cp * (p.tp if p.sp else 1)  # of whole rows
     modules = module_bytes(config, gpu)
     layers, layer_input = model.num_layers // p.pp, _rows(config) * model.hidden_size * size / cut
-    in_flight = min(p.pp - stage, config.train.global_batch_size // (dp * config.train.micro_batch_size))
+    in_flight = min(p.pp - stage, _update_size(config) // (dp * config.train.micro_batch_size))
     ends = 0.0
     if stage == p.pp - 1:  # the final norm, as those of the layers; what it returns is gathered over tp
         ends = layer_input * (1 if gpu else 2) + _rows(config) * model.hidden_size * size / p.cp
@@ -79,15 +79,25 @@ def _activations(config: Config, dp: int, stage: int, gpu: bool) -> int:
     return round(in_flight * layers * kept + max(again.values(), default=0) + ends)
 
 
-def handles(config: Config, gpu: bool) -> int:
+def _update_size(config: Config) -> int:
+    """Sequences of the run's largest optimizer step, which is what the pipeline is fed at once: a batch where there are
+    steps without REFINE or on answers, a mini-batch else."""
+    start = config.refine.start_step
+    if start or config.train.phase == "posttrain":
+        return config.train.global_batch_size
+    return config.mini_batch_at(start, config.refine.enabled)
+
+
+def handles(config: Config, dp: int, gpu: bool) -> int:
     """Bytes of the handles of a two-pass update's score pass, of the micro-batches that are in the pipeline at once. A
     fused update keeps the same tensors for its backward pass."""
     if not config.refine.enabled or config.fused:
         return 0
     p, model, length = config.parallel, config.model, config.data.seq_length
     row = family.flops(model.family).handle_bytes(model, itemsize(config), length, gpu, p.cp)
-    waves, layers = p.pp, model.num_layers // p.pp
-    return round(waves * config.train.micro_batch_size * length * layers * row / (p.tp * p.cp))
+    wave = min(p.pp, config.train.global_batch_size // (dp * config.train.micro_batch_size))
+    layers = model.num_layers // p.pp
+    return round(wave * config.train.micro_batch_size * length * layers * row / (p.tp * p.cp))
 
 
 def recomputed(config: Config) -> list[str]:
