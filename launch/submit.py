@@ -14,6 +14,7 @@ from megatron_refine import config as configuration
 from megatron_refine.config.load import read_as
 from megatron_refine.estimate.hardware import Hardware
 from megatron_refine.estimate.plan import plan
+from megatron_refine.files import speak_utf8
 from megatron_refine.models.family import FAMILIES
 from megatron_refine.slurm.job import Job
 from megatron_refine.slurm.site import Site
@@ -23,6 +24,7 @@ from megatron_refine.slurm.sweep import points
 
 def main(arguments: list[str] | None = None) -> int:
     """Check everything, then submit. Returns the exit code: 0, or 2 with a line that says what is wrong."""
+    speak_utf8()
     options = parse(arguments)
     try:
         job = build(options)

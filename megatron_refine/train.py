@@ -15,6 +15,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from megatron_refine import config as configuration
+from megatron_refine.files import speak_utf8
 from megatron_refine.models.family import FAMILIES
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ def _due(step: int, every: int) -> bool:
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse, check, then dry-run or train. Every failure ends in one line."""
+    speak_utf8()
     parser = argparse.ArgumentParser(prog="python -m megatron_refine.train", description=__doc__.split("\n")[0])
     parser.add_argument("--config", required=True, action="append", help="a YAML file; several: later ones win")
     parser.add_argument("--dry-run", action="store_true", help="print configuration and estimate; start nothing")

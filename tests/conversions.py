@@ -46,17 +46,17 @@ def hf_folder(path: Path, name: str = "delta_net", **fields: Any) -> Path:
     """A golden checkpoint as a model folder, with a tokenizer; `fields` change its config.json."""
     path.mkdir(parents=True)
     shutil.copy(GOLDEN / name / "model.safetensors", path)
-    config = json.loads((GOLDEN / name / "config.json").read_text()) | fields
-    (path / "config.json").write_text(json.dumps(config, indent=1))
+    config = json.loads((GOLDEN / name / "config.json").read_text(encoding="utf-8")) | fields
+    (path / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
     for file, text in TEXTS.items():
-        (path / file).write_text(text)
+        (path / file).write_text(text, encoding="utf-8")
     return path
 
 
 def write_random(path: Path, model: Any) -> None:
     """A model of random weights, as the library would save it."""
     path.mkdir()
-    (path / "config.json").write_text(json.dumps(fresh_config(model, "float32")))
+    (path / "config.json").write_text(json.dumps(fresh_config(model, "float32")), encoding="utf-8")
     generator = torch.Generator().manual_seed(0)
     shapes = Converter(model).hf_shapes.items()
     tensors = {name: 0.3 * torch.randn(shape, generator=generator) for name, shape in shapes}
@@ -79,7 +79,7 @@ def shard_in_two(path: Path) -> None:
         save_file({name: tensors[name] for name in own}, path / file, {"format": "pt"})
     total = sum(t.numel() * t.element_size() for t in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": {n: f for f, own in files.items() for n in own}}
-    (path / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    (path / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     (path / "model.safetensors").unlink()
 
 

@@ -38,7 +38,7 @@ def small_config(tmp_path: Any, *overrides: str, model: str = "delta_net") -> Co
         "run": {"dir": str(tmp_path / "run"), "timeout_minutes": 1.0}, "model": MODELS[model], "refine": REFINE,
         "train": train, "data": {"seq_length": 192}, "optimizer": {"lr": 1e-2}, "eval": {"sequences": 0},
     }  # fmt: skip
-    path.write_text(yaml.safe_dump(tree))
+    path.write_text(yaml.safe_dump(tree), encoding="utf-8")
     return load(path, list(overrides), FAMILIES)
 
 

@@ -56,7 +56,7 @@ def _failure(folder: Path, rank: int, end: End, outcome: tuple[bool, Any]) -> Fa
     stack = folder / f"{rank}.stack"
     cause = {"hung": "still running", "stopped": "stopped, it had not noticed"}[end.kind]
     cause += ", its function done" if done else ""
-    return Failure(rank, (2 + done, 0.0), cause, stack.read_text() if stack.exists() else "")
+    return Failure(rank, (2 + done, 0.0), cause, stack.read_text(encoding="utf-8") if stack.exists() else "")
 
 
 def _death(code: int) -> str:
@@ -88,7 +88,7 @@ def _output(folder: Path, world_size: int) -> list[str]:
     lines = []
     for rank in range(world_size):
         path = folder / f"{rank}.log"
-        text = path.read_text(errors="replace")[-TAIL:].rstrip() if path.exists() else ""
+        text = path.read_text(errors="replace", encoding="utf-8")[-TAIL:].rstrip() if path.exists() else ""
         if text:
             lines.append(f"--- output of rank {rank} ---\n{text}")
     return lines

@@ -80,7 +80,7 @@ def write_config(folder: Path, cache_dir: Path, **sections: dict[str, Any]) -> P
     names = TREE.keys() | sections.keys()
     tree = {name: TREE.get(name, {}) | own.get(name, {}) | sections.get(name, {}) for name in names}
     path = folder / "run.yaml"
-    path.write_text(yaml.safe_dump(tree))
+    path.write_text(yaml.safe_dump(tree), encoding="utf-8")
     return path
 
 
@@ -116,7 +116,7 @@ def _observed(explore_wave: Callable[..., Any], record: Path | None) -> Callable
         for explored, _ in found if record and _step and os.environ["RANK"] == "0" else ():
             e = explored.experience
             drawn = {"positions": e.positions, "tokens": e.tokens, "rewards": explored.rewards}
-            with record.open("a") as file:
+            with record.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": _step} | {k: v.tolist() for k, v in drawn.items()}) + "\n")
         return found
 
@@ -171,10 +171,10 @@ def failing(phase: str) -> Iterator[None]:
 
 def rows(folder: Path) -> list[dict[str, Any]]:
     """The metrics of a run in `folder/run`, without what differs from attempt to attempt."""
-    lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
+    lines = (folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [{k: v for k, v in json.loads(line).items() if not k.startswith(VOLATILE)} for line in lines]
 
 
 def draws(record: Path) -> list[dict[str, Any]]:
     """Positions, rollout tokens and rewards of each micro-batch, in order."""
-    return [json.loads(line) for line in record.read_text().splitlines()]
+    return [json.loads(line) for line in record.read_text(encoding="utf-8").splitlines()]

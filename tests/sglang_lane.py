@@ -45,7 +45,7 @@ def lane_config(folder: Path, model: str, *overrides: str) -> Config:
         },
     }  # fmt: skip
     path = folder / f"lane_{os.getpid()}.yaml"  # every rank of a test writes one
-    path.write_text(yaml.safe_dump(tree))
+    path.write_text(yaml.safe_dump(tree), encoding="utf-8")
     return load(path, list(overrides), FAMILIES)
 
 

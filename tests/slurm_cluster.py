@@ -74,10 +74,10 @@ class Cluster:
         root.chmod(0o755)
         (root / "munge").chmod(0o711)
         ports = {"port": PORT, "first": PORT + 1, "last": PORT + 2, "gpus": GPUS}
-        self.conf.write_text(CONF.format(root=root, host=socket.gethostname().split(".")[0], **ports))
+        self.conf.write_text(CONF.format(root=root, host=socket.gethostname().split(".")[0], **ports), encoding="utf-8")
         for i in range(GPUS):
             os.mknod(root / f"dev/gpu{i}", 0o600 | 0o20000, os.makedev(1, 3))
-        (root / "etc/gres.conf").write_text(f"Name=gpu File={root}/dev/gpu[0-{GPUS - 1}]\n")
+        (root / "etc/gres.conf").write_text(f"Name=gpu File={root}/dev/gpu[0-{GPUS - 1}]\n", encoding="utf-8")
         key = root / "munge/munge.key"
         key.write_bytes(os.urandom(128))
         key.chmod(0o600)
@@ -92,9 +92,9 @@ class Cluster:
 
     def _start(self, command: list[str]) -> None:
         log = self.root / "log" / f"{command[0]}.start"
-        with log.open("a") as file:  # a daemon keeps it open: a pipe would never end
+        with log.open("a", encoding="utf-8") as file:  # a daemon keeps it open: a pipe would never end
             done = subprocess.run(command, env=self.environment, stdout=file, stderr=file)
-        assert done.returncode == 0, (command, log.read_text())
+        assert done.returncode == 0, (command, log.read_text(encoding="utf-8"))
 
     def start_node(self, node: str) -> None:
         self._start(["slurmd", "-N", node, "-f", str(self.conf)])
@@ -105,11 +105,11 @@ class Cluster:
         self.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
 
     def pid(self, daemon: str) -> int:
-        return int((self.root / f"run/{daemon}.pid").read_text())
+        return int((self.root / f"run/{daemon}.pid").read_text(encoding="utf-8"))
 
     def run(self, *command: str) -> str:
         """What a client prints."""
-        done = subprocess.run(command, env=self.environment, capture_output=True, text=True)
+        done = subprocess.run(command, env=self.environment, capture_output=True, encoding="utf-8")
         assert done.returncode == 0, (command, done.stderr)
         return done.stdout.strip()
 
@@ -125,7 +125,9 @@ class Cluster:
             if condition():
                 return
             time.sleep(0.2)
-        logs = [log.read_text(errors="replace")[-1500:] for log in sorted((self.root / "log").iterdir())]
+        logs = [
+            log.read_text(errors="replace", encoding="utf-8")[-1500:] for log in sorted((self.root / "log").iterdir())
+        ]
         raise AssertionError("\n".join([f"not within {seconds} s: {what}", self.run("squeue", "-l"), *logs]))
 
     def ends(self, job: str, seconds: float = 120) -> str:

@@ -62,7 +62,7 @@ def test_a_wrong_configuration_is_refused_before_torch_is_imported(
     for rank in range(2):
         variables = {"RANK": str(rank), "WORLD_SIZE": str(world), "PATH": ""}
         arguments = [sys.executable, "-c", code, "--config", str(config), *overrides]
-        done = subprocess.run(arguments, cwd=ROOT, env=variables, capture_output=True, text=True)
+        done = subprocess.run(arguments, cwd=ROOT, env=variables, capture_output=True, encoding="utf-8")
         assert done.stdout == "False 2\n", done.stderr
         errors.append(done.stderr)
     check_refused(End(2, "", errors[0]), 2, pattern)
@@ -102,9 +102,9 @@ def test_a_checkpoint_of_another_model(again: Callable[..., End]) -> None:
 
 def test_other_data_than_the_run_began_with(again: Callable[..., End], tmp_path: Path) -> None:
     pattern = r"step_0000002: the run was trained on other data .*restore data\.\*, .*or choose a new run\.dir"
-    before = (tmp_path / "run/metrics.jsonl").read_text()
+    before = (tmp_path / "run/metrics.jsonl").read_text(encoding="utf-8")
     check_refused(again("data.seq_length=160"), 2, pattern)
-    assert (tmp_path / "run/metrics.jsonl").read_text() == before
+    assert (tmp_path / "run/metrics.jsonl").read_text(encoding="utf-8") == before
 
 
 def test_a_damaged_checkpoint_and_its_remedy(again: Callable[..., End], tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ def test_a_checkpoint_to_start_from_that_is_not_there(ranks: Any, tmp_path: Path
 
 
 def test_a_run_folder_that_cannot_be_written(ranks: Any, tmp_path: Path, cache: Path) -> None:
-    (tmp_path / "file").write_text("in the way of the run folder")
+    (tmp_path / "file").write_text("in the way of the run folder", encoding="utf-8")
     config = runs.write_config(tmp_path, cache, run={"dir": str(tmp_path / "file" / "run")})
     check_refused(ranks(1, runs.command, arguments=["--config", str(config)])[0], 2, rf"run\.dir.*{tmp_path}/file")
 
@@ -200,12 +200,12 @@ def damaged_copies(folder: Path) -> Iterator[tuple[str, str]]:
             damage(path)
             yield kind, path.name
             path.write_bytes(whole)
-    (folder / "extra").write_text("extra")
+    (folder / "extra").write_text("extra", encoding="utf-8")
     yield "added", "extra"
     (folder / "extra").unlink()
     manifest = folder / "manifest.json"
     whole = manifest.read_bytes()
-    manifest.write_text(json.dumps(json.loads(whole) | {"step": 7}))
+    manifest.write_text(json.dumps(json.loads(whole) | {"step": 7}), encoding="utf-8")
     yield "altered", "manifest.json"
     manifest.write_bytes(whole)
 

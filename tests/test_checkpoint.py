@@ -185,7 +185,9 @@ def faked_saves(config: Config, steps: list[int]) -> list[str]:
     from megatron_refine.trainer import checkpoint
 
     def write(state: Any, folder: str) -> None:
-        Path(folder, "payload").write_text(f"{state['progress']['step']} of {state['progress']['data']}")
+        Path(folder, "payload").write_text(
+            f"{state['progress']['step']} of {state['progress']['data']}", encoding="utf-8"
+        )
 
     checkpoint.dist_checkpointing.save = write
     step, checkpoints = start(config)
@@ -193,7 +195,7 @@ def faked_saves(config: Config, steps: list[int]) -> list[str]:
     for i, number in enumerate(steps):
         checkpoints.save(checkpoint.Progress(number, 0, f"save {i}"), step.updater)
     found = sorted(checkpoints.root.iterdir())
-    return [f"{p.name}: {(p / 'payload').read_text() if p.is_dir() else p.read_text()}" for p in found]
+    return [f"{p.name}: {(p / 'payload' if p.is_dir() else p).read_text('utf-8')}" for p in found]
 
 
 def test_the_oldest_checkpoints_go_and_the_same_step_is_replaced(ranks: Any, tmp_path: Path) -> None:
@@ -216,7 +218,7 @@ def test_what_is_not_complete_is_neither_loaded_nor_in_the_way(ranks: Any, tmp_p
         shutil.copytree(saved[0], root / name)
     (root / "step_0000004" / "COMPLETE").unlink()
     assert ranks(1, latest_of, config=config)[0] == old
-    (old / "payload").write_text("old")
+    (old / "payload").write_text("old", encoding="utf-8")
     assert ranks(1, faked_saves, config=config, steps=[4, 6])[0] == [
         "latest: step_0000006", "step_0000002: old", "step_0000004: 4 of save 0", "step_0000006: 6 of save 1"
     ]  # fmt: skip

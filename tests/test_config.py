@@ -28,7 +28,7 @@ TREE = {
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     path = tmp_path / "run.yaml"
-    path.write_text(yaml.safe_dump(TREE))
+    path.write_text(yaml.safe_dump(TREE), encoding="utf-8")
     return path
 
 
@@ -127,7 +127,7 @@ def test_override_values_are_yaml(path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["1e-3", "1E-3", "+1e-3", "1.0e-3", "1.e-3", "0.001"])
 def test_floats_without_a_point(path: Path, text: str) -> None:
-    path.write_text(path.read_text() + f"optimizer: {{lr: {text}}}\n")
+    path.write_text(path.read_text(encoding="utf-8") + f"optimizer: {{lr: {text}}}\n", encoding="utf-8")
     assert read(path).optimizer.lr == 1e-3
 
 
@@ -153,9 +153,9 @@ def test_bad_file(path: Path, content: bytes, says: str) -> None:
 def test_later_files_win(path: Path, tmp_path: Path) -> None:
     """Key by key; a model that names its family is a whole one."""
     longer, model = tmp_path / "longer.yaml", tmp_path / "model.yaml"
-    longer.write_text("train: {steps: 7}\nmodel: {num_layers: 4}\n")
+    longer.write_text("train: {steps: 7}\nmodel: {num_layers: 4}\n", encoding="utf-8")
     other = {"family": "gated_delta_net", "vocab_size": 128, "hidden_size": 32, "num_layers": 1}
-    model.write_text(yaml.safe_dump({"model": other | {"num_heads": 2, "intermediate_size": 64}}))
+    model.write_text(yaml.safe_dump({"model": other | {"num_heads": 2, "intermediate_size": 64}}), encoding="utf-8")
     config = load([str(path), str(longer)], [], FAMILIES)
     assert (config.train.steps, config.train.global_batch_size, config.model.num_layers) == (7, 8, 4)
     config = load([str(path), str(longer), str(model)], ["train.steps=9"], FAMILIES)
@@ -181,7 +181,7 @@ def test_presets_are_valid(preset: Path) -> None:
 
 def test_every_key_is_documented() -> None:
     """And nothing else is."""
-    page = (Path(__file__).parents[1] / "docs/configuration.md").read_text()
+    page = (Path(__file__).parents[1] / "docs/configuration.md").read_text(encoding="utf-8")
     known = {f"{section}.{key}" for section, field in Config.model_fields.items() if section != "model"
              for key in field.annotation.model_fields}  # fmt: skip
     known |= {f"model.{key}" for family in FAMILIES.values() for key in family.model_fields}
@@ -193,7 +193,9 @@ def test_missing_file(tmp_path: Path) -> None:
 
 
 def test_missing_key(path: Path) -> None:
-    path.write_text(path.read_text().replace("vocab_size: 512", "tie_embeddings: true"))
+    path.write_text(
+        path.read_text(encoding="utf-8").replace("vocab_size: 512", "tie_embeddings: true"), encoding="utf-8"
+    )
     assert "model.vocab_size: missing; set it in the file or with model.vocab_size=..." in problem(path)
 
 
@@ -219,7 +221,7 @@ def test_automatic_update_mode(path: Path) -> None:
 def test_resolved_copy_is_the_same_configuration(path: Path) -> None:
     config = read(path, "optimizer.lr=3e-5", "train.precision=fp32", "run.wandb='off'", "data.paths=[a, b]")
     text = config.to_yaml()
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     again = read(path)
     assert again.to_yaml() == text
     assert again.model_dump(serialize_as_any=True) == config.model_dump(serialize_as_any=True)
@@ -232,5 +234,5 @@ def test_nothing_heavy_is_imported() -> None:
         "print(*sorted({'torch', 'megatron', 'numpy'} & sys.modules.keys()))"
     )
     root = Path(__file__).parents[1]
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, encoding="utf-8", check=True)
     assert done.stdout.split() == []

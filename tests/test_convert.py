@@ -49,7 +49,7 @@ def test_a_round_trip_gives_every_file_back_bit_by_bit(ranks: Any, tmp_path: Pat
     first, second = done(ranks, to_megatron(source, megatron, "--verify"), to_hf(megatron, back, "--verify"))
     assert contents(back) == contents(source)
     assert "verified: " in first and "verified: " in second
-    section = (megatron / "model.yaml").read_text()
+    section = (megatron / "model.yaml").read_text(encoding="utf-8")
     assert section in first and f"family: {golden_model(name).family}" in section
     assert sorted(p.name for p in tmp_path.iterdir()) == ["back", "megatron", "source"]
 
@@ -136,10 +136,10 @@ def test_a_cast_and_the_size_of_shards(ranks: Any, tmp_path: Path) -> None:
     files = sorted(back.glob("*.safetensors"))
     assert [p.name for p in files] == [f"model-{i:05d}-of-00004.safetensors" for i in range(1, 5)]
     assert all(p.stat().st_size < 50_000 + 4_000 for p in files)  # the tensors, and a header
-    index = json.loads((back / "model.safetensors.index.json").read_text())
+    index = json.loads((back / "model.safetensors.index.json").read_text(encoding="utf-8"))
     assert index["weight_map"].keys() == expected.keys()
     assert index["metadata"]["total_size"] == sum(2 * t.numel() for t in expected.values())
-    before, after = (json.loads((p / "config.json").read_text()) for p in (source, back))
+    before, after = (json.loads((p / "config.json").read_text(encoding="utf-8")) for p in (source, back))
     assert after == before | {"torch_dtype": "bfloat16"}
 
 
@@ -235,7 +235,7 @@ def test_a_run_starts_from_a_conversion_and_its_checkpoint_goes_back(
     found = tensors(back)
     for own, tensor in tensors(source).items():
         assert found[own].equal(tensor.to(torch.bfloat16 if precision == "bf16" else torch.float32)), own
-    told = json.loads((back / "config.json").read_text())["torch_dtype"]
+    told = json.loads((back / "config.json").read_text(encoding="utf-8"))["torch_dtype"]
     assert told == ("bfloat16" if precision == "bf16" else "float32")
     assert (back / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
 
@@ -264,7 +264,7 @@ def test_a_checkpoint_of_a_run_at_tp2_pp2_becomes_a_complete_model(ranks: Any, t
     folder, back = tmp_path / "run/checkpoints/step_0000002", tmp_path / "back"
     ranks(4, started, config=run_config(tmp_path, name, tp=2, sp=True, pp=2), source=None, steps=2)
     done(ranks, to_hf(folder, back, "--verify"))
-    config = json.loads((back / "config.json").read_text())
+    config = json.loads((back / "config.json").read_text(encoding="utf-8"))
     model = model_of(config, "back")
     assert model == golden_model(name) and config["torch_dtype"] == "float32"
     tokens = torch.randint(0, 97, (1, 64), generator=torch.Generator().manual_seed(0))
@@ -351,7 +351,7 @@ MEASURED = """
 def growth(folder: Path, direction: str, source: Path, target: Path) -> int:
     """MiB by which a process's peak grows in a conversion."""
     command = [sys.executable, "-c", textwrap.dedent(MEASURED), str(folder), direction, str(source), str(target)]
-    return int(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+    return int(subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", check=True).stdout)
 
 
 @pytest.mark.slow
@@ -379,5 +379,7 @@ def test_help_needs_no_torch() -> None:
         "try: c.main(['--help'])\n"
         "except SystemExit: print('torch' in sys.modules)"
     )
-    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    out = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, encoding="utf-8", check=True
+    ).stdout
     assert "--max-shard-size" in out and out.splitlines()[-1] == "False"

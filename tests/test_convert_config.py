@@ -40,7 +40,7 @@ def test_a_config_written_here_is_read_as_the_same_model(name: str) -> None:
     model = golden_model(name)
     written = fresh_config(model, "float32")
     assert model_of(written, "config.json") == model
-    original = json.loads((GOLDEN / name / "config.json").read_text())
+    original = json.loads((GOLDEN / name / "config.json").read_text(encoding="utf-8"))
     unlike = {k: (v, original.get(k)) for k, v in written.items() if original.get(k) != v}
     assert not unlike.keys() - {"bos_token_id", "eos_token_id", "fuse_cross_entropy", "max_position_embeddings"}, unlike
 
@@ -68,14 +68,14 @@ FIELDS: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("case", FIELDS)
 def test_a_field_that_is_not_honoured_is_refused_by_name(case: str) -> None:
     fields, pattern = FIELDS[case]
-    config = json.loads((GOLDEN / "delta_net" / "config.json").read_text()) | fields
+    config = json.loads((GOLDEN / "delta_net" / "config.json").read_text(encoding="utf-8")) | fields
     with pytest.raises(ConfigError) as error:
         model_of(config, "there/config.json")
     assert re.search(f"^there/config.json: {pattern}", str(error.value)), str(error.value)
 
 
 def test_a_field_that_is_missing() -> None:
-    config = json.loads((GOLDEN / "delta_net" / "config.json").read_text())
+    config = json.loads((GOLDEN / "delta_net" / "config.json").read_text(encoding="utf-8"))
     del config["num_heads"]
     with pytest.raises(ConfigError, match=r"^config\.json: num_heads: missing; it says the model's num_heads$"):
         model_of(config, "config.json")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_refine.convert.errors import ConversionError
 from megatron_refine.convert.source import HFSource
+from megatron_refine.files import fingerprint
 from tests.conversions import GOLDEN, convert, hf_folder, rewrite, shard_in_two, tensors, to_hf, to_megatron
 from tests.runs import End
 
@@ -43,9 +44,9 @@ def with_index(change: Callable[[dict[str, str]], Any]) -> Callable[[Path], None
     def apply(folder: Path) -> None:
         shard_in_two(folder)
         path = folder / "model.safetensors.index.json"
-        index = json.loads(path.read_text())
+        index = json.loads(path.read_text(encoding="utf-8"))
         change(index["weight_map"])
-        path.write_text(json.dumps(index))
+        path.write_text(json.dumps(index), encoding="utf-8")
 
     return apply
 
@@ -113,7 +114,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
         rf"lm_head\.weight: listed for {SECOND}, is in model-00001",
     ),
     "no index": (
-        two(lambda folder: (folder / "model.safetensors.index.json").write_text("[]")),
+        two(lambda folder: (folder / "model.safetensors.index.json").write_text("[]", encoding="utf-8")),
         r"index\.json: damaged: no weight_map",
     ),
 }  # fmt: skip
@@ -148,7 +149,7 @@ def test_the_command_ends_with_one_line(ranks: Any, tmp_path: Path) -> None:
 
     refused(run(to_megatron(tmp_path / "none", megatron)), 2, r"none: no such folder; name a folder with config\.json")
     megatron.mkdir()
-    (megatron / "notes").write_text("mine")
+    (megatron / "notes").write_text("mine", encoding="utf-8")
     refused(run(to_megatron(source, megatron)), 2, rf"^{megatron}: exists and is not empty; name a new folder")
     assert [p.name for p in megatron.iterdir()] == ["notes"]
     (megatron / "notes").unlink()  # an empty folder is taken
@@ -156,7 +157,7 @@ def test_the_command_ends_with_one_line(ranks: Any, tmp_path: Path) -> None:
     refused(run(to_hf(megatron, source)), 2, rf"^{source}: exists and is not empty")
     arguments = to_hf(megatron, tmp_path / "back", "--max-shard-size", "many")
     refused(run(arguments), 2, r"--max-shard-size many: not a size; write 5GB, 500MB or a number of bytes")
-    (source / "config.json").write_text("{")
+    (source / "config.json").write_text("{", encoding="utf-8")
     refused(run(to_megatron(source, tmp_path / "m")), 2, r"config\.json: not valid JSON")
     shutil.copy(GOLDEN / "delta_net/config.json", source / "config.json")
     cut(source / "model.safetensors")
@@ -212,7 +213,7 @@ def rewritten(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
     (folder / "__0_0.distcp").unlink()
     write_plain(folder, {n: Spec(t.dtype, tuple(t.shape)) for n, t in found.items()}, found.__getitem__)
     contents = manifest.read_manifest(folder)
-    contents["files"] = {name: manifest.fingerprint(folder / name) for name in manifest.payload(folder)}
+    contents["files"] = {name: fingerprint(folder / name) for name in manifest.payload(folder)}
     manifest.complete(folder, contents)
 
 

@@ -62,7 +62,7 @@ def settings(tmp_path, tokenizer_path):
         base = {"seq_length": 64, "cache_dir": str(tmp_path / "cache"), "valid_fraction": 0.2}
         data = {**base, "paths": [str(paths)], "tokenizer": str(tokenizer), **data}
         tree = {"model": model, "data": data, "refine": {"enabled": False}}
-        (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
         return load(tmp_path / "config.yaml", [], {"stub": Stub})
 
     return make
@@ -171,7 +171,7 @@ def test_each_side_has_a_document(tmp_path, settings, fraction):
 
 # Readers
 def test_formats_give_the_same_rows(tmp_path, settings):
-    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"id": 1, "body": text}) for text in DOCUMENTS))
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"id": 1, "body": t}) for t in DOCUMENTS), "utf-8")
     (tmp_path / "a.parquet").write_bytes(parquet(body=DOCUMENTS, id=range(40)))
     paths = [tmp_path / name for name in ("corpus", "a.jsonl", "a.parquet")]
     prepared = [prepare(settings(paths=path, text_column="body")) for path in paths]
@@ -242,7 +242,7 @@ def test_fingerprint_follows_what_decides_the_rows(tmp_path, settings):
     assert len(set(prints)) == len(variants)
     moved = (tmp_path / "corpus").rename(tmp_path / "moved")
     assert prepare(settings(paths=moved)).train.fingerprint == prints[0]
-    (moved / "000.txt").write_text(DOCUMENTS[0].replace("a", "b"))
+    (moved / "000.txt").write_text(DOCUMENTS[0].replace("a", "b"), encoding="utf-8")
     assert prepare(settings(paths=moved)).train.fingerprint not in prints
 
 
@@ -254,7 +254,7 @@ def test_digests_of_large_files_are_remembered(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.delattr(corpus_module, "digest")
         assert corpus.fingerprint(tmp_path) == plain
-    (tmp_path / "corpus" / "003.txt").write_text("x" * len(DOCUMENTS[3].encode()))  # the same size
+    (tmp_path / "corpus" / "003.txt").write_text("x" * len(DOCUMENTS[3].encode()), encoding="utf-8")  # the same size
     os.utime(tmp_path / "corpus" / "003.txt", (0, 0))
     assert corpus.fingerprint(tmp_path) != plain
 
@@ -317,7 +317,7 @@ def test_bad_files_are_named(tmp_path, settings, name, content, expected):
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
 def test_forbidden_file_is_named(tmp_path, monkeypatch, name):
     tmp_path.chmod(0o755)
-    (tmp_path / name).write_text('{"text": "x"}')
+    (tmp_path / name).write_text('{"text": "x"}', encoding="utf-8")
     (tmp_path / name).chmod(0)
     monkeypatch.chdir(tmp_path)
     corpus = find_corpus([name], "text", "data.paths")
@@ -339,7 +339,7 @@ def test_paths_without_documents_are_named(tmp_path, settings, key):
 
     (tmp_path / "empty").mkdir()
     (tmp_path / "blank.jsonl").touch()
-    (tmp_path / "short.txt").write_text("ab")
+    (tmp_path / "short.txt").write_text("ab", encoding="utf-8")
     assert f"data.{key}: {tmp_path}/missing: no such" in message("missing")
     assert f"data.{key}: {tmp_path}/empty: the folder holds no" in message("empty")
     assert f"data.{key}: no documents in 1 files" in message("blank.jsonl")

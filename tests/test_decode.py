@@ -78,8 +78,8 @@ def test_a_run_with_cuda_graphs_is_the_run_without(tmp_path: Path) -> None:
         arguments = ["--config", str(path), f"engine.cuda_graphs={graphs}", "parallel.tp=1", "parallel.sp=false"]
         environment = os.environ | {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
         done = subprocess.run([sys.executable, "-m", "megatron_refine.train", *arguments], cwd=ROOT, env=environment,
-                              capture_output=True, text=True)  # fmt: skip
+                              capture_output=True, encoding="utf-8")  # fmt: skip
         assert done.returncode == 0, done.stderr
-        lines = (folder / "run/metrics.jsonl").read_text().splitlines()
+        lines = (folder / "run/metrics.jsonl").read_text(encoding="utf-8").splitlines()
         rewards.append([row["rollout/reward_mean"] for row in map(json.loads, lines) if "rollout/reward_mean" in row])
     assert rewards[0] and rewards[1] == pytest.approx(rewards[0], rel=0.05)

@@ -110,7 +110,7 @@ def test_the_api_key_is_not_on_the_command_line(tmp_path: Path, monkeypatch: pyt
     words = command(config, tmp_path, 30000, tmp_path)
     assert "secret" not in str(words)
     file = Path(words[words.index("--config") + 1])
-    assert yaml.safe_load(file.read_text()) == {"api-key": "secret"}
+    assert yaml.safe_load(file.read_text(encoding="utf-8")) == {"api-key": "secret"}
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     assert words[words.index("--host") + 1] == "127.0.0.1"
 
@@ -341,7 +341,7 @@ def test_a_reserved_port_is_left_for_the_server() -> None:
 ])  # fmt: skip
 def test_a_launched_program_that_ends_is_reported_with_its_error(said: list[str], shown: str, tmp_path: Path) -> None:
     python = tmp_path / "python"
-    python.write_text("#!/bin/sh\n" + "".join(f"echo '{line}'\n" for line in said) + "exit 1\n")
+    python.write_text("#!/bin/sh\n" + "".join(f"echo '{line}'\n" for line in said) + "exit 1\n", encoding="utf-8")
     python.chmod(0o700)
     fleet = Fleet(small_config(tmp_path, "engine.kind=sglang", f"engine.python={python}"), tmp_path / "logs")
     with pytest.raises(ServerError, match=rf"ended while starting: {shown} \(.*sglang_0.1.log\)"):

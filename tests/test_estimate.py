@@ -195,7 +195,7 @@ def test_head_widths_are_whole_numbers(tmp_path: Path) -> None:
     assert (model.head_dim_k, model.head_dim_v, model.tp_limit()) == (64, 128, 4)
     path = tmp_path / "config.yaml"
     sizes = "vocab_size: 512, hidden_size: 256, num_layers: 2, intermediate_size: 512, num_heads: 3"
-    path.write_text(f"model: {{family: delta_net, {sizes}}}")
+    path.write_text(f"model: {{family: delta_net, {sizes}}}", encoding="utf-8")
     with pytest.raises(ConfigError, match=r"model\.expand_k=1\.0: .*256\*1/3 = 85\.33 is the width of a head"):
         load(path, [], family.FAMILIES)
     assert load(path, ["model.num_heads=8"], family.FAMILIES).model.tp_limit() == 8

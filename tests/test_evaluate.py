@@ -47,14 +47,18 @@ def data(tmp_path_factory: Any) -> Path:
         if task.source == "files":
             rows = [{"prompt": f"{name} {i}?", "answers": CASES[name][0]} for i in range(ROWS)]
             text = "".join(json.dumps(row) + "\n" for row in rows)
-            (folder / (f"{name}_{LENGTH}_3_test.jsonl" if task.sized else f"{name}.jsonl")).write_text(text)
+            (folder / (f"{name}_{LENGTH}_3_test.jsonl" if task.sized else f"{name}.jsonl")).write_text(
+                text, encoding="utf-8"
+            )
     qas = [{"question": f"Which is {i}?", "answers": [{"text": "11th century"}]} for i in range(ROWS)]
     paragraphs = [{"context": f"Text {i}.", "qas": [qa]} for i, qa in enumerate(qas)]
-    (folder / "squad.json").write_text(json.dumps({"data": [{"paragraphs": paragraphs}]}))
+    (folder / "squad.json").write_text(json.dumps({"data": [{"paragraphs": paragraphs}]}), encoding="utf-8")
     hotpot = [{"question": f"Who is {i}?", "answer": "11th century", "context": [["T", [f"S {i}."]]]} for i in range(3)]
-    (folder / "hotpotqa.json").write_text(json.dumps(hotpot))
+    (folder / "hotpotqa.json").write_text(json.dumps(hotpot), encoding="utf-8")
     for i in range(5):
-        (folder / f"document{i}.txt").write_text(" ".join(read_prose("").sentences[9 * i : 9 * i + 1 + i]))
+        (folder / f"document{i}.txt").write_text(
+            " ".join(read_prose("").sentences[9 * i : 9 * i + 1 + i]), encoding="utf-8"
+        )
     return folder
 
 
@@ -78,7 +82,7 @@ def arguments(model: Path, data: Path, out: Path, tasks: str, *more: str) -> lis
 
 def answers(out: Path) -> dict[str, list[dict[str, Any]]]:
     """Rows of all files, in the order of their places."""
-    read = {path.stem: map(json.loads, path.read_text().splitlines()) for path in out.glob("*.jsonl")}
+    read = {path.stem: map(json.loads, path.read_text(encoding="utf-8").splitlines()) for path in out.glob("*.jsonl")}
     return {name: sorted(rows, key=lambda row: row["place"]) for name, rows in read.items()}
 
 
@@ -126,7 +130,7 @@ def test_scripted_models_score_exactly_on_every_task(
     how = {"tasks": list(TASKS), "length": LENGTH, "rows": ROWS}
     end, expected = ranks(1, scripted, timeout=240, kind=kind, command=command, **how)[0]
     assert end.code == 0, end.err
-    scores = json.loads((tmp_path / "out/scores.json").read_text())["tasks"]
+    scores = json.loads((tmp_path / "out/scores.json").read_text(encoding="utf-8"))["tasks"]
     assert scores.keys() == expected.keys() and len(scores) == len(TASKS)
     for label, score in scores.items():
         assert (score["mean"], score["n"]) == (pytest.approx(expected[label], abs=1e-12), ROWS), label
@@ -134,7 +138,7 @@ def test_scripted_models_score_exactly_on_every_task(
         error = expected[label] / 2 if kind == "partial" else 0.0
         assert score["error"] == pytest.approx(error, abs=1e-9), label
     right = "100.0 ± 0.0 (n 3)" if kind == "perfect" else "0.0 ± 0.0 (n 3)" if kind == "empty" else "33.3 ± 16.7 (n 3)"
-    table = (tmp_path / "out/scores.md").read_text()
+    table = (tmp_path / "out/scores.md").read_text(encoding="utf-8")
     assert end.out.startswith(table) and "| model | niah_single_1 8K | niah_single_2 8K |" in table
     assert f"| {right} |" in table and "Haystacks: prose of the language reference" in table
 
@@ -148,7 +152,7 @@ def test_every_row_of_the_papers_files_is_evaluated(model: Path, ranks: Zygote, 
     how = {"tasks": tasks, "length": 4096, "rows": None}
     end, _ = ranks(1, scripted, timeout=400, kind="perfect", command=command, **how)[0]
     assert end.code == 0, end.err
-    scores = json.loads((tmp_path / "out/scores.json").read_text())["tasks"]
+    scores = json.loads((tmp_path / "out/scores.json").read_text(encoding="utf-8"))["tasks"]
     assert {label: score["n"] for label, score in scores.items()} == {
         "ruler_squadqa@4096": 200, "ruler_hotpotqa@4096": 200, "gov_report": rows["gov"],
         "lcc": rows["lcc"], "qasper": rows["qasper"], "samsum": rows["samsum"], "trec": rows["trec"],
@@ -191,7 +195,7 @@ def test_layouts_agree(model: Path, data: Path, ranks: Zygote, tmp_path: Path) -
     for name in ("tp2", "dp2"):
         for label in ("vt@2048", "trec"):
             assert found[name][label] == found["1"][label]
-    texts = [Path(path).read_text() for path in documents]
+    texts = [Path(path).read_text(encoding="utf-8") for path in documents]
     encoded = load_tokenizer(model / "tokenizer.json", 512, "").encode(texts)
     ids = [[0, *row][:150] for row in encoded]  # 0 is <bos>
     slow = ranks(1, slow_heldout, model=model, ids=ids)[0]
@@ -199,7 +203,7 @@ def test_layouts_agree(model: Path, data: Path, ranks: Zygote, tmp_path: Path) -
         assert [row["tokens"] for row in rows] == [len(row) - 1 for row in ids] and len(set(map(len, ids))) > 2
         assert [row["loss"] for row in rows] == pytest.approx([loss for loss, _ in slow], rel=1e-5)
         assert [row["correct"] for row in rows] == [hits for _, hits in slow]
-    heldout = json.loads((tmp_path / "1/scores.json").read_text())["heldout"]
+    heldout = json.loads((tmp_path / "1/scores.json").read_text(encoding="utf-8"))["heldout"]
     tokens = sum(len(row) - 1 for row in ids)
     assert heldout["loss"]["mean"] == pytest.approx(sum(loss for loss, _ in slow) / tokens, rel=1e-5)
     assert heldout["accuracy"]["mean"] == pytest.approx(sum(hits for _, hits in slow) / tokens)
@@ -215,7 +219,7 @@ def killed_after(appends: int) -> None:
     def dying(self: Results, label: str, rows: Any) -> None:
         count[0] += self.writes
         if count[0] > appends:
-            with (self.folder / f"{label}.jsonl").open("a") as file:
+            with (self.folder / f"{label}.jsonl").open("a", encoding="utf-8") as file:
                 file.write('{"place": 1, "inp')
                 file.flush()
                 os.kill(os.getpid(), SIGKILL)
@@ -234,31 +238,37 @@ def test_a_killed_evaluation_goes_on(layout: str, model: Path, data: Path, ranks
     with pytest.raises(RankError, match="killed by SIGKILL"):
         job(arguments=command(tmp_path / "killed", "trec,lcc,heldout", *common),
             patch=functools.partial(killed_after, 4))  # fmt: skip
-    before = {name: (tmp_path / "killed" / f"{name}.jsonl").read_text() for name in ("trec", "lcc")}
+    before = {name: (tmp_path / "killed" / f"{name}.jsonl").read_text(encoding="utf-8") for name in ("trec", "lcc")}
     assert [text.count("\n") for text in before.values()] == [3, 1] and not before["lcc"].endswith("\n")
     ends = [job(arguments=command(tmp_path / name, "trec,lcc,heldout", *common))[0] for name in ("killed", "whole")]
     assert [end.code for end in ends] == [0, 0], ends[0].err
     assert answers(tmp_path / "killed") == answers(tmp_path / "whole")
-    assert (tmp_path / "killed/trec.jsonl").read_text() == before["trec"]
+    assert (tmp_path / "killed/trec.jsonl").read_text(encoding="utf-8") == before["trec"]
     for name in ("scores.json", "scores.md"):
-        assert (tmp_path / "killed" / name).read_text() == (tmp_path / "whole" / name).read_text()
-    stamp = {path.name: path.read_text() for path in (tmp_path / "whole").iterdir()}
+        assert (tmp_path / "killed" / name).read_text(encoding="utf-8") == (tmp_path / "whole" / name).read_text(
+            encoding="utf-8"
+        )
+    stamp = {path.name: path.read_text(encoding="utf-8") for path in (tmp_path / "whole").iterdir()}
     again = job(
         arguments=command(tmp_path / "whole", "trec,lcc,heldout", *common), patch=functools.partial(killed_after, 0)
     )
-    assert again[0].code == 0 and stamp == {path.name: path.read_text() for path in (tmp_path / "whole").iterdir()}
+    assert again[0].code == 0 and stamp == {
+        path.name: path.read_text(encoding="utf-8") for path in (tmp_path / "whole").iterdir()
+    }
 
 
 def test_changed_questions_are_asked_anew(model: Path, data: Path, ranks: Zygote, tmp_path: Path) -> None:
     """Answers stay with the prompts that they were given to; another model's are never mixed in."""
     own = tmp_path / "data"
     own.mkdir()
-    lines = (data / "trec.jsonl").read_text().splitlines(keepends=True)
-    (own / "trec.jsonl").write_text("".join(lines))
+    lines = (data / "trec.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (own / "trec.jsonl").write_text("".join(lines), encoding="utf-8")
     job = functools.partial(ranks, 1, evaluate, timeout=120)
     assert job(arguments=arguments(model, own, tmp_path / "out", "trec"))[0].code == 0
     first = answers(tmp_path / "out")["trec"]
-    (own / "trec.jsonl").write_text("".join([lines[0], json.dumps({"prompt": "Another?", "answers": ["City"]}), "\n"]))
+    (own / "trec.jsonl").write_text(
+        "".join([lines[0], json.dumps({"prompt": "Another?", "answers": ["City"]}), "\n"]), encoding="utf-8"
+    )
     assert job(arguments=arguments(model, own, tmp_path / "out", "trec"))[0].code == 0
     second = answers(tmp_path / "out")["trec"]
     assert second[0] == first[0] and len(second) == 2 and second[1]["input"] != first[1]["input"]
@@ -309,7 +319,7 @@ def test_models_that_cannot_be_loaded(data: Path, ranks: Zygote, tmp_path: Path)
     weights.write_bytes(weights.read_bytes()[:-8])
     (damaged / "tokenizer.json").unlink()
     (tmp_path / "empty").mkdir()
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", encoding="utf-8")
     codes = {}
     for name, more, words in (
         ("gone", [], "gone: no such folder"),

@@ -105,7 +105,7 @@ def test_odd_characters_stay(tmp_path, text, escaped):
         Example("qasper", i, text, (text,), 128) for i in range(3)
     ]
     assert read(tmp_path, parquet(prompt=[text], answers=[[text]]), "a.parquet")[0].references == (text,)
-    (tmp_path / "a.jsonl").write_text(content)
+    (tmp_path / "a.jsonl").write_text(content, encoding="utf-8")
     assert list(read_documents(tmp_path / "a.jsonl", "prompt", "data.paths")) == [text]
 
 
@@ -115,7 +115,7 @@ def test_half_a_surrogate_pair_is_refused(tmp_path):
     message = failure(tmp_path, whole + b'{"prompt": "ok", "answers": ["a", "b\\ud83d"]}\n')
     assert "row 2: column answers holds half a surrogate pair at character 1, not text; fix the row" in message
     with pytest.raises(ConfigError, match="row 2 holds half a surrogate pair at character 0"):
-        (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": "\\udc00"}')
+        (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": "\\udc00"}', encoding="utf-8")
         list(read_documents(tmp_path / "a.jsonl", "text", "data.paths"))
 
 

@@ -13,4 +13,4 @@ def test_wandb_offline_writes_into_the_run_folder(tmp_path: Path) -> None:
     folder.finish()
     assert shown[0].startswith("step 1/10 loss 2.00")
     assert list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
-    assert (tmp_path / "run" / "logs" / "attempt_1" / "train.log").read_text().startswith(shown[0])
+    assert (tmp_path / "run" / "logs" / "attempt_1" / "train.log").read_text(encoding="utf-8").startswith(shown[0])

@@ -44,7 +44,7 @@ LAYOUTS: dict[str, tuple[dict[str, Any], str]] = {  # parallel.*, train.recomput
 
 
 def golden_model(name: str) -> Any:
-    return model_of(json.loads((GOLDEN / name / "config.json").read_text()), name)
+    return model_of(json.loads((GOLDEN / name / "config.json").read_text(encoding="utf-8")), name)
 
 
 def golden_config(name: str, layout: str) -> Config:
@@ -115,7 +115,7 @@ def run_tool(*arguments: str) -> tuple[int, str, str]:
         [sys.executable, "tools/parity.py", *arguments],
         cwd=GOLDEN.parents[1],
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         timeout=120,
     )
     return done.returncode, done.stdout, done.stderr

@@ -72,14 +72,14 @@ def write_tasks(folder: Path, answers: list[str]) -> None:
     reader = READER
     for name, task in TASKS.items():
         if name in rows:
-            (folder / f"{name}.json").write_text(json.dumps(rows[name]))
+            (folder / f"{name}.json").write_text(json.dumps(rows[name]), encoding="utf-8")
             reader += f"def of_{name}(**_): return documents('{name}')\n"
             task += COMMON % (name, name)
         else:
             task = TASKS["sample"] + f"task: {name}\ntest_split: test\n" + task % folder
-        (folder / f"{name}.yaml").write_text(task)
-    (folder / "documents.py").write_text(reader)
-    (folder / "both.yaml").write_text("group: both\ntask: [write, choose]\n")
+        (folder / f"{name}.yaml").write_text(task, encoding="utf-8")
+    (folder / "documents.py").write_text(reader, encoding="utf-8")
+    (folder / "both.yaml").write_text("group: both\ntask: [write, choose]\n", encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("harness") / "model"
     write_random(folder, FAMILIES["delta_net"].model_validate(MODEL))
-    texts = (Path(module.__file__ or "").read_text() for module in (argparse, ast))
+    texts = (Path(module.__file__ or "").read_text(encoding="utf-8") for module in (argparse, ast))
     train_tokenizer(texts, MODEL["vocab_size"], folder / "tokenizer.json")
     return folder
 
@@ -273,7 +273,7 @@ def test_command(model: Path, tasks: Path, ranks: Zygote, tmp_path: Path) -> Non
     first, second = ranks(2, command, arguments=[*line, "--tp", "2", "--sp", "--log-samples"])
     assert first.code == second.code == 0 and second.out == ""
     assert first.out.count("|exact_match") == 1 and first.out.endswith(f"\n{out}\n")
-    found = json.loads(out.read_text())
+    found = json.loads(out.read_text(encoding="utf-8"))
     assert found["results"]["write"]["exact_match,none"] == 0.5 and found["config"]["limit"] == 2
     assert [len(rows) for rows in found["samples"].values()] == [2, 2, 2]
 

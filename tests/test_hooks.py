@@ -109,10 +109,10 @@ def test_own_functions_are_what_a_run_uses(ranks: Zygote, tmp_path: Path) -> Non
 
 
 def test_the_documented_example_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = (ROOT / "docs/configuration.md").read_text()
+    page = (ROOT / "docs/configuration.md").read_text(encoding="utf-8")
     code = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     assert len(code) == 1
-    (tmp_path / "my_hooks.py").write_text(code[0])
+    (tmp_path / "my_hooks.py").write_text(code[0], encoding="utf-8")
     monkeypatch.syspath_prepend(str(tmp_path))
     names = re.findall(r"refine\.(?:reward|selection)=my_hooks:\w+", page)
     assert len(names) == 2

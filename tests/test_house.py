@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -16,6 +17,7 @@ PACKAGE = ("megatron_refine", "models", "kernels")
 FOLDERS = (*PACKAGE, "tools", "launch", "tests")
 # Imports go from a line to the lines above it, never sideways.
 ORDER = (
+    {"files"},
     {"records", "config", "platform", "shield"},
     {"kernels"},
     {"models"},
@@ -31,7 +33,7 @@ ORDER = (
     {"exits"},
     {"train"},
 )
-ONLY = {"data": {"config", "records"}, "report": {"config", "records"}}
+ONLY = {"data": {"config", "files", "records"}, "report": {"config", "files", "records"}}
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
@@ -44,7 +46,7 @@ def files(*folders: str) -> list[Path]:
 
 @cache
 def tree(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(), str(path))
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
 
 
 def where(path: Path, node: ast.AST | None = None) -> str:
@@ -56,7 +58,7 @@ def refuse(problems: list[str], rule: str) -> None:
 
 
 def length(path: Path) -> int:
-    return len(path.read_text().splitlines())
+    return len(path.read_text(encoding="utf-8").splitlines())
 
 
 def module_of(path: Path) -> list[str]:
@@ -176,9 +178,41 @@ def test_no_print() -> None:
     refuse(prints, "no print outside tools/, launch/, train.py and report/")
 
 
+TEXT_OPENERS = {"open", "fdopen", "read_text", "write_text", "TextIOWrapper", "NamedTemporaryFile", "TemporaryFile"}
+
+
+def locale_dependent(node: ast.AST) -> bool:
+    """Whether a call reads or writes text in the encoding of the locale."""
+    if not isinstance(node, ast.Call):
+        return False
+    name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+    given = {keyword.arg: keyword.value for keyword in node.keywords}
+    if "encoding" in given:
+        return False
+    if any(isinstance(given.get(k), ast.Constant) and given[k].value for k in ("text", "universal_newlines")):  # type: ignore[attr-defined]
+        return True
+    if name not in TEXT_OPENERS:
+        return False
+    literals = [a.value for a in (*node.args, given.get("mode")) if isinstance(a, ast.Constant)]
+    if name in ("read_text", "write_text"):
+        return "utf-8" not in literals
+    modes = [text for text in literals if isinstance(text, str) and re.fullmatch(r"[rwxab+t]{1,3}", text)]
+    if name in ("NamedTemporaryFile", "TemporaryFile"):  # binary by default
+        return bool(modes) and "b" not in modes[0]
+    arguments = node.args if isinstance(node.func, ast.Attribute) else node.args[1:]
+    if not modes and arguments:  # a method of another class, or os.open
+        return False
+    return not modes or "b" not in modes[0]
+
+
+def test_text_files_are_utf8_whatever_the_locale() -> None:
+    calls = [(p, node) for p in files(*FOLDERS) for node in ast.walk(tree(p)) if locale_dependent(node)]
+    refuse([where(p, node) for p, node in calls], 'say encoding="utf-8"')
+
+
 @pytest.mark.parametrize("name", ["models", "kernels.delta_rule"])
 def test_bare_import_is_refused(name: str) -> None:
-    done = subprocess.run([sys.executable, "-c", f"import {name}"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", f"import {name}"], cwd=ROOT, capture_output=True, encoding="utf-8")
     assert done.returncode and (
         "Error: No module named" in done.stderr or "import megatron_refine.models" in done.stderr
     )
@@ -187,7 +221,7 @@ def test_bare_import_is_refused(name: str) -> None:
 def test_transformers_is_not_misled_by_our_folder() -> None:
     """It looks for a package `kernels` by importing it, and so does flash-linear-attention through it."""
     code = "from transformers import activations, utils; print(utils.is_kernels_available())"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, encoding="utf-8")
     assert done.stdout == "False\n", done.stderr
 
 

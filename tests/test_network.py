@@ -58,7 +58,7 @@ def start(hosts: None, tmp_path: Path) -> Iterator[Callable[[], list[subprocess.
             started.append(
                 subprocess.Popen(
                     [*line, "--config", str(config), *runs.TP2], cwd=ROOT, env=environment,
-                    stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                    stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, encoding="utf-8",
                 )
             )  # fmt: skip
         return started[-2:]
@@ -73,7 +73,7 @@ def start(hosts: None, tmp_path: Path) -> Iterator[Callable[[], list[subprocess.
 def reach(folder: Path, step: int) -> None:
     metrics, end = folder / "run/metrics.jsonl", time.monotonic() + 90
     while time.monotonic() < end:
-        if metrics.exists() and metrics.read_text().count("\n") > step:
+        if metrics.exists() and metrics.read_text(encoding="utf-8").count("\n") > step:
             return
         time.sleep(0.05)
     raise AssertionError(f"step {step} not reached")

@@ -108,7 +108,11 @@ def two_ranks(code: str, config: Path) -> tuple[list[int], list[str]]:
     line = [sys.executable, "-c", code, "--config", str(config), *runs.TP2]
     started = [
         subprocess.Popen(
-            line, cwd=ROOT, env=os.environ | common | {"RANK": r, "LOCAL_RANK": r}, stderr=subprocess.PIPE, text=True
+            line,
+            cwd=ROOT,
+            env=os.environ | common | {"RANK": r, "LOCAL_RANK": r},
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
         )
         for r in "01"
     ]
@@ -175,7 +179,7 @@ def test_a_damaged_checkpoint_is_passed_over_where_that_is_allowed(ranks: Any, t
 def test_the_owner_is_written_as_json(tmp_path: Path) -> None:
     owner = attempt(tmp_path, job="12", restart=3)
     owner.claim()
-    assert json.loads((tmp_path / "OWNER").read_text()) == owner.token
+    assert json.loads((tmp_path / "OWNER").read_text(encoding="utf-8")) == owner.token
     assert owner.name.startswith("12-3-") and not list(tmp_path.glob(".OWNER-*"))
 
 

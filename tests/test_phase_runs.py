@@ -30,8 +30,8 @@ ROWS = 11  # with batches of 4 the last one has three prompts
 def files(tmp_path_factory: Any) -> Path:
     """A tokenizer and prompts with answers: a number in a text."""
     folder, draw = tmp_path_factory.mktemp("prompts"), random.Random(4)
-    train_tokenizer([Path(argparse.__file__).read_text()], 512, folder / "tokenizer.json")
-    with (folder / "numbers.jsonl").open("w") as file:
+    train_tokenizer([Path(argparse.__file__).read_text(encoding="utf-8")], 512, folder / "tokenizer.json")
+    with (folder / "numbers.jsonl").open("w", encoding="utf-8") as file:
         for _ in range(ROWS):
             text = " ".join(draw.choice(("the grass is green", "parser.add", "return self")) for _ in range(20))
             number = str(draw.randrange(100, 1000))
@@ -50,7 +50,9 @@ def sections(files: Path, phase: str, **more: dict[str, Any]) -> dict[str, dict[
 
 
 def predictions(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "run" / "predictions.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line) for line in (folder / "run" / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -82,7 +84,7 @@ def test_every_preset_runs_scaled_down(preset: str, ranks: Zygote, files: Path, 
     if phase == "testtime":
         assert [row["index"] for row in predictions(tmp_path)] == list(range(ROWS))
         assert "numbers  " in ends[0].out and f"(n {ROWS})" in ends[0].out
-        report = (tmp_path / "run" / "report.html").read_text()
+        report = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
         assert "<h2>Answers</h2>" in report and "<td>numbers</td>" in report
 
 
@@ -143,8 +145,8 @@ def test_test_time_training_leaves_the_base_weights(
 
 def test_batches_do_not_depend_on_those_before(ranks: Zygote, files: Path, tmp_path: Path) -> None:
     """per_batch: from the same weights, the loss of a batch is the same wherever it stands; online: it is not."""
-    lines = (files / "numbers.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "twice.jsonl").write_text("".join(lines[:4] * 2))
+    lines = (files / "numbers.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (tmp_path / "twice.jsonl").write_text("".join(lines[:4] * 2), encoding="utf-8")
     losses = {}
     for reset in ("per_batch", "online"):
         folder = tmp_path / reset
@@ -239,7 +241,7 @@ def test_batches_of_prompts(files: Path, tmp_path: Path) -> None:
 def test_a_run_evaluates_tasks_on_its_way(ranks: Zygote, tmp_path: Path) -> None:
     """Generated tasks and files, at their steps and at both ends, on the screen, in the metrics and in the report."""
     rows = [{"prompt": f"Type of question {i}", "answers": ["City"]} for i in range(3)]
-    (tmp_path / "trec_512.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "trec_512.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     evaluation = {"every": 2, "tasks": ["trec", "niah_single_1"], "lengths": [1024, 768], "examples": 2}
     config = runs.write_config(
         tmp_path, tmp_path / "cache", eval=evaluation | {"data": str(tmp_path), "batch_size": 4}, train={"steps": 3}
@@ -250,7 +252,7 @@ def test_a_run_evaluates_tasks_on_its_way(ranks: Zygote, tmp_path: Path) -> None
     found = [row for row in runs.rows(tmp_path) if "task/trec" in row]
     assert [row["step"] for row in found] == [0, 2, 3] and all(keys <= row.keys() for row in found)
     assert "eval step 2: trec 0.0 ± 0.0, niah_single_1@768 0.0 ± 0.0, niah_single_1@1024 0.0 ± 0.0" in ends[0].out
-    assert "niah_single_1@768" in (tmp_path / "run" / "report.html").read_text()
+    assert "niah_single_1@768" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

@@ -91,16 +91,16 @@ def test_the_plan_names_everything() -> None:
 
 def run(*arguments: str) -> tuple[int, str, str]:
     command = [sys.executable, str(ROOT / "tools/estimate.py"), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False, cwd=ROOT)
     return done.returncode, done.stdout, done.stderr
 
 
 def test_the_command_line(tmp_path: Path) -> None:
     slow = tmp_path / "slow.yaml"
-    slow.write_text("name: A100\npeak_flops: 312.0e12\n")
+    slow.write_text("name: A100\npeak_flops: 312.0e12\n", encoding="utf-8")
     code, out, err = run(str(LARGE), "--gpus", "64", "--hardware", str(slow), "parallel.tp=8")
     assert code == 0 and "on 64 A100" in out and "tp 8 (sequence parallel)" in out, err
-    slow.write_text("peak_flop: 1.0\n")
+    slow.write_text("peak_flop: 1.0\n", encoding="utf-8")
     for arguments, says in (
         (("--gpus", "6"), "world size 6 is no multiple of tp*cp*pp = 4*1*1 = 4"),
         (("--hardware", str(slow)), "did you mean peak_flops?"),

@@ -70,9 +70,9 @@ def write_run(folder: Path, rows: list[Row], samples: dict | None = None) -> Pat
     for row in rows:
         log.append(row)
     log.close()
-    (folder / "config.yaml").write_text("model:\n  family: delta_net  # <tiny>\n")
+    (folder / "config.yaml").write_text("model:\n  family: delta_net  # <tiny>\n", encoding="utf-8")
     if samples is not None:
-        (folder / "samples.json").write_text(json.dumps(samples))
+        (folder / "samples.json").write_text(json.dumps(samples), encoding="utf-8")
     return folder
 
 
@@ -88,7 +88,7 @@ class Page(HTMLParser):
         self.tags: list[str] = []
         self.headings: list[str] = []
         self.text = ""
-        self.feed(path.read_text())
+        self.feed(path.read_text(encoding="utf-8"))
         assert not self.open
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -134,7 +134,9 @@ def test_metrics_round_trip_writes_what_is_not_finite_as_null(tmp_path: Path) ->
 @pytest.mark.parametrize("torn", ["", '{"step": 6, "train/lo', '{"step": 6}', '{"step": 6, "train/loss": 1.', "{"])
 def test_truncation_drops_later_rows_and_a_torn_line(tmp_path: Path, torn: str) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_text("".join(f'{{"step": {step}, "train/loss": {step}.5}}\n' for step in range(6)) + torn)
+    path.write_text(
+        "".join(f'{{"step": {step}, "train/loss": {step}.5}}\n' for step in range(6)) + torn, encoding="utf-8"
+    )
     log = MetricsLog(path)
     log.truncate_after(3)
     log.append({"step": 4, "train/loss": 0.25})
@@ -145,7 +147,7 @@ def test_truncation_drops_later_rows_and_a_torn_line(tmp_path: Path, torn: str) 
 
 def test_a_broken_line_within_the_file_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"step": \n{"step": 3}\n')
+    path.write_text('{"step": 1}\n{"step": \n{"step": 3}\n', encoding="utf-8")
     with pytest.raises(ValueError, match="metrics.jsonl:2: not a row"):
         read(path)
 
@@ -215,7 +217,7 @@ def test_report_has_every_section_and_escapes_text(tmp_path: Path) -> None:
     assert "script" not in page.tags and SCRIPT in page.text
     assert "At most 12.5% of a step's rollouts were masked" in page.text
     assert "after REFINE" in page.text and "1 restart." in page.text and "# <tiny>" in page.text
-    source = (run / "report.html").read_text()
+    source = (run / "report.html").read_text(encoding="utf-8")
     assert "#0000e" not in source and "http" not in source.replace("http://www.w3.org/", "")
     assert not list(run.glob("*.tmp"))
 
@@ -252,9 +254,11 @@ def test_runs_are_compared_in_one_picture(tmp_path: Path, capsys: pytest.Capture
         log.close()
     picture, runs = tmp_path / "curves.svg", [str(tmp_path / name) for name in ("native", "sglang")]
     assert compare_runs.main([*runs, "--out", str(picture)]) == 0
-    drawn = ElementTree.fromstring(picture.read_text())
+    drawn = ElementTree.fromstring(picture.read_text(encoding="utf-8"))
     texts = {element.text for element in drawn.iter() if element.tag.endswith("}text")}
-    assert {"native", "sglang", "NTP loss, nats a token"} <= texts and "--blue: #" in picture.read_text()
+    assert {"native", "sglang", "NTP loss, nats a token"} <= texts and "--blue: #" in picture.read_text(
+        encoding="utf-8"
+    )
     assert capsys.readouterr().out.count("after REFINE") == 2
 
 
@@ -272,7 +276,7 @@ def test_folders_that_cannot_be_compared(
 ) -> None:
     for name, text in (("run", '{"step": 1}\n'), ("other/run", '{"step": 1}\n'), ("broken", "no\nrow\n")):
         (tmp_path / name).mkdir(parents=True)
-        (tmp_path / name / "metrics.jsonl").write_text(text)
+        (tmp_path / name / "metrics.jsonl").write_text(text, encoding="utf-8")
     assert compare_runs.main([*(str(tmp_path / name) for name in folders), "--out", str(tmp_path / "x.svg")]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and not (tmp_path / "x.svg").exists()

@@ -54,8 +54,8 @@ def data(tmp_path_factory) -> str:
         }
         for i in range(30)
     ]
-    (folder / "squad.json").write_text(json.dumps(squad))
-    (folder / "hotpotqa.json").write_text(json.dumps(hotpot))
+    (folder / "squad.json").write_text(json.dumps(squad), encoding="utf-8")
+    (folder / "hotpotqa.json").write_text(json.dumps(hotpot), encoding="utf-8")
     return str(folder)
 
 
@@ -258,8 +258,8 @@ def test_words():
 
 # Haystacks of prose
 def test_essays_of_the_user(tmp_path):
-    (tmp_path / "b.txt").write_text("Second essay!  It\nends. ")
-    (tmp_path / "a.txt").write_text("First essay. " + "word " * 100)
+    (tmp_path / "b.txt").write_text("Second essay!  It\nends. ", encoding="utf-8")
+    (tmp_path / "a.txt").write_text("First essay. " + "word " * 100, encoding="utf-8")
     prose = read_prose(str(tmp_path))
     assert prose.sentences[0] == "First essay." and prose.sentences[-2:] == ("Second essay!", "It ends.")
     assert [len(sentence.split()) for sentence in prose.sentences] == [2, 60, 40, 2, 2]
@@ -280,7 +280,7 @@ def test_prose_of_the_manual():
 def test_essays_that_are_missing(tmp_path):
     with pytest.raises(ConfigError, match="essays: .*gone: no such file or folder"):
         make("niah_single_2", 1000, essays=str(tmp_path / "gone"))
-    (tmp_path / "a.txt").write_text(" \n")
+    (tmp_path / "a.txt").write_text(" \n", encoding="utf-8")
     with pytest.raises(ConfigError, match="essays: .*: holds no text; name a file or folder that does"):
         make("niah_single_2", 1000, essays=str(tmp_path))
 
@@ -334,7 +334,7 @@ def test_no_more_documents_than_there_are(data):
 )
 def test_bad_question_files_are_named(tmp_path, content, expected):
     if content:
-        (tmp_path / "squad.json").write_text(content)
+        (tmp_path / "squad.json").write_text(content, encoding="utf-8")
     with pytest.raises(ConfigError, match=expected):
         make("qa_squad", 4096, data=str(tmp_path))
 

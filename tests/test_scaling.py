@@ -27,7 +27,7 @@ def written(tmp_path: Path, **keys: Any) -> Path:
     path = tmp_path / "sweep.yaml"
     base = {"config": [str(ROOT / "configs/quickstart.yaml")], "out": str(tmp_path / "out"),
             "overrides": ["parallel.tp=1", "parallel.sp=false", "train.micro_batch_size=1"]}  # fmt: skip
-    path.write_text(yaml.safe_dump(base | keys, sort_keys=False))
+    path.write_text(yaml.safe_dump(base | keys, sort_keys=False), encoding="utf-8")
     return path
 
 
@@ -76,7 +76,7 @@ def test_what_no_sweep_can_be(tmp_path: Path, keys: dict[str, Any], says: str) -
 
 def rows(folder: Path, tokens: float, steps: int = 6, **more: float) -> None:
     folder.mkdir(parents=True)
-    with (folder / "metrics.jsonl").open("w") as file:
+    with (folder / "metrics.jsonl").open("w", encoding="utf-8") as file:
         for step in range(1, steps + 1):
             row = {"step": step, "train/loss": 1.0, "rollout/reward_mean": 0.5, "perf/tokens_per_sec": tokens + step,
                    "time/step": 2.0, "perf/peak_memory_bytes": 2**30 * step, **more}  # fmt: skip
@@ -93,15 +93,15 @@ def test_efficiency_by_hand(tmp_path: Path) -> None:
         rows(point.folder, tokens, **{"time/score": 0.5, "time/sync": 0.25})
     log = tmp_path / "out/ranks4/logs/attempt_1/train.log"
     log.parent.mkdir(parents=True)
-    log.write_text("run x\nNonFiniteError: loss or gradient not finite\n")
-    rows_of_4 = (found[2].folder / "metrics.jsonl").read_text()
-    (found[2].folder / "metrics.jsonl").write_text("")
+    log.write_text("run x\nNonFiniteError: loss or gradient not finite\n", encoding="utf-8")
+    rows_of_4 = (found[2].folder / "metrics.jsonl").read_text(encoding="utf-8")
+    (found[2].folder / "metrics.jsonl").write_text("", encoding="utf-8")
     said = collect(sweep, found)[1]
     assert said == [
         "ranks4: no steps after the warm-up yet; its last attempt: NonFiniteError: loss or gradient not finite"
     ]
-    (found[2].folder / "metrics.jsonl").write_text(rows_of_4)
-    (found[2].folder / RECORD).write_text(json.dumps({"code": 3, "cause": "loss not finite"}))
+    (found[2].folder / "metrics.jsonl").write_text(rows_of_4, encoding="utf-8")
+    (found[2].folder / RECORD).write_text(json.dumps({"code": 3, "cause": "loss not finite"}), encoding="utf-8")
     results, missing = collect(sweep, found)
     assert [(r.ranks, r.tokens_per_sec, r.efficiency, r.steps) for r in results] == [(1, 100, 1, 4), (2, 150, 0.75, 4)]
     assert (results[0].score, results[0].sync, results[0].peak_gib) == (0.5, 0.25, 6)
@@ -110,9 +110,9 @@ def test_efficiency_by_hand(tmp_path: Path) -> None:
     assert "| 2 | dp 2 | 1024 | 4 | 150 | 75% |" in table and "- ranks4: failed with code 3" in table
     files = write(tmp_path / "out", sweep, results, missing)
     assert {path.name for path in files} == {"results.csv", "results.md", "throughput.svg", "stages.svg", "memory.svg"}
-    table_rows = list(csv.DictReader((tmp_path / "out/results.csv").open()))
+    table_rows = list(csv.DictReader((tmp_path / "out/results.csv").open(encoding="utf-8")))
     assert [row["efficiency"] for row in table_rows] == ["1", "0.75"]
-    assert all(path.read_text().startswith("<svg") for path in files if path.suffix == ".svg")
+    assert all(path.read_text(encoding="utf-8").startswith("<svg") for path in files if path.suffix == ".svg")
 
 
 def test_a_cause_is_the_line_of_the_run_not_of_its_launcher() -> None:
@@ -145,7 +145,7 @@ def test_slurm_jobs_are_arrays_by_number_of_nodes(tmp_path: Path) -> None:
 def scaling(*arguments: str) -> tuple[int, str, str]:
     line = [sys.executable, str(ROOT / "tools/scaling.py"), *arguments]
     done = subprocess.run(
-        line, capture_output=True, text=True, check=False, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}
+        line, capture_output=True, encoding="utf-8", check=False, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}
     )
     return done.returncode, done.stdout, done.stderr
 
@@ -153,13 +153,13 @@ def scaling(*arguments: str) -> tuple[int, str, str]:
 @pytest.mark.slow
 def test_the_shipped_sweep_runs_names_what_failed_and_goes_on(tmp_path: Path) -> None:
     """Scaled down, with one more point, whose data is missing; then the same command again."""
-    tree = yaml.safe_load(SHIPPED.read_text())
+    tree = yaml.safe_load(SHIPPED.read_text(encoding="utf-8"))
     config = write_config(tmp_path, tmp_path / "cache", eval={"sequences": 0})
     tree |= {"config": [str(config)], "out": str(tmp_path / "out"), "warm_up": 1}
     tree["overrides"] += ["train.steps=3"]
     tree["points"].append({"ranks": 1, "data.paths": "[/nowhere]"})
     path = tmp_path / "sweep.yaml"
-    path.write_text(yaml.safe_dump(tree, sort_keys=False))
+    path.write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
     code, out, err = scaling(str(path))
     assert code == 1, out + err
     assert "ranks1_paths[-nowhere]: failed with code 2: " in out and "/nowhere: no such file or folder" in out
@@ -168,7 +168,7 @@ def test_the_shipped_sweep_runs_names_what_failed_and_goes_on(tmp_path: Path) ->
     results, missing = collect(sweep, found)
     assert [r.ranks for r in results] == [1, 2, 2, 2, 4, 4, 4] and len(missing) == 1
     assert all(r.steps == 2 and r.tokens_per_sec > 0 and r.update > 0 and r.peak_gib > 0 for r in results)
-    entry = json.loads((found[0].folder / RECORD).read_text())
+    entry = json.loads((found[0].folder / RECORD).read_text(encoding="utf-8"))
     assert entry["code"] == 0 and finished(found[0])
     assert not finished(replace(found[0], overrides=[*found[0].overrides, "train.steps=9"]))
     logs = {point.name: (point.folder / LOG).stat().st_mtime_ns for point in found}

@@ -74,7 +74,7 @@ class Submitted:
     def step(self) -> int:
         """The last that was recorded."""
         try:
-            return int(json.loads((self.run / "metrics.jsonl").read_text().splitlines()[-1])["step"])
+            return int(json.loads((self.run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])["step"])
         except (OSError, IndexError):
             return -1
 
@@ -82,7 +82,7 @@ class Submitted:
         self.cluster.until(lambda: self.step() >= step, 120, f"step {step} of {self.run}: {self.log()[-2000:]}")
 
     def log(self) -> str:
-        return "".join(path.read_text() for path in sorted((self.run / "logs").glob("slurm-*.out")))
+        return "".join(path.read_text(encoding="utf-8") for path in sorted((self.run / "logs").glob("slurm-*.out")))
 
     def ends_as(self, rows: list[dict[str, Any]], restarts: int) -> None:
         """Completed after so many restarts, with the metrics of an undisturbed run, bit by bit."""
@@ -104,7 +104,7 @@ def start(cluster: Cluster, cache: Path, tmp_path: Path) -> Callable[..., Submit
 
     def started(*arguments: str, **site: Any) -> Submitted:
         config = runs.write_config(tmp_path, cache, **SECTIONS)
-        (tmp_path / "site.yaml").write_text(yaml.safe_dump(SITE | site))
+        (tmp_path / "site.yaml").write_text(yaml.safe_dump(SITE | site), encoding="utf-8")
         options = submit.parse([str(config), "--site", str(tmp_path / "site.yaml"), *arguments])
         return Submitted(submit.submit(submit.build(options), options.chain)[-1], tmp_path, cluster)
 
@@ -117,7 +117,7 @@ def test_two_nodes_with_two_tasks_each(start: Any, undisturbed: Any, cluster: Cl
     run = start("--nodes", "2", gpus_per_node=GPUS, prologue=prologue)
     run.ends_as(undisturbed(4), restarts=0)
     assert "GPUs of the first node: 0,1" in run.log() and cluster.field(run.job, "NumNodes") == "2"
-    assert (run.run / f"logs/slurm-{run.job}-0/ranks.log").read_text().startswith("0: ")
+    assert (run.run / f"logs/slurm-{run.job}-0/ranks.log").read_text(encoding="utf-8").startswith("0: ")
 
 
 def test_a_requeued_job_goes_on(start: Any, undisturbed: Any, cluster: Cluster) -> None:
@@ -164,7 +164,10 @@ def test_a_lost_node_whose_processes_run_on_cannot_write(start: Any, undisturbed
     """The node's daemon is killed and the node set DOWN: the job starts on the other node, while the orphan trains."""
     run = start("train.steps=400")
     run.reaches(5)
-    node, orphan = cluster.field(run.job, "NodeList"), json.loads((run.run / "OWNER").read_text())["pid"]
+    node, orphan = (
+        cluster.field(run.job, "NodeList"),
+        json.loads((run.run / "OWNER").read_text(encoding="utf-8"))["pid"],
+    )
     cluster.kill_node(node)
     try:
         cluster.until(lambda: cluster.field(run.job, "Restarts") == "1", 60, "requeue")
@@ -173,7 +176,7 @@ def test_a_lost_node_whose_processes_run_on_cannot_write(start: Any, undisturbed
         run.reaches(run.step() + 1)
         cluster.run("scancel", run.job)
         assert cluster.ends(run.job) == "CANCELLED"
-        first = (run.run / "logs/attempt_1/train.log").read_text()
+        first = (run.run / "logs/attempt_1/train.log").read_text(encoding="utf-8")
         assert "FencedError: another attempt has taken the run over" in first
     finally:
         cluster.start_node(node)
@@ -216,14 +219,17 @@ def test_a_cancelled_job_stays_away(start: Any, cluster: Cluster) -> None:
 
 def test_a_sweep_is_an_array(start: Any, undisturbed: Any, cluster: Cluster, tmp_path: Path) -> None:
     sweep = tmp_path / "sweep.yaml"
-    sweep.write_text("optimizer.lr: [1e-3, 2e-3]\n")
+    sweep.write_text("optimizer.lr: [1e-3, 2e-3]\n", encoding="utf-8")
     run = start("--array", str(sweep), "--at-once", "2", "train.steps=12")
     for task in ("0", "1"):
         assert cluster.ends(f"{run.job}_{task}") == "COMPLETED", run.log()
     first, second = (tmp_path / "run" / f"lr={lr}" for lr in ("0.001", "0.002"))
-    losses = [(p / "metrics.jsonl").read_text().count("\n") for p in (first, second)]
+    losses = [(p / "metrics.jsonl").read_text(encoding="utf-8").count("\n") for p in (first, second)]
     assert losses == [13, 13]
-    last = [json.loads((p / "metrics.jsonl").read_text().splitlines()[-1])["train/loss"] for p in (first, second)]
+    last = [
+        json.loads((p / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])["train/loss"]
+        for p in (first, second)
+    ]
     assert last[0] != last[1] and last[0] == undisturbed(1)[12]["train/loss"]
 
 
@@ -251,4 +257,4 @@ def test_a_node_with_a_server(start: Any, cluster: Cluster) -> None:
     )
     assert cluster.field(run.job, "NumNodes") == "2" and "[]" not in run.log()
     servers = list((run.run / f"logs/slurm-{run.job}-0").glob("engine-*.log"))
-    assert len(servers) == 1 and "/generate" in servers[0].read_text()
+    assert len(servers) == 1 and "/generate" in servers[0].read_text(encoding="utf-8")

@@ -21,7 +21,7 @@ QUICKSTART = "configs/quickstart.yaml"
 
 
 def script(tmp_path: Path, *arguments: str, site: dict[str, Any] | None = None, config: str = QUICKSTART) -> str:
-    (tmp_path / "site.yaml").write_text(yaml.safe_dump({"gpus_per_node": 2} | (site or {})))
+    (tmp_path / "site.yaml").write_text(yaml.safe_dump({"gpus_per_node": 2} | (site or {})), encoding="utf-8")
     line = [config, "--site", str(tmp_path / "site.yaml"), f"run.dir={tmp_path}/run", *arguments]
     return submit.build(submit.parse(line)).script()
 
@@ -53,9 +53,9 @@ def test_what_the_site_says_is_what_sbatch_reads(tmp_path: Path) -> None:
 
 
 def test_the_script_is_valid_bash(tmp_path: Path) -> None:
-    (tmp_path / "sweep.yaml").write_text("optimizer.lr: [1e-3, 2e-3]\n")
+    (tmp_path / "sweep.yaml").write_text("optimizer.lr: [1e-3, 2e-3]\n", encoding="utf-8")
     for arguments in (["--nodes", "1"], ["--array", str(tmp_path / "sweep.yaml"), "--at-once", "1"]):
-        done = subprocess.run(["bash", "-n"], input=script(tmp_path, *arguments), text=True, capture_output=True)
+        done = subprocess.run(["bash", "-n"], input=script(tmp_path, *arguments), encoding="utf-8", capture_output=True)
         assert not done.stderr and done.returncode == 0
 
 
@@ -96,30 +96,30 @@ def test_what_cannot_run_is_refused(tmp_path: Path, arguments: list[str], messag
     ],
 )
 def test_a_wrong_site_is_refused(tmp_path: Path, text: str, message: str) -> None:
-    (tmp_path / "site.yaml").write_text(text)
+    (tmp_path / "site.yaml").write_text(text, encoding="utf-8")
     with pytest.raises(ConfigError, match=message):
         read_as(tmp_path / "site.yaml", Site)
 
 
 def test_the_points_of_a_sweep(tmp_path: Path) -> None:
     config, file = load(QUICKSTART, ["run.dir=runs/x"], FAMILIES), tmp_path / "sweep.yaml"
-    file.write_text("optimizer.lr: [1e-3, 2e-3]\nrefine.enabled: [true, false]\n")
+    file.write_text("optimizer.lr: [1e-3, 2e-3]\nrefine.enabled: [true, false]\n", encoding="utf-8")
     found = points(file, config)
     assert found[1] == ["optimizer.lr=0.001", "refine.enabled=false", "run.dir=runs/x/lr=0.001,enabled=false"]
     assert len(found) == 4 and len({point[-1] for point in found}) == 4
-    file.write_text("- {model: lact_tiny}\n- {run.seed: 2, optimizer.lr: 1e-4}\n")
+    file.write_text("- {model: lact_tiny}\n- {run.seed: 2, optimizer.lr: 1e-4}\n", encoding="utf-8")
     assert points(file, config)[0] == ["model=lact_tiny", "run.dir=runs/x/model=lact_tiny"]
     for text, message in (
         ("optimizer.lr: 1e-3", "a sweep is"), ("[]", "a sweep is"), ("run.dir: [a, b]", "a folder of its own"),
         ("run.seed: [1, 1]", "seed=1 stands twice"), ("{", "not valid YAML"),
     ):  # fmt: skip
-        file.write_text(text)
+        file.write_text(text, encoding="utf-8")
         with pytest.raises(ConfigError, match=message):
             points(file, config)
 
 
 def test_every_point_of_a_sweep_is_checked_first(tmp_path: Path) -> None:
-    (tmp_path / "sweep.yaml").write_text("optimizer.lr: [1e-3, -1]\n")
+    (tmp_path / "sweep.yaml").write_text("optimizer.lr: [1e-3, -1]\n", encoding="utf-8")
     with pytest.raises(ConfigError, match=r"optimizer\.lr=-1"):
         script(tmp_path, "--array", str(tmp_path / "sweep.yaml"))
 
@@ -127,7 +127,7 @@ def test_every_point_of_a_sweep_is_checked_first(tmp_path: Path) -> None:
 def command(*arguments: str, path: str | None = None) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PYTHONPATH": str(ROOT)} | ({"PATH": path} if path else {})
     return subprocess.run([sys.executable, "launch/submit.py", *arguments], cwd=ROOT, env=environment,
-                          capture_output=True, text=True)  # fmt: skip
+                          capture_output=True, encoding="utf-8")  # fmt: skip
 
 
 def test_a_dry_run_prints_script_and_estimate(tmp_path: Path) -> None:
@@ -156,4 +156,4 @@ def test_the_examples_are_what_the_command_writes(name: str, arguments: list[str
     monkeypatch.chdir(ROOT)
     job = submit.build(submit.parse([*arguments, "--site", "launch/site.yaml", "--name", name]))
     expected = job.script().replace(f"{ROOT}/", "").replace(str(ROOT), "/path/to/megatron_refine")
-    assert (ROOT / f"launch/{name}.sbatch").read_text() == expected
+    assert (ROOT / f"launch/{name}.sbatch").read_text(encoding="utf-8") == expected

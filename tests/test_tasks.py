@@ -113,7 +113,7 @@ ROW = {"prompt": "p", "answers": ["a"]}
 
 def write(path: Path, *rows: dict) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(json.dumps(row) for row in rows))
+    path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
     return path
 
 
@@ -132,7 +132,7 @@ def test_files_by_name(tmp_path):
     names = ["a/qasper_16384", "a/qasper_e_16384", "b/hotpotqa", "ruler_squadqa_lact_4096_200_test", "repobench-p_8192"]
     names += ["ruler_squadqa_lact_4096_1600_train", "ruler_squadqa_lact_8192_200_test", "ruler_hotpotqa_16384"]
     paths = {name: write(tmp_path / f"{name}.jsonl", ROW) for name in names}
-    (tmp_path / "squad.json").write_text("{}")
+    (tmp_path / "squad.json").write_text("{}", encoding="utf-8")
     assert find("qasper", tmp_path) == paths["a/qasper_16384"] == find("qasper", tmp_path, 16384)
     assert (
         find("hotpotqa", tmp_path) == paths["b/hotpotqa"] and find("repobench-p", tmp_path) == paths["repobench-p_8192"]

@@ -23,8 +23,8 @@ from tests.conversions import convert, hf_folder, to_megatron
 from tests.parity import small_config
 
 MISTRAL = Path(__file__).parent / "golden" / "mistral_v1" / "tokenizer.model"
-CODE = Path(textwrap.__file__).read_text()
-PROSE = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
+CODE = Path(textwrap.__file__).read_text(encoding="utf-8")
+PROSE = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
 TABBED = CODE.replace("        ", "\t\t").replace("\n", "\r\n", 40)
 TEXTS = [
     "", " ", "  ", "\n", "\t", "\n\n\n    x", "Hello world!", " lead", "trail ", "  two  and   three    spaces",
@@ -40,7 +40,7 @@ def ids_of(path: Path, texts: list[str], vocab_size: int = 1 << 20) -> list[list
 def trained(path: Path, **options: Any) -> Path:
     """A sentencepiece model of 400 pieces of argparse.py."""
     written = io.BytesIO()
-    lines = iter(Path(argparse.__file__).read_text().splitlines())
+    lines = iter(Path(argparse.__file__).read_text(encoding="utf-8").splitlines())
     defaults = {"vocab_size": 400, "model_type": "unigram", "minloglevel": 2, "num_threads": 1}
     SentencePieceTrainer.train(sentence_iterator=lines, model_writer=written, **defaults | options)
     path.write_bytes(written.getvalue())
@@ -258,7 +258,7 @@ def test_a_run_with_a_sentencepiece_model(ranks: Any, tmp_path: Path, unigram: P
     config = runs.write_config(tmp_path, tmp_path / "cache", data=data, train=train, eval={"sequences": 4})
     end = ranks(1, runs.command, arguments=["--config", str(config)], saves=False)[0]
     assert end.code == 0, end.err
-    samples = json.loads((tmp_path / "run" / "samples.json").read_text())
+    samples = json.loads((tmp_path / "run" / "samples.json").read_text(encoding="utf-8"))
     library = SentencePieceProcessor(model_file=str(unigram))
     text = library.decode(library.encode(CODE))  # spaces collapsed
     truths = [rollout["truth"] for rollout in samples["rollouts"]]

@@ -166,7 +166,7 @@ def test_the_run_folder_holds_all_of_the_run(whole: Any) -> None:
     assert {p.name for p in run.iterdir()} == names
     kept = {"step_0000004", "step_0000006", "latest"}  # checkpoint.keep=2
     assert {p.name for p in (run / "checkpoints").iterdir()} == kept
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [row["step"] for row in rows] == [*range(7)]
     assert [row["step"] for row in rows if "eval/ntp_loss" in row] == [0, 2, 3, 4, 6]
     other = ("engine/", "train/answer_loss", "time/answer")  # there are no servers and no prompts here
@@ -177,9 +177,9 @@ def test_the_run_folder_holds_all_of_the_run(whole: Any) -> None:
         assert not any(key.startswith("rollout/") for key in row) and "train/nsp_loss" not in row
         assert {"train/loss", "train/ntp_loss", "train/grad_norm", "train/lr", "time/step", "perf/mfu"} <= row.keys()
     assert [row["consumed_samples"] for row in rows] == [4 * step for step in range(7)]
-    samples = json.loads((run / "samples.json").read_text())
+    samples = json.loads((run / "samples.json").read_text(encoding="utf-8"))
     assert samples["step"] == 6 and len(samples["rollouts"]) == 4 * 2
-    assert "<html" in (run / "report.html").read_text()
+    assert "<html" in (run / "report.html").read_text(encoding="utf-8")
 
 
 def test_the_screen_tells_the_run(whole: Any) -> None:
@@ -195,7 +195,7 @@ def test_the_screen_tells_the_run(whole: Any) -> None:
     assert all("nan" not in line for line in lines)
     assert [line.split()[0] for line in lines if line.startswith(("before", "after"))] == ["before", "after", "after"]
     assert lines[-1] == f"report {folder / 'run/report.html'}"
-    assert (folder / "run/logs/attempt_1/train.log").read_text() == end.out
+    assert (folder / "run/logs/attempt_1/train.log").read_text(encoding="utf-8") == end.out
 
 
 def test_a_finished_run_started_again_does_nothing(whole: Any) -> None:
@@ -215,7 +215,7 @@ def test_dry_run_is_light_and_leaves_nothing(tmp_path: Path, cache: Path) -> Non
         "print('heavy:', *sorted({'torch', 'megatron', 'numpy'} & sys.modules.keys())); sys.exit(code)"
     )
     command = [sys.executable, "-c", code, "--config", str(config), "--dry-run", "train.steps=7"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8")
     assert done.returncode == 0 and not done.stderr
     assert "steps: 7" in done.stdout and done.stdout.splitlines()[-1] == "heavy:"
     for word in ("parameters", "memory", "FLOP"):

@@ -194,7 +194,7 @@ def _rank(pipe: Connection, name: str, rank: int, world_size: int, folder: str) 
     _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     pipe.close()
     _redirect_output(Path(folder, f"{rank}.log"))
-    faulthandler.register(signal.SIGUSR1, Path(folder, f"{rank}.stack").open("w"), all_threads=True)
+    faulthandler.register(signal.SIGUSR1, Path(folder, f"{rank}.stack").open("w", encoding="utf-8"), all_threads=True)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     result = Path(folder, f"{rank}.result")
     try:

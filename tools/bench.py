@@ -19,11 +19,13 @@ from functools import partial
 from pathlib import Path
 
 from megatron_refine import config as configuration
+from megatron_refine.files import speak_utf8
 from megatron_refine.models.family import FAMILIES
 
 
 def main(arguments: list[str]) -> int:
     """Run a benchmark; the first rank prints. Returns the exit code: 0, or 2 where configuration or data are wrong."""
+    speak_utf8()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("benchmark", choices=["step", "length", "profile", "rollout", "kernels", "sync", "data"])
     parser.add_argument("--config", required=True, action="append", metavar="FILE", help="a YAML file; later ones win")

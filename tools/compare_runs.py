@@ -7,16 +7,20 @@ import argparse
 import sys
 from pathlib import Path
 
+from megatron_refine.files import speak_utf8
+
 MOST = 6
 
 
 def main(arguments: list[str]) -> int:
     """Returns the exit code: 0, or 2 where a folder is not that of a run or the picture has no place."""
+    speak_utf8()
     parser = argparse.ArgumentParser(description="Loss and reward of several runs in one picture.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="run.dir of a run; its name is the label")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.svg", help="where the picture goes")
     options = parser.parse_args(arguments)
 
+    from megatron_refine.files import write
     from megatron_refine.report import metrics
     from megatron_refine.report.figures import compared
     from megatron_refine.report.screen import comparison
@@ -35,7 +39,7 @@ def main(arguments: list[str]) -> int:
             return _refuse(f"{folders[name]}: no metrics.jsonl with a step in it: name the run.dir of a run")
     if not options.out.parent.is_dir():
         return _refuse(f"--out {options.out}: {options.out.parent} is not a folder: create it")
-    options.out.write_text(standalone(compared(runs)))
+    write(options.out, standalone(compared(runs)))
     for name, rows in runs.items():
         print(f"{name}\n{comparison(milestones(rows), step_times(rows))}")
     print(f"picture {options.out}")

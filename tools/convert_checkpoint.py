@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from megatron_refine.config import ConfigError
+from megatron_refine.files import speak_utf8
 
 EXIT_CONFIG, EXIT_CHECKPOINT = 2, 4
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -31,6 +32,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def main(arguments: list[str]) -> int:
     """Convert and say what came out. Returns the exit code: 0, 2 (configuration), 4 (weights, checkpoint, disk)."""
+    speak_utf8()
     options = parse(arguments)
     # on the CPU everywhere: it is a matter of bytes, and the comparison wants fp32 to be fp32
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -73,7 +75,7 @@ def run(options: argparse.Namespace) -> None:
         with_tokenizer = next((f" data.tokenizer={path}" for path in names if path.exists()), "")
         print(f"wrote {options.megatron}: start training from it with checkpoint.load={options.megatron}"
               f"{with_tokenizer} and")  # fmt: skip
-        print((options.megatron / MODEL).read_text(), end="")
+        print((options.megatron / MODEL).read_text(encoding="utf-8"), end="")
     if options.verify:
         from megatron_refine.trainer.verify import verify
 

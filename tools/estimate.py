@@ -13,11 +13,13 @@ from pathlib import Path
 from megatron_refine import config as configuration
 from megatron_refine.estimate.hardware import read_hardware
 from megatron_refine.estimate.plan import plan
+from megatron_refine.files import speak_utf8
 from megatron_refine.models.family import FAMILIES
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the plan."""
+    speak_utf8()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", nargs="+", metavar="CONFIG", help="YAML files, later ones win; then key.sub=value")
     parser.add_argument("--gpus", type=int, help="number of ranks (default: those of one copy of the model)")

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from megatron_refine.config import ConfigError
+from megatron_refine.files import speak_utf8
 
 EXIT_CONFIG, EXIT_CHECKPOINT = 2, 4
 GENERATED = 500  # samples of a generated task and length, as RULER's own
@@ -63,6 +64,7 @@ def _numbers(text: str) -> list[int]:
 
 def main(arguments: list[str]) -> int:
     """Evaluate; the first rank prints the tables, or one line for what is wrong. Returns the exit code."""
+    speak_utf8()
     options = parse(arguments)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     from megatron_refine import platform

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_refine.config import ConfigError
+from megatron_refine.files import speak_utf8
 
 EXIT_CONFIG, EXIT_FILES = 2, 4
 
@@ -46,6 +47,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def main(arguments: list[str]) -> int:
     """Run the tasks; the first rank prints the table, or one line for what is wrong. Returns the exit code."""
+    speak_utf8()
     options = parse(arguments)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     from megatron_refine import platform
@@ -80,8 +82,8 @@ def main(arguments: list[str]) -> int:
 def run(options: argparse.Namespace) -> str:
     """On each rank: what is asked is checked before the weights are read. Returns the first rank's table."""
     from megatron_refine import platform
-    from megatron_refine.data.files import write_atomically
     from megatron_refine.eval import load
+    from megatron_refine.files import write
 
     source = load.find(options.model)
     config = load.layout(
@@ -100,7 +102,7 @@ def run(options: argparse.Namespace) -> str:
         return ""
     from lm_eval.utils import handle_non_serializable, make_table
 
-    write_atomically(options.out, json.dumps(results, indent=1, default=handle_non_serializable, ensure_ascii=False))
+    write(options.out, json.dumps(results, indent=1, default=handle_non_serializable, ensure_ascii=False))
     groups = [make_table(results, "groups")] if results.get("groups") else []
     return "\n".join([make_table(results), *groups])
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_refine.config import Config, ConfigError, Data, Eval, Parallel, Refine, Train, cross_check
 from megatron_refine.convert.fields import CONFIG, model_of, read_config
+from megatron_refine.files import speak_utf8
 
 if TYPE_CHECKING:
     from megatron_refine.trainer.parity import Errors
@@ -35,6 +36,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def main(arguments: list[str]) -> int:
     """Check the layout, start its ranks, print the errors of each case. Returns the exit code."""
+    speak_utf8()
     options = parse(arguments)
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     try:

@@ -7,10 +7,12 @@ import argparse
 import sys
 
 from megatron_refine.config import ConfigError, load
+from megatron_refine.files import speak_utf8
 
 
 def main(arguments: list[str]) -> int:
     """Prepare and print the counts. Returns the exit code: 0, or 2 where the configuration or the data are wrong."""
+    speak_utf8()
     parser = argparse.ArgumentParser(description="Pack the data of a configuration; a second run finds it done.")
     parser.add_argument("--config", required=True, action="append", metavar="FILE", help="a YAML file; later ones win")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="values that replace the file's")

@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_refine import config as configuration
+from megatron_refine.files import speak_utf8
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code."""
+    speak_utf8()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", metavar="FILE", help="the sweep; with --predict configurations")
     parser.add_argument("--dry-run", action="store_true", help="list the points and their commands; start nothing")

@@ -6,17 +6,18 @@ Started by a job's script (launch/submit.py --engine-nodes), once on each engine
 """
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
 
 from megatron_refine import config as configuration
+from megatron_refine.files import speak_utf8, write_json
 from megatron_refine.models.family import FAMILIES
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Become the server. Returns only where it cannot: 2."""
+    speak_utf8()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hosts", required=True, help="addresses of all servers; a node takes its own and binds to it")
     parser.add_argument("--port", type=int, required=True, help="of every server")
@@ -42,7 +43,7 @@ def serve(config: configuration.Config, port: int, folder: Path) -> int:
         raise configuration.ConfigError("engine.python: missing; name the interpreter that has SGLang")
     folder.mkdir(parents=True, exist_ok=True)
     dtype = {"fp32": "float32", "bf16": "bfloat16"}[config.train.precision]
-    (folder / CONFIG).write_text(json.dumps(fresh_config(config.model, dtype)))
+    write_json(folder / CONFIG, fresh_config(config.model, dtype))
     line = [*command(config, folder, port, folder), "--load-format", "dummy"]
     os.chdir(folder)  # python -m puts the working directory before all packages
     os.execve(line[0], line, environment(config.engine))

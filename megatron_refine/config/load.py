@@ -53,7 +53,7 @@ def read_as(path: Path, schema: type[S]) -> S:
 def read_yaml(path: Path) -> Any:
     """Whatever a YAML file holds. Raises ConfigError."""
     try:
-        return yaml.load(path.read_text(), _Loader)
+        return yaml.load(path.read_text(encoding="utf-8-sig"), _Loader)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

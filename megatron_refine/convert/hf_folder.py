@@ -1,9 +1,6 @@
 """A model folder in Hugging Face's format: its files are checked when it is opened, its tensors read one by one."""
 
-import hashlib
-import json
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +8,7 @@ from torch import Tensor
 from megatron_refine.convert.errors import ConversionError
 from megatron_refine.convert.fields import read_config
 from megatron_refine.convert.tensorfile import Spec, TensorFile
+from megatron_refine.files import fingerprint, read_json, write_json
 
 WEIGHTS, INDEX, CHECKSUMS = "model.safetensors", "model.safetensors.index.json", "checksums.json"
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf"}
@@ -60,14 +58,14 @@ class HFFolder:
     def _index_files(self) -> list[str]:
         assert self.index
         try:
-            weight_map = json.loads(self.index.read_text())["weight_map"]
+            weight_map = read_json(self.index)["weight_map"]
             return sorted(set(weight_map.values()))
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise ConversionError(f"{self.index}: damaged: no weight_map; fetch it again") from None
 
     def _check_index(self) -> None:
         assert self.index
-        weight_map = json.loads(self.index.read_text())["weight_map"]
+        weight_map = read_json(self.index)["weight_map"]
         for name in sorted(weight_map.keys() ^ self._owner.keys()):
             where = f"listed for {weight_map[name]}, not there" if name in weight_map else "not listed"
             raise ConversionError(f"{self.index}: {name}: {where}; fetch the folder again")
@@ -88,27 +86,21 @@ class HFFolder:
             raise ConversionError(f"{self.path / name}: missing; fetch it again")
 
 
-def checksum(path: Path) -> dict[str, Any]:
-    """Size in bytes and sha256 of a file."""
-    with path.open("rb") as file:
-        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
 def write_checksums(folder: Path) -> None:
     """Hashes of the folder's files, which a later reader checks."""
-    found = {p.name: checksum(p) for p in sorted(folder.iterdir()) if p.name != CHECKSUMS}
-    (folder / CHECKSUMS).write_text(json.dumps(found, indent=1))
+    found = {p.name: fingerprint(p) for p in sorted(folder.iterdir()) if p.name != CHECKSUMS}
+    write_json(folder / CHECKSUMS, found)
 
 
 def _check_checksums(folder: Path) -> None:
     """Against the hashes that a conversion wrote; a folder from elsewhere has none."""
     if not (folder / CHECKSUMS).exists():
         return
-    for name, wanted in sorted(json.loads((folder / CHECKSUMS).read_text()).items()):
+    for name, wanted in sorted(read_json(folder / CHECKSUMS).items()):
         path = folder / name
         if not path.exists():
             raise ConversionError(f"{path}: missing; {CHECKSUMS} lists it")
-        found = checksum(path)
+        found = fingerprint(path)
         if found != wanted:
             what = "truncated" if found["size"] < wanted["size"] else "damaged"
             raise ConversionError(

@@ -1,6 +1,5 @@
 """Write a model folder in Hugging Face's format: shards of a size, or those that the model came in."""
 
-import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from torch import Tensor
 from megatron_refine.config import ConfigError
 from megatron_refine.convert.hf_folder import INDEX, WEIGHTS, HFFolder
 from megatron_refine.convert.tensorfile import NAMES, Spec, TensorFileWriter
+from megatron_refine.files import write_json
 
 FORMAT = {"format": "pt"}
 SIZES = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -96,4 +96,4 @@ class HFWriter:
         total = sum(spec.nbytes for spec in self.specs.values())
         weight_map = {name: file.path.name for name, file in sorted(self._owner.items())}
         tree = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        path.write_text(json.dumps(tree, indent=2, sort_keys=True) + "\n")
+        write_json(path, tree, indent=2, sort_keys=True)

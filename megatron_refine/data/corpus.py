@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_refine.config import ConfigError
-from megatron_refine.data.files import digest, write_atomically
 from megatron_refine.data.readers import TABLES, read_documents, reading
+from megatron_refine.files import digest, write
 
 _NOT_SOURCES = {"site-packages", "dist-packages", "test", "tests", "idlelib"}
 _REMEMBER_FROM = 64 << 20  # bytes; smaller files are hashed at every start
@@ -100,5 +100,5 @@ def _digest(path: Path, cache_dir: Path, key: str) -> str:
     if not memory.exists():
         with reading(path, key):
             found = digest(path)
-        write_atomically(memory, found)
-    return memory.read_text()
+        write(memory, found)
+    return memory.read_text(encoding="utf-8")

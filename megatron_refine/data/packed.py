@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from megatron_refine.config import ConfigError
-from megatron_refine.data.files import digest
 from megatron_refine.data.packing import Record
+from megatron_refine.files import digest
 from megatron_refine.records import Batch
 
 _HASHED_BELOW = 1 << 30  # bytes; a second of reading at most, larger files are checked by size alone
@@ -70,7 +70,7 @@ class Rows:
 
 def _read_record(path: Path) -> Record:
     try:
-        return Record(**json.loads(path.read_text()))
+        return Record(**json.loads(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise _damaged(path, f"cannot be read ({error.strerror})") from None
     except (ValueError, TypeError):

@@ -1,6 +1,5 @@
 """A document's rows, and their packed form: Megatron's .bin/.idx with a record of what they hold beside them."""
 
-import json
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -10,7 +9,7 @@ from types import TracebackType
 import numpy as np
 
 from megatron_refine.config import Data
-from megatron_refine.data.files import digest
+from megatron_refine.files import digest, write_json
 
 SIDES = ("train", "valid")
 _SHORTEST_ROW = 2  # one token to read and one to predict
@@ -97,7 +96,7 @@ class RowWriter:
         record, bin_path, idx_path = self.record, Path(f"{self._prefix}.bin"), Path(f"{self._prefix}.idx")
         record.bin_bytes, record.bin_sha256 = bin_path.stat().st_size, digest(bin_path)
         record.idx_bytes, record.idx_sha256 = idx_path.stat().st_size, digest(idx_path)
-        Path(f"{self._prefix}.json").write_text(json.dumps(asdict(record), indent=2) + "\n")
+        write_json(Path(f"{self._prefix}.json"), asdict(record), indent=2)
 
 
 def pack(

@@ -11,7 +11,6 @@ import numpy as np
 
 from megatron_refine.config import Config, ConfigError
 from megatron_refine.data.corpus import Corpus, find_corpus
-from megatron_refine.data.files import digest, temporary
 from megatron_refine.data.packed import Rows
 from megatron_refine.data.packing import SIDES, Record, RowRule, pack
 from megatron_refine.data.split import adjusted_threshold, share, threshold_of
@@ -23,6 +22,7 @@ from megatron_refine.data.tokenizer import (
     load_tokenizer,
     train_tokenizer,
 )
+from megatron_refine.files import digest, temporary
 
 _FORMAT = 1  # raise it when the same configuration gives other tokens or files
 

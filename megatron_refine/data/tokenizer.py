@@ -8,8 +8,8 @@ from typing import Protocol
 import numpy as np
 
 from megatron_refine.config import ConfigError
-from megatron_refine.data.files import write_atomically
 from megatron_refine.data.sentencepiece_model import SentencePieceModel
+from megatron_refine.files import write
 
 BOS, EOS = "<bos>", "<eos>"
 FILES = ("tokenizer.json", "tokenizer.model")  # what a model's folder calls it, the preferred one first
@@ -114,7 +114,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path) -> None:
             f"model.vocab_size={vocab_size}: the corpus gives a vocabulary of {size} only; lower it to {size}, "
             "name more text in data.paths, or name a data.tokenizer"
         )
-    write_atomically(path, tokenizer.to_str(pretty=True))
+    write(path, tokenizer.to_str(pretty=True))
 
 
 def bos_id(tokenizer: Tokenizer, path: Path) -> int:

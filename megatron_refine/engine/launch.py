@@ -57,7 +57,7 @@ class Process:
 
     def last_words(self) -> str:
         """The last line of the log that is of level ERROR, else names an error; and where the log is."""
-        lines = self.log.read_text(errors="replace").splitlines()
+        lines = self.log.read_text(errors="replace", encoding="utf-8").splitlines()
         named = [line.strip() for line in lines if "Error" in line and not line.startswith(" ")]
         named += [line.strip() for line in lines if "ERROR: " in line]
         return f"{named[-1][:300] if named else 'see its log'} ({self.log})"
@@ -81,7 +81,7 @@ def command(config: Config, weights: Path, port: int, folder: Path) -> list[str]
     if engine.api_key_env:
         secret = folder / "server.yaml"
         secret.touch(0o600)
-        secret.write_text(yaml.safe_dump({"api-key": os.environ[engine.api_key_env]}))
+        secret.write_text(yaml.safe_dump({"api-key": os.environ[engine.api_key_env]}), encoding="utf-8")
         arguments += ["--config", str(secret)]
     return [os.path.abspath(engine.python), "-m", "sglang.launch_server", *arguments, *engine.args]
 

@@ -9,7 +9,6 @@ from tqdm import tqdm
 
 from megatron_refine.config import ConfigError
 from megatron_refine.data.corpus import find_corpus
-from megatron_refine.data.files import digest
 from megatron_refine.data.tokenizer import encode_all
 from megatron_refine.eval.answers import Answerer
 from megatron_refine.eval.documents import heldout
@@ -17,6 +16,7 @@ from megatron_refine.eval.load import Loaded, Source, Text
 from megatron_refine.eval.results import Results, fingerprint
 from megatron_refine.eval.suite import Part, Score, answers
 from megatron_refine.eval.table import Scored, markdown
+from megatron_refine.files import digest
 from megatron_refine.trainer.manifest import MANIFEST
 
 HELDOUT = "heldout"

@@ -42,7 +42,7 @@ class Source:
     def add_bos(self) -> bool:
         """Whether the run that trained the model began its rows with BOS."""
         path = self.run / "config.yaml" if self.run else None
-        return bool(path and path.exists() and yaml.safe_load(path.read_text())["data"]["add_bos"])
+        return bool(path and path.exists() and yaml.safe_load(path.read_text(encoding="utf-8"))["data"]["add_bos"])
 
     def tokenizer(self, named: str = "") -> Path:
         """`named`, or the tokenizer that came with the model. Raises ConfigError where there is none."""

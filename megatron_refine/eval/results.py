@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_refine.config import ConfigError
-from megatron_refine.data.files import write_atomically
+from megatron_refine.files import write, write_json
 
 _IDENTITY, SCORES, TABLE = "evaluation.json", "scores.json", "scores.md"
 
@@ -22,7 +22,7 @@ class Results:
         """
         self.folder, self.writes = folder, writes
         path = folder / _IDENTITY
-        known = json.loads(path.read_text()) if path.exists() else identity
+        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else identity
         for key in identity.keys() | known.keys():
             if identity.get(key) != known.get(key):
                 raise ConfigError(
@@ -31,7 +31,7 @@ class Results:
                 )
         if writes:
             try:
-                write_atomically(path, json.dumps(dict(identity), indent=1) + "\n")
+                write_json(path, dict(identity))
             except OSError as error:
                 raise ConfigError(f"--out {folder}: cannot be written: {error.strerror}; name another folder") from None
 
@@ -41,7 +41,9 @@ class Results:
         inputs: the text at each place.
         """
         path = self.folder / f"{label}.jsonl"
-        lines = path.read_text().split("\n")[:-1] if path.exists() else []  # what follows the last line's end is torn
+        lines = (
+            path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+        )  # what follows the last line's end is torn
         rows = [json.loads(line) for line in lines]
         return {
             row["place"]: row
@@ -52,18 +54,18 @@ class Results:
     def start(self, label: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write the file of a label anew with the rows that are done: a torn last line goes."""
         if self.writes:
-            write_atomically(self.folder / f"{label}.jsonl", "".join(map(_line, rows)))
+            write(self.folder / f"{label}.jsonl", "".join(map(_line, rows)))
 
     def append(self, label: str, rows: Iterable[Mapping[str, Any]]) -> None:
         if self.writes:
-            with (self.folder / f"{label}.jsonl").open("a") as file:
+            with (self.folder / f"{label}.jsonl").open("a", encoding="utf-8") as file:
                 file.writelines(map(_line, rows))
 
     def finish(self, scores: Mapping[str, Any], table: str) -> None:
         """Write scores.json and scores.md."""
         if self.writes:
-            write_atomically(self.folder / SCORES, json.dumps(dict(scores), indent=1) + "\n")
-            write_atomically(self.folder / TABLE, table + "\n")
+            write_json(self.folder / SCORES, dict(scores))
+            write(self.folder / TABLE, table + "\n")
 
 
 def fingerprint(text: str) -> str:

@@ -2,12 +2,12 @@
 report.html."""
 
 import json
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_refine.config import Config
+from megatron_refine.files import copy, read_json, write, write_json
 from megatron_refine.report.html import write_report
 from megatron_refine.report.metrics import MetricsLog, Row, read
 from megatron_refine.report.screen import comparison, eval_line, step_line
@@ -27,8 +27,8 @@ class RunFolder:
         numbers = [int(p.name.removeprefix("attempt_")) for p in logs.glob("attempt_*")]
         self.attempt = max(numbers, default=0) + 1
         (logs / f"attempt_{self.attempt}").mkdir()
-        self._log = (logs / f"attempt_{self.attempt}" / "train.log").open("a", buffering=1)
-        (self.path / "config.yaml").write_text(config.to_yaml())
+        self._log = (logs / f"attempt_{self.attempt}" / "train.log").open("a", buffering=1, encoding="utf-8")
+        write(self.path / "config.yaml", config.to_yaml())
         self.metrics = MetricsLog(self.path / "metrics.jsonl")
         self.metrics.truncate_after(done_steps or -1)  # a run without a checkpoint begins anew, with step 0
         self.predictions = Predictions(self.path / "predictions.jsonl", done_steps)
@@ -56,21 +56,15 @@ class RunFolder:
 
     def keep_tokenizer(self, path: Path) -> None:
         """Copy the tokenizer into the folder, which then has all that an evaluation of its checkpoints needs."""
-        name = f"tokenizer{path.suffix}"
-        shutil.copyfile(path, self.path / f"{name}.tmp")
-        (self.path / f"{name}.tmp").replace(self.path / name)
+        copy(path, self.path / f"tokenizer{path.suffix}")
 
     def keep_progress(self, progress: Mapping[str, Any]) -> None:
         """Where the run stands, for `read_progress`. Atomic."""
-        temporary = self.path / f"{PROGRESS}.tmp"
-        temporary.write_text(json.dumps(dict(progress)))
-        temporary.replace(self.path / PROGRESS)
+        write_json(self.path / PROGRESS, dict(progress))
 
     def save_samples(self, samples: Mapping[str, Any]) -> None:
         """Selected positions and rollouts of a held-out sequence, for the report."""
-        temporary = self.path / "samples.json.tmp"
-        temporary.write_text(json.dumps(samples))
-        temporary.replace(self.path / "samples.json")
+        write_json(self.path / "samples.json", samples, indent=None)
 
     def finish(self) -> None:
         """The comparison of before and after on the screen, and the report."""
@@ -89,23 +83,21 @@ class Predictions:
         self.path = path
         kept = [row for row in self.read() if row["step"] <= done_steps]
         if kept or path.exists():
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text("".join(map(_line, kept)))
-            temporary.replace(path)
+            write(path, "".join(map(_line, kept)))
 
     def append(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
-        with self.path.open("a") as file:
+        with self.path.open("a", encoding="utf-8") as file:
             file.writelines(_line({"step": step} | dict(row)) for row in rows)
 
     def read(self) -> list[dict[str, Any]]:
-        lines = self.path.read_text().split("\n") if self.path.exists() else []
+        lines = self.path.read_text(encoding="utf-8").split("\n") if self.path.exists() else []
         return [json.loads(line) for line in lines[:-1]]  # what follows the last line's end is torn, or nothing
 
 
 def read_progress(run_dir: Path) -> dict[str, Any] | None:
     """What `keep_progress` kept last; None of a new run."""
     path = run_dir / PROGRESS
-    return json.loads(path.read_text()) if path.exists() else None
+    return read_json(path) if path.exists() else None
 
 
 def _line(row: Mapping[str, Any]) -> str:

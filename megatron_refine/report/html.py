@@ -1,6 +1,5 @@
 """report.html: a run on one page, from its folder alone."""
 
-import json
 import os
 import re
 from collections.abc import Sequence
@@ -8,6 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from megatron_refine.files import read_json, write
 from megatron_refine.report import figures, page
 from megatron_refine.report.metrics import Row, read
 from megatron_refine.report.screen import COLUMNS, median_line, number
@@ -25,10 +25,9 @@ def write_report(run_dir: str | Path) -> Path:
     run = Path(run_dir)
     rows = read(run / "metrics.jsonl")
     samples_file = run / "samples.json"
-    samples: Samples = json.loads(samples_file.read_text()) if samples_file.exists() else {}
-    path, temporary = run / "report.html", run / "report.html.tmp"
-    temporary.write_text(page.document(f"{run.resolve().name}: REFINE report", _body(run, rows, samples)))
-    os.replace(temporary, path)
+    samples: Samples = read_json(samples_file) if samples_file.exists() else {}
+    path = run / "report.html"
+    write(path, page.document(f"{run.resolve().name}: REFINE report", _body(run, rows, samples)))
     return path
 
 
@@ -175,5 +174,5 @@ def _configuration(run: Path) -> str:
     path = run / "config.yaml"
     if not path.exists():
         return page.section("Configuration", page.text("The run folder has no config.yaml."))
-    yaml = f"<pre>{escape(path.read_text())}</pre>"
+    yaml = f"<pre>{escape(path.read_text('utf-8'))}</pre>"
     return page.section("Configuration", f"<details><summary>config.yaml</summary>{yaml}</details>")

@@ -2,10 +2,11 @@
 
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from megatron_refine.files import write
 
 Row = dict[str, Any]
 
@@ -32,7 +33,7 @@ class MetricsLog:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("a", buffering=1)
+        self._file = self.path.open("a", buffering=1, encoding="utf-8")
 
     def append(self, row: Mapping[str, float | int | None]) -> None:
         """Write one step. Keys: of KEYS, `step` among them, or task/<task>. Numbers that are not finite become null."""
@@ -44,13 +45,8 @@ class MetricsLog:
     def truncate_after(self, step: int) -> None:
         """Drop the rows after `step` and a torn last line: what a resumed run will write again. Atomic."""
         self._file.close()
-        temporary = self.path.with_suffix(".tmp")
-        with temporary.open("w") as file:
-            file.writelines(json.dumps(row) + "\n" for row in _rows(self.path) if row["step"] <= step)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self.path)
-        self._file = self.path.open("a", buffering=1)
+        write(self.path, "".join(json.dumps(row) + "\n" for row in _rows(self.path) if row["step"] <= step))
+        self._file = self.path.open("a", buffering=1, encoding="utf-8")
 
     def close(self) -> None:
         self._file.close()
@@ -65,7 +61,7 @@ def read(path: str | Path) -> list[Row]:
 
 
 def _rows(path: Path) -> Iterator[Row]:
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)

@@ -10,6 +10,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullFormatter, ScalarFormatter
 
+from megatron_refine.files import write as write_file
 from megatron_refine.report import metrics
 from megatron_refine.report.summary import is_refine
 from megatron_refine.report.svg import BLUE, GRAY, GREEN, INK, ORANGE, PURPLE, RED, draw, standalone
@@ -71,7 +72,7 @@ def collect(sweep: Sweep, points: Sequence[Point]) -> tuple[list[Result], list[s
 def _last_error(folder: Path) -> str:
     """What its last attempt noted as its end, as jobs under SLURM do."""
     logs = sorted(folder.glob("logs/attempt_*/train.log"), key=lambda path: path.stat().st_mtime)
-    lines = logs[-1].read_text().splitlines() if logs else []
+    lines = logs[-1].read_text(encoding="utf-8").splitlines() if logs else []
     return f"; its last attempt: {lines[-1]}" if lines and "Error: " in lines[-1] else ""
 
 
@@ -102,7 +103,7 @@ def write(folder: Path, sweep: Sweep, results: Sequence[Result], missing: Sequen
     if results:
         files |= {f"{name}.svg": standalone(svg) for name, svg in pictures(sweep, results).items()}
     for name, text in files.items():
-        (folder / name).write_text(text)
+        write_file(folder / name, text)
     return [folder / name for name in files]
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_refine.config import ConfigError, load
+from megatron_refine.files import write_json
 from megatron_refine.models.family import FAMILIES
 from megatron_refine.scaling.sweep import Point, Sweep
 from megatron_refine.slurm.job import Job
@@ -40,7 +41,7 @@ def finished(point: Point) -> bool:
 def record(point: Point) -> dict[str, Any]:
     """What is known of its last run here: code, seconds, cause, overrides. {} without one."""
     try:
-        found: dict[str, Any] = json.loads((point.folder / RECORD).read_text())
+        found: dict[str, Any] = json.loads((point.folder / RECORD).read_text(encoding="utf-8"))
         return found
     except (OSError, ValueError):
         return {}
@@ -59,7 +60,7 @@ def run_here(sweep: Sweep, points: Sequence[Point], say: Callable[[str], None]) 
         code, cause = _run(sweep, point)
         seconds = round(time.monotonic() - start, 1)
         entry = {"code": code, "seconds": seconds, "cause": cause, "overrides": point.overrides}
-        (point.folder / RECORD).write_text(json.dumps(entry) + "\n")
+        write_json(point.folder / RECORD, entry)
         say(f"{where}: " + (f"{seconds:.0f} s" if code == 0 else f"FAILED with code {code}: {cause}"))
 
 
@@ -67,7 +68,7 @@ def _run(sweep: Sweep, point: Point) -> tuple[int, str]:
     point.folder.mkdir(parents=True, exist_ok=True)
     log = point.folder / LOG
     environment = {"OMP_NUM_THREADS": "1"} | os.environ
-    with log.open("w") as file:
+    with log.open("w", encoding="utf-8") as file:
         run = subprocess.Popen(
             command(sweep, point), stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env=environment,
             start_new_session=True,
@@ -80,7 +81,7 @@ def _run(sweep: Sweep, point: Point) -> tuple[int, str]:
         except KeyboardInterrupt:
             _end(run)
             raise
-    return failure(log.read_text()) if run.returncode else (0, "")
+    return failure(log.read_text(encoding="utf-8")) if run.returncode else (0, "")
 
 
 def _end(run: subprocess.Popen[bytes]) -> None:

@@ -43,7 +43,7 @@ class Job:
             raise ConfigError("--engine-nodes: engine.urls names servers that run already; leave out one of the two")
 
     def script(self) -> str:
-        return "\n".join([*self._options(), "", *self._settings(), "", BODY.read_text()])
+        return "\n".join([*self._options(), "", *self._settings(), "", BODY.read_text(encoding="utf-8")])
 
     def _options(self) -> list[str]:
         """What sbatch reads."""

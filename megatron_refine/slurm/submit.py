@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_refine.config import ConfigError
+from megatron_refine.files import write
 from megatron_refine.slurm.job import Job
 
 
@@ -26,14 +27,14 @@ def submit(job: Job, links: int = 1) -> list[str]:
     ids: list[str] = []
     for link, script in enumerate(scripts):
         path = logs / f"{time.strftime('%Y%m%d-%H%M%S')}-{link}.sbatch"
-        path.write_text(script)
+        write(path, script)
         ids.append(_sbatch(path, [f"--dependency=afterany:{ids[-1]}"] if ids else []))
     return ids
 
 
 def _sbatch(script: Path, options: list[str]) -> str:
     try:
-        done = subprocess.run(["sbatch", "--parsable", *options, str(script)], capture_output=True, text=True)
+        done = subprocess.run(["sbatch", "--parsable", *options, str(script)], capture_output=True, encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError("sbatch: not found; submit from a login node, or look at it with --dry-run") from None
     if done.returncode:

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_refine import platform
 from megatron_refine.config import Config
+from megatron_refine.files import fingerprint
 from megatron_refine.shield import shield_saves
 from megatron_refine.trainer.errors import CheckpointError, DamagedError, FencedError, lost_rank
 from megatron_refine.trainer.manifest import (
@@ -26,7 +27,6 @@ from megatron_refine.trainer.manifest import (
     WEIGHTS_ONLY,
     check_files,
     complete_folders,
-    fingerprint,
     payload,
     read_manifest,
     seal,

@@ -6,7 +6,6 @@ back gives the same files, bit by bit, where the weights did not change.
 """
 
 import contextlib
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +25,7 @@ from megatron_refine.convert.hf_writer import HFWriter, Origin, sharded
 from megatron_refine.convert.mapping import Converter
 from megatron_refine.convert.source import HFSource, megatron_specs
 from megatron_refine.convert.tensorfile import DTYPES, NAMES, Spec, TensorFile, TensorFileWriter
+from megatron_refine.files import fingerprint, read_json, sync, write, write_json
 from megatron_refine.models import family
 from megatron_refine.trainer.manifest import (
     COMPLETE,
@@ -35,10 +35,8 @@ from megatron_refine.trainer.manifest import (
     check_files,
     complete,
     complete_folders,
-    fingerprint,
     payload,
     read_manifest,
-    sync_directory,
 )
 from megatron_refine.trainer.plain import PlainReader, write_plain
 
@@ -65,7 +63,7 @@ class MegatronSource:
         self.specs = self._reader.specs
         inventory.check(str(path), self.specs, self.converter.megatron_shapes)
         self.kept = path / ORIGIN if (path / ORIGIN / ORIGIN_FILE).exists() else None
-        self.origin = Origin.from_json(json.loads((self.kept / ORIGIN_FILE).read_text())) if self.kept else None
+        self.origin = Origin.from_json(read_json(self.kept / ORIGIN_FILE)) if self.kept else None
 
     def __getitem__(self, name: str) -> Tensor:
         tensor = self._reader[name]
@@ -91,7 +89,7 @@ def hf_to_megatron(hf: Path, megatron: Path, dtype: torch.dtype | None = None) -
         write_plain(folder, specs, produce)
         _keep_origin(source, folder / ORIGIN)
         section = source.model.model_dump()
-        (folder / MODEL).write_text(yaml.safe_dump({"model": section}, sort_keys=False))
+        write(folder / MODEL, yaml.safe_dump({"model": section}, sort_keys=False))
         files = {name: fingerprint(folder / name) for name in payload(folder)}
         complete(folder, {"step": 0, "model": section, "layout": [1, 1, 1], "files": files, WEIGHTS_ONLY: True})
     return source.model
@@ -178,7 +176,7 @@ def fresh_folder(target: Path, specs: dict[str, Spec]) -> Iterator[Path]:
         folder.mkdir()
         yield folder
         folder.rename(target)
-        sync_directory(target.parent)
+        sync(target.parent)
     except OSError as error:
         raise ConversionError(f"{error.filename or target}: {error.strerror}; nothing was left at {target}") from None
     finally:
@@ -190,7 +188,7 @@ def _keep_origin(source: HFSource, kept: Path) -> None:
     kept.mkdir()
     for path in [*source.folder.other_files(), *([source.folder.index] if source.folder.index else [])]:
         shutil.copy(path, kept / path.name)
-    (kept / ORIGIN_FILE).write_text(json.dumps(Origin.of(source.folder, source.stored).to_json(), indent=1))
+    write_json(kept / ORIGIN_FILE, Origin.of(source.folder, source.stored).to_json())
     if source.unused:
         specs = {name: source.folder.specs[name] for name in source.unused}
         writer = TensorFileWriter(kept / UNUSED, specs, None)
@@ -213,9 +211,9 @@ def _write_config(folder: Path, model: ModelConfig, dtypes: set[torch.dtype] | N
     assert dtypes
     dtype = TORCH_NAMES[max(dtypes, key=lambda d: d.itemsize)]
     if path.exists():
-        tree = json.loads(path.read_text())
+        tree = read_json(path)
         named = [name for name in DTYPE_FIELDS if tree.get(name) is not None] or DTYPE_FIELDS[:1]
         tree |= dict.fromkeys(named, dtype)
     else:
         tree = fresh_config(model, dtype)
-    path.write_text(json.dumps(tree, indent=2) + "\n")
+    write_json(path, tree, indent=2)

@@ -1,7 +1,6 @@
 """The trainer's weights as whole tensors in Hugging Face's format: one at a time, or as a folder."""
 
 import contextlib
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from megatron_refine.convert.hf_folder import INDEX, WEIGHTS
 from megatron_refine.convert.hf_writer import FORMAT
 from megatron_refine.convert.mapping import Converter
 from megatron_refine.convert.tensorfile import Spec, TensorFileWriter
+from megatron_refine.files import write_json
 from megatron_refine.trainer.model import global_parameters, unwrap
 from megatron_refine.trainer.parallel import Ranks
 from megatron_refine.trainer.shards import is_sharded, unshard
@@ -73,10 +73,10 @@ def write_stage(model: nn.Module, converter: Converter, ranks: Ranks, folder: Pa
 
 def write_rest(folder: Path, model: Any, dtype: torch.dtype, files: dict[str, str]) -> None:
     """config.json, and the index where several stages wrote a file each. `files`: name -> file, of all stages."""
-    (folder / CONFIG).write_text(json.dumps(fresh_config(model, str(dtype).removeprefix("torch.")), indent=2) + "\n")
+    write_json(folder / CONFIG, fresh_config(model, str(dtype).removeprefix("torch.")), indent=2)
     if set(files.values()) != {WEIGHTS}:
         tree = {"metadata": {}, "weight_map": dict(sorted(files.items()))}
-        (folder / INDEX).write_text(json.dumps(tree, indent=2) + "\n")
+        write_json(folder / INDEX, tree, indent=2)
 
 
 def empty_folder(folder: Path) -> None:

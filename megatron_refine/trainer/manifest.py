@@ -6,11 +6,11 @@ in the way.
 
 import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
+from megatron_refine.files import fingerprint, sync, write
 from megatron_refine.trainer.errors import CheckpointError, DamagedError
 
 MANIFEST, COMPLETE, LATEST = "manifest.json", "COMPLETE", "latest"
@@ -34,36 +34,28 @@ def payload(folder: Path) -> list[str]:
     return sorted(name for name in files if name not in (MANIFEST, COMPLETE))
 
 
-def fingerprint(path: Path) -> dict[str, Any]:
-    """Size in bytes and sha256 of a file."""
-    with path.open("rb") as file:
-        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
 def seal(folder: Path, final: Path, contents: dict[str, Any]) -> None:
     """Complete a run's checkpoint, rename the folder to its final name, point `latest` to it."""
     complete(folder, contents)
     if final.exists():  # an older attempt at this step, about to be replaced by its equal
         shutil.rmtree(final)
     folder.rename(final)
-    temporary = final.parent / f"{TEMPORARY}{LATEST}"
-    write_durably(temporary, final.name)
-    temporary.rename(final.parent / LATEST)
-    sync_directory(final.parent)
+    sync(final.parent)
+    write(final.parent / LATEST, final.name)
 
 
 def complete(folder: Path, contents: dict[str, Any]) -> None:
     """Write the manifest and the marker."""
     text = json.dumps(contents, indent=1, sort_keys=True)
-    write_durably(folder / MANIFEST, text)
-    write_durably(folder / COMPLETE, hashlib.sha256(text.encode()).hexdigest())
+    write(folder / MANIFEST, text)
+    write(folder / COMPLETE, hashlib.sha256(text.encode()).hexdigest())
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a complete checkpoint. Raises CheckpointError where there is none, DamagedError where it was
     altered."""
     try:
-        text, marker = (folder / MANIFEST).read_text(), (folder / COMPLETE).read_text()
+        text, marker = (folder / MANIFEST).read_text(encoding="utf-8"), (folder / COMPLETE).read_text(encoding="utf-8")
     except OSError as error:
         raise CheckpointError(f"{folder}: not a complete checkpoint: {error.strerror}: {error.filename}") from None
     except UnicodeDecodeError:
@@ -88,21 +80,6 @@ def check_files(folder: Path, expected: dict[str, dict[str, Any]], share: int = 
             raise DamagedError(f"{folder / name}: truncated: {found['size']} bytes of {wanted}; {_remedy(folder)}")
         if found["sha256"] != expected[name]["sha256"]:
             raise DamagedError(f"{folder / name}: damaged: sha256 differs; {_remedy(folder)}")
-
-
-def write_durably(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync_directory(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _remedy(folder: Path) -> str:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_refine.files import write_json
 from megatron_refine.trainer.errors import FencedError
 
 OWNER, LOCK = "OWNER", ".lock"
@@ -44,9 +45,7 @@ class Ownership:
             same = other and self.token["job"] and other["job"] == self.token["job"]
             if other and same and other["restart"] > self.token["restart"]:
                 raise self._fenced(other)
-            temporary = self.folder / f".{OWNER}-{self.name}"
-            temporary.write_text(json.dumps(self.token))
-            temporary.replace(self.folder / OWNER)
+            write_json(self.folder / OWNER, self.token)
 
     def lost(self) -> bool:
         """Whether another attempt has taken over."""
@@ -67,7 +66,7 @@ class Ownership:
 
     def _owner(self) -> dict[str, Any] | None:
         with contextlib.suppress(FileNotFoundError):
-            found: dict[str, Any] = json.loads((self.folder / OWNER).read_text())
+            found: dict[str, Any] = json.loads((self.folder / OWNER).read_text(encoding="utf-8"))
             return found
         return None
 
@@ -80,7 +79,7 @@ class Ownership:
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
         """Where the file system has no locks, without one: then a claim between check and rename goes unnoticed."""
-        with (self.folder / LOCK).open("w") as file:
+        with (self.folder / LOCK).open("w", encoding="utf-8") as file:
             deadline = time.monotonic() + LOCK_SECONDS
             while True:
                 try:

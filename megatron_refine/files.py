@@ -1,0 +1,96 @@
+"""Small files: written whole or not at all, read as UTF-8 whatever the locale. Imports nothing of the project.
+
+A reader finds the old content or the new one, after a crash or a power cut too. Several processes may write one file at
+once: the last rename wins.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+
+class TornError(ValueError):
+    """A small file is empty or holds no JSON, as a power cut leaves it: which file, and what to do."""
+
+
+def write(path: Path, text: str) -> None:
+    """Write `text` to `path`: a temporary file beside it, fsync, rename. Makes the folder. Raises OSError."""
+    _place(path, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, value: Any, indent: int | None = 1, sort_keys: bool = False) -> None:
+    """`write` a value as JSON, with an end of line."""
+    write(path, json.dumps(value, indent=indent, sort_keys=sort_keys) + "\n")
+
+
+def copy(source: Path, path: Path) -> None:
+    """Copy a file's content to `path`, as `write` does. Raises OSError."""
+    _place(path, lambda unfinished: shutil.copyfile(source, unfinished))
+
+
+def _place(path: Path, fill: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = temporary(path)
+    try:
+        fill(unfinished)
+        sync(unfinished)
+        unfinished.replace(path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def read(path: Path) -> str:
+    """The text of a file. Raises OSError, and TornError where it is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise TornError(f"{path}: damaged: not UTF-8 text; delete it or restore it") from None
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file. Raises OSError, and TornError where it is empty or torn."""
+    text = read(path)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        found = f"not JSON ({error})" if text.strip("\0 \n") else "empty"
+        raise TornError(f"{path}: damaged: {found}; delete it or restore it") from None
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file's content, hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def fingerprint(path: Path) -> dict[str, Any]:
+    """Size in bytes and SHA-256 of a file."""
+    return {"size": path.stat().st_size, "sha256": digest(path)}
+
+
+def temporary(path: Path) -> Path:
+    """A hidden name beside `path` that no other process uses, on this machine or another."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+
+
+def sync(path: Path) -> None:
+    """Bring a file's content, or a folder's list of names, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def speak_utf8() -> None:
+    """Let stdout and stderr take every character: UTF-8 into files and pipes; what a terminal lacks is escaped."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors="backslashreplace")
