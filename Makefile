@@ -3,6 +3,7 @@
 #   make train MODEL=lact_tiny            another model of configs/models/
 #   make test TORCH_INDEX=<url>           take PyTorch from this wheel index
 #   make test PYTHON=/path/to/python3.11
+#   make test CACHE=                      install the environment anew, keep none in ~/.cache/megatron_refine
 # SGLang's CPU lane, in an environment of its own: make test-sglang, make train-sglang.
 
 TORCH := 2.13.0
@@ -11,6 +12,8 @@ PYTHON ?= $(shell for p in python3.11 python3; do $$p -c '$(RECENT)' 2>/dev/null
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 export OMP_NUM_THREADS := 1
+CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/megatron_refine
+export TORCH_INDEX
 
 .PHONY: help train train-sglang bench test test-fast test-gpu test-sglang test-slurm test-chaos lint clean
 .DEFAULT_GOAL := help
@@ -60,32 +63,47 @@ clean: ## remove the environment and all caches; runs/ stays
 	rm -rf .venv .venv-sglang .cache .pytest_cache .mypy_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
+# An environment that was made before from the same files is linked from CACHE (tools/environment.sh).
 # setuptools first: the project itself is then built with it, not with one that pip fetches for the purpose.
+PROJECT := --no-deps --no-build-isolation --editable .
+MADE_FROM := setup.py constraints.txt Makefile
 .venv/ready: setup.py constraints.txt
 	@$(or $(PYTHON),false) -c '$(RECENT)' || { echo "needs Python 3.11 or newer: make PYTHON=/path/to/python3.11" >&2; exit 1; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@$(INSTALL) setuptools
-	@$(install_torch)
-	@echo "installing the other requirements into .venv (two or three minutes)"
-	@$(INSTALL) --no-build-isolation --editable ".[dev]"
+	@tools/environment.sh restore .venv "$(CACHE)" $(PYTHON) $(MADE_FROM) || { $(install_requirements); }
+	@$(INSTALL) $(PROJECT)
 	@$(BIN)/python -c 'import sys; from importlib.metadata import version as v; t = v("torch").split("+")[0]; \
 		sys.exit(t != "$(TORCH)" and f"torch is {t}, not $(TORCH): make clean, then again")'
 	@touch $@
 
+define install_requirements
+fresh=; test -x $(BIN)/python || { $(PYTHON) -m venv .venv && fresh=yes; }; \
+$(INSTALL) setuptools && $(install_torch) && \
+echo "installing the other requirements into .venv (two or three minutes)" && \
+$(INSTALL) --no-build-isolation --editable ".[dev]" && \
+{ test -z "$$fresh" || tools/environment.sh keep .venv "$(CACHE)" $(PYTHON) $(MADE_FROM); }
+endef
+
 # SGLang pins a CUDA stack of its own: on a CPU it is installed without dependencies, with those it imports in a list, and
 # with stand-ins for what needs a GPU (tests/sglang_cpu). The project comes with it, as SGLang's plug-in.
 LANE := .venv-sglang/bin/python -m pip install --quiet --disable-pip-version-check --no-deps
+LANE_FROM := tests/sglang_cpu/requirements.txt tests/sglang_cpu/sglang_cpu_stubs.py Makefile
 .venv-sglang/ready: tests/sglang_cpu/requirements.txt tests/sglang_cpu/sglang_cpu_stubs.py setup.py | .venv/ready
-	@test -x .venv-sglang/bin/python || $(PYTHON) -m venv .venv-sglang
-	@echo "installing SGLang for CPU into .venv-sglang (two or three minutes)"
-	@$(LANE) "$$($(BIN)/python -c 'import importlib.metadata as m; print("setuptools==" + m.version("setuptools"))')"
-	@$(if $(TORCH_INDEX),$(LANE) --index-url "$(TORCH_INDEX)" "torch==$(TORCH)",\
-		$(LANE) "torch==$(TORCH)+cpu" 2>/dev/null || $(LANE) "torch==$(TORCH)")
-	@$(LANE) --requirement tests/sglang_cpu/requirements.txt
+	@tools/environment.sh restore .venv-sglang "$(CACHE)" $(PYTHON) $(LANE_FROM) || { $(install_sglang); }
 	@$(LANE) --no-build-isolation --editable .
-	@cp tests/sglang_cpu/sglang_cpu_stubs.py "$$(.venv-sglang/bin/python -c 'import site; print(site.getsitepackages()[0])')"
-	@echo "import sglang_cpu_stubs" > "$$(.venv-sglang/bin/python -c 'import site; print(site.getsitepackages()[0])')/sglang_cpu_stubs.pth"
 	@touch $@
+
+define install_sglang
+fresh=; test -x .venv-sglang/bin/python || { $(PYTHON) -m venv .venv-sglang && fresh=yes; }; \
+echo "installing SGLang for CPU into .venv-sglang (two or three minutes)"; \
+$(LANE) "$$($(BIN)/python -c 'import importlib.metadata as m; print("setuptools==" + m.version("setuptools"))')" && \
+$(if $(TORCH_INDEX),$(LANE) --index-url "$(TORCH_INDEX)" "torch==$(TORCH)",\
+	{ $(LANE) "torch==$(TORCH)+cpu" 2>/dev/null || $(LANE) "torch==$(TORCH)"; }) && \
+$(LANE) --requirement tests/sglang_cpu/requirements.txt && \
+packages="$$(.venv-sglang/bin/python -c 'import site; print(site.getsitepackages()[0])')" && \
+cp tests/sglang_cpu/sglang_cpu_stubs.py "$$packages" && \
+echo "import sglang_cpu_stubs" > "$$packages/sglang_cpu_stubs.pth" && \
+{ test -z "$$fresh" || tools/environment.sh keep .venv-sglang "$(CACHE)" $(PYTHON) $(LANE_FROM); }
+endef
 
 # A wheel index of PyTorch has other packages in other versions: only torch itself comes from there.
 define install_torch

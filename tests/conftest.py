@@ -13,7 +13,7 @@ from tests.zygote import Zygote  # noqa: E402
 
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Zygote]:
-    """`ranks(world_size, fn, timeout=60, **kwargs)`: results of a module-level function, by rank."""
+    """`ranks(world_size, fn, timeout=DEADLINE, **kwargs)`: results of a module-level function, by rank."""
     zygote = Zygote()
     yield zygote
     zygote.close()

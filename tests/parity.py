@@ -35,7 +35,7 @@ def small_config(tmp_path: Any, *overrides: str, model: str = "delta_net") -> Co
     path = tmp_path / "small.yaml"
     train = {"precision": "fp32", "global_batch_size": 4, "micro_batch_size": 2, "steps": 10}
     tree = {
-        "run": {"dir": str(tmp_path / "run"), "timeout_minutes": 1.0}, "model": MODELS[model], "refine": REFINE,
+        "run": {"dir": str(tmp_path / "run"), "timeout_minutes": 5.0}, "model": MODELS[model], "refine": REFINE,
         "train": train, "data": {"seq_length": 192}, "optimizer": {"lr": 1e-2}, "eval": {"sequences": 0},
     }  # fmt: skip
     path.write_text(yaml.safe_dump(tree), encoding="utf-8")

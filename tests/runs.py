@@ -21,7 +21,7 @@ MODEL = {
     "intermediate_size": 128, "init_std": 0.05,
 }  # fmt: skip
 TREE: dict[str, dict[str, Any]] = {
-    "run": {"timeout_minutes": 0.5},
+    "run": {"timeout_minutes": 5.0},
     "model": MODEL,
     "data": {
         "paths": [argparse.__file__, ast.__file__], "valid_paths": [textwrap.__file__],

@@ -140,7 +140,7 @@ def test_a_rank_that_fails_alone_inside_megatron_ends_the_run(
     """
     shutil.copytree(finished, tmp_path / "run")
     config = runs.write_config(tmp_path, cache, train={"steps": 3}, checkpoint={"every": 1})
-    job = functools.partial(ranks, 2, runs.command, timeout=30, arguments=["--config", str(config), *TP2])
+    job = functools.partial(ranks, 2, runs.command, arguments=["--config", str(config), *TP2])
     ends = job(broken=broken)
     assert 4 in (codes := {end.code for end in ends}) and codes <= {4, 8}
     assert all("lost another rank" in end.err for end in ends if end.code == 8)

@@ -101,7 +101,7 @@ def test_benchmarks_run(what: str, more: list[str], words: list[str], ranks: Zyg
     config = runs.write_config(tmp_path, tmp_path / "cache", train={"global_batch_size": 2, "micro_batch_size": 1})
     vocabulary = [] if not any("lact" in m for m in more) else ["model.vocab_size=512"]
     line = [what, "--config", str(config), "--rounds", "1", *more, *vocabulary, "refine.reward=cosine"]
-    end = ranks(1, command, arguments=line, timeout=120)[0]
+    end = ranks(1, command, arguments=line)[0]
     assert end.code == 0, end.err
     assert all(word in end.out for word in words), end.out
 

@@ -45,7 +45,7 @@ def test_killed_at_random_moments(ranks: Any, tmp_path: Path, capsys: Any) -> No
         ["--config", str(runs.write_config(folder, tmp_path / "data", **SECTIONS)), *runs.TP2] for folder in folders
     ]
     begin = time.monotonic()
-    assert [end.code for end in ranks(2, runs.command, timeout=120, arguments=lines[0])] == [0, 0]
+    assert [end.code for end in ranks(2, runs.command, arguments=lines[0])] == [0, 0]
     whole = time.monotonic() - begin
     root, kills, saving = folders[1] / "run/checkpoints", 0, 0
     for attempt in range(10 * KILLS):
@@ -53,7 +53,7 @@ def test_killed_at_random_moments(ranks: Any, tmp_path: Path, capsys: Any) -> No
             break
         victim, seconds = rng.randrange(2), rng.uniform(0.1, 0.7 * whole)
         try:
-            ends = ranks(2, doomed, timeout=120, arguments=lines[1], victim=victim, seconds=seconds)
+            ends = ranks(2, doomed, arguments=lines[1], victim=victim, seconds=seconds)
             assert [end.code for end in ends] == [0, 0], (SEED, attempt, ends)  # done before its time had come
             (root / "latest").unlink()  # and once more from the beginning
             for folder in root.iterdir():
@@ -65,7 +65,7 @@ def test_killed_at_random_moments(ranks: Any, tmp_path: Path, capsys: Any) -> No
             kills += 1
             saving += any(root.glob(f"{TEMPORARY}*"))
     assert kills == KILLS, SEED
-    ends = ranks(2, runs.command, timeout=120, arguments=lines[1])
+    ends = ranks(2, runs.command, arguments=lines[1])
     assert [end.code for end in ends] == [0, 0], (SEED, ends)
     assert runs.rows(folders[1]) == runs.rows(folders[0]), SEED
     assert {path.name for path in root.iterdir()} == {"step_0000008", "step_0000010", "latest"}

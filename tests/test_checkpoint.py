@@ -251,7 +251,7 @@ def test_a_rank_that_fails_alone_in_a_save_fails_it_on_all(ranks: Any, tmp_path:
     """The earlier checkpoint stays, and the next save succeeds. (Failures inside Megatron: test_bad_input.py.)"""
     config = config_at("tp2", tmp_path)
     shutil.copytree(saved[0].parent, Path(config.run.dir) / "checkpoints")
-    (found, last), other = ranks(2, failed_saves, timeout=30, config=config)
+    (found, last), other = ranks(2, failed_saves, config=config)
     assert other == (found, last), "the ranks disagree"
     for phase, (message, step) in zip(LOCAL, found, strict=True):
         reason = f"{phase} failed: OSError: .*No space left on device; earlier checkpoints are intact"
@@ -294,6 +294,6 @@ def save_on_a_full_disk(config: Config) -> tuple[str, int]:
 def test_a_full_disk_loses_no_checkpoint(ranks: Any, disk: Path, saved: Any) -> None:
     config = config_at("tp2", disk)
     shutil.copytree(saved[0].parent, Path(config.run.dir) / "checkpoints")
-    for message, step in ranks(2, save_on_a_full_disk, timeout=30, config=config):
+    for message, step in ranks(2, save_on_a_full_disk, config=config):
         assert re.search(r"step_0000004: disk full: .*, 0 MiB are free; earlier checkpoints are intact", message)
         assert step == 2

@@ -128,7 +128,7 @@ def test_scripted_models_score_exactly_on_every_task(
 ) -> None:
     command = arguments(model, data, tmp_path / "out", "ruler,ruler_qa,longbench,passage_count,passage_retrieval_en")
     how = {"tasks": list(TASKS), "length": LENGTH, "rows": ROWS}
-    end, expected = ranks(1, scripted, timeout=240, kind=kind, command=command, **how)[0]
+    end, expected = ranks(1, scripted, kind=kind, command=command, **how)[0]
     assert end.code == 0, end.err
     scores = json.loads((tmp_path / "out/scores.json").read_text(encoding="utf-8"))["tasks"]
     assert scores.keys() == expected.keys() and len(scores) == len(TASKS)
@@ -150,7 +150,7 @@ def test_every_row_of_the_papers_files_is_evaluated(model: Path, ranks: Zygote, 
     rows = {path.name.partition("_")[0]: pq.read_metadata(path).num_rows for path in DATA.rglob("longbench/*.parquet")}
     command = [str(model), "--tasks", ",".join(tasks), "--data", str(DATA), "--out", str(tmp_path / "out")]
     how = {"tasks": tasks, "length": 4096, "rows": None}
-    end, _ = ranks(1, scripted, timeout=400, kind="perfect", command=command, **how)[0]
+    end, _ = ranks(1, scripted, kind="perfect", command=command, **how)[0]
     assert end.code == 0, end.err
     scores = json.loads((tmp_path / "out/scores.json").read_text(encoding="utf-8"))["tasks"]
     assert {label: score["n"] for label, score in scores.items()} == {
@@ -187,7 +187,7 @@ def test_layouts_agree(model: Path, data: Path, ranks: Zygote, tmp_path: Path) -
     found = {}
     for name, (world, layout) in LAYOUTS.items():
         command = arguments(model, data, tmp_path / name, "vt,trec,heldout", *more, *layout, "--examples", "5")
-        ends = ranks(world, evaluate, timeout=120, arguments=command)
+        ends = ranks(world, evaluate, arguments=command)
         assert [end.code for end in ends] == [0] * world, ends[0].err
         assert not any(end.out for end in ends[1:])
         found[name] = answers(tmp_path / name)
@@ -234,7 +234,7 @@ def test_a_killed_evaluation_goes_on(layout: str, model: Path, data: Path, ranks
     world, more = LAYOUTS[layout]
     common = ["--heldout", str(data / "document0.txt"), str(data / "document1.txt"), "--batch-size", "1", *more]
     command = functools.partial(arguments, model, data)
-    job = functools.partial(ranks, world, evaluate, timeout=120)
+    job = functools.partial(ranks, world, evaluate)
     with pytest.raises(RankError, match="killed by SIGKILL"):
         job(arguments=command(tmp_path / "killed", "trec,lcc,heldout", *common),
             patch=functools.partial(killed_after, 4))  # fmt: skip
@@ -263,7 +263,7 @@ def test_changed_questions_are_asked_anew(model: Path, data: Path, ranks: Zygote
     own.mkdir()
     lines = (data / "trec.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     (own / "trec.jsonl").write_text("".join(lines), encoding="utf-8")
-    job = functools.partial(ranks, 1, evaluate, timeout=120)
+    job = functools.partial(ranks, 1, evaluate)
     assert job(arguments=arguments(model, own, tmp_path / "out", "trec"))[0].code == 0
     first = answers(tmp_path / "out")["trec"]
     (own / "trec.jsonl").write_text(

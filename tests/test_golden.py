@@ -116,7 +116,6 @@ def run_tool(*arguments: str) -> tuple[int, str, str]:
         cwd=GOLDEN.parents[1],
         capture_output=True,
         encoding="utf-8",
-        timeout=120,
     )
     return done.returncode, done.stdout, done.stderr
 

@@ -105,7 +105,7 @@ def without_digits(prompt: str) -> str:
 def test_scores_agree_with_the_harness(model: Path, ranks: Zygote) -> None:
     """Exactly: both are means of 0 and 1 over the same answers."""
     with mock.patch.dict("os.environ", {"HF_HUB_OFFLINE": "1"}):
-        found = ranks(1, scores, model=model, timeout=200)[0]
+        found = ranks(1, scores, model=model)[0]
     for name, pair in found.items():
         assert pair["harness"] == sum(pair["own"]) / SAMPLES == pytest.approx(2 / 3), name
         assert pair["theirs"] == pair["ours"] == [1.0, 1.0, 0.0], name

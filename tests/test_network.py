@@ -96,7 +96,7 @@ def undisturbed(ranks: Any, tmp_path: Path) -> list[dict[str, Any]]:
     folder = tmp_path / "undisturbed"
     folder.mkdir()
     config = runs.write_config(folder, tmp_path / "data", **SECTIONS)
-    found = ranks(2, runs.command, timeout=120, arguments=["--config", str(config), *runs.TP2], saves=False)
+    found = ranks(2, runs.command, arguments=["--config", str(config), *runs.TP2], saves=False)
     assert [end.code for end in found] == [0, 0]
     return runs.rows(folder)
 

@@ -17,6 +17,7 @@ from megatron_refine.trainer.errors import FencedError
 from megatron_refine.trainer.manifest import complete_folders
 from megatron_refine.trainer.ownership import Ownership, attempt_token
 from tests import runs
+from tests.zygote import DEADLINE
 
 ROOT = Path(__file__).parents[1]
 
@@ -116,7 +117,7 @@ def two_ranks(code: str, config: Path) -> tuple[list[int], list[str]]:
         )
         for r in "01"
     ]
-    texts = [process.communicate(timeout=120)[1] for process in started]
+    texts = [process.communicate(timeout=DEADLINE)[1] for process in started]
     return [process.returncode for process in started], texts
 
 

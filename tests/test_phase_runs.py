@@ -75,7 +75,7 @@ def test_every_preset_runs_scaled_down(preset: str, ranks: Zygote, files: Path, 
         ]
     else:
         arguments += [f"task.paths=[{files / 'numbers.jsonl'}]", "task.max_new_tokens=3"]
-    ends = ranks(2, runs.command, arguments=arguments, saves=False, timeout=120)
+    ends = ranks(2, runs.command, arguments=arguments, saves=False)
     assert [end.code for end in ends] == [0, 0], ends[0].err
     rows = [row for row in runs.rows(tmp_path) if "train/loss" in row]
     assert len(rows) == (3 if phase == "testtime" else 1)
@@ -246,7 +246,7 @@ def test_a_run_evaluates_tasks_on_its_way(ranks: Zygote, tmp_path: Path) -> None
     config = runs.write_config(
         tmp_path, tmp_path / "cache", eval=evaluation | {"data": str(tmp_path), "batch_size": 4}, train={"steps": 3}
     )
-    ends = ranks(2, runs.command, arguments=["--config", str(config), *TP2], saves=False, timeout=120)
+    ends = ranks(2, runs.command, arguments=["--config", str(config), *TP2], saves=False)
     assert [end.code for end in ends] == [0, 0], ends[0].err
     keys = {"task/trec", "task/niah_single_1@768", "task/niah_single_1@1024"}
     found = [row for row in runs.rows(tmp_path) if "task/trec" in row]

@@ -51,7 +51,7 @@ def undisturbed(ranks: Any, cache: Path, tmp_path_factory: Any) -> Callable[[int
         if world not in found:
             folder = tmp_path_factory.mktemp(f"undisturbed{world}")
             arguments = ["--config", str(runs.write_config(folder, cache, **SECTIONS))]
-            ends = ranks(world, runs.command, timeout=200, arguments=arguments, saves=False)
+            ends = ranks(world, runs.command, arguments=arguments, saves=False)
             assert [end.code for end in ends] == [0] * world, ends
             found[world] = runs.rows(folder)
         return found[world]
