@@ -15,7 +15,7 @@ export OMP_NUM_THREADS := 1
 CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/megatron_refine
 export TORCH_INDEX
 
-.PHONY: help train train-sglang bench test test-fast test-gpu test-sglang test-slurm test-chaos lint clean
+.PHONY: help train train-sglang bench test test-all test-gpu test-sglang test-slurm test-chaos lint clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -32,24 +32,29 @@ train-sglang: .venv/ready .venv-sglang/ready ## the same with rollouts from an S
 bench: .venv/ready ## time steps of the quickstart: NTP-only, fused and two-pass in turn
 	@$(BIN)/torchrun --standalone --nproc-per-node 2 tools/bench.py step --config configs/quickstart.yaml $(ARGS)
 
-test: .venv/ready ## all tests but those against servers and clusters; those that need a GPU skip where there is none
-	@$(BIN)/python -m pytest tests -q -rs -m "not sglang and not slurm" --durations=15 $(ARGS)
-	@echo "on their own: make test-sglang, make test-slurm, make test-chaos"
+# Several tests at once: one that has a single rank leaves the other cores idle. JOBS=0 runs them in this process.
+JOBS := logical
+PYTEST := $(BIN)/python -m pytest tests -q -rs
+PARALLEL := -n $(JOBS) --maxprocesses 8 --dist worksteal
 
-test-fast: .venv/ready ## without the slow tests
-	@$(BIN)/python -m pytest tests -q -rs -m "not slow and not sglang and not slurm" $(ARGS)
+test: .venv/ready ## what every change should pass; GPU tests skip where there is no GPU, and say so
+	@$(PYTEST) $(PARALLEL) -m "not slow and not sglang and not slurm" --durations=15 $(ARGS)
+	@echo "the full matrix: make test-all; on their own: make test-sglang, make test-slurm, make test-chaos"
+
+test-all: .venv/ready ## the same in every family, layout and precision
+	@$(PYTEST) $(PARALLEL) -m "not sglang and not slurm" --durations=25 $(ARGS)
 
 test-gpu: .venv/ready ## the tests that need a GPU
-	@$(BIN)/python -m pytest tests -q -rs -m gpu $(ARGS)
+	@$(PYTEST) -m gpu $(ARGS)
 
 test-sglang: .venv/ready .venv-sglang/ready ## the tests against real SGLang servers on the CPU
-	@$(BIN)/python -m pytest tests -q -rs -m sglang --durations=15 $(ARGS)
+	@$(PYTEST) -m sglang --durations=15 $(ARGS)
 
 test-slurm: .venv/ready ## as root: the tests on a real SLURM cluster and between two hosts, both on this machine
 	@command -v slurmctld slurmd munged ip > /dev/null || { \
 		echo "installing SLURM and munge from the distribution"; \
 		apt-get update -qq && apt-get install -qq -y --no-install-recommends slurm-wlm munge iproute2 > /dev/null; }
-	@$(BIN)/python -m pytest tests -q -rs -m slurm --durations=15 $(ARGS)
+	@$(PYTEST) -m slurm --durations=15 $(ARGS)
 
 KILLS := 20
 test-chaos: .venv/ready ## kill ranks at random moments, KILLS=20 times; SEED= repeats a run

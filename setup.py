@@ -12,7 +12,7 @@ EXTRAS = {
     "sglang": ["sglang==0.5.23"],
     "eval": HARNESS,
     # fuzzywuzzy: a test holds our likeness of code to it.
-    "dev": [*HARNESS, "fuzzywuzzy==0.18.0", "pytest", "pytest-timeout", "ruff", "mypy", "types-PyYAML"],
+    "dev": [*HARNESS, "fuzzywuzzy==0.18.0", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "mypy", "types-PyYAML"],
 }
 
 setup(

@@ -19,6 +19,7 @@ from megatron_refine.eval.ruler.haystack import NOISE, read_prose
 from megatron_refine.eval.tasks import TASKS
 from megatron_refine.models.delta_net.config import DeltaNetConfig
 from tests.conversions import hf_folder, write_random
+from tests.lanes import short
 from tests.rank_report import RankError
 from tests.runs import End, _captured
 from tests.test_tasks import CASES, DATA, MATCH_ALL, ROUGE, ROUGE_ONE
@@ -122,7 +123,7 @@ def scripted(kind: str, command: list[str], tasks: list[str], length: int, rows:
     return end, {p.label: sum(said[e.prompt][1] for e in p.examples) / len(p.examples) for p in parts}
 
 
-@pytest.mark.parametrize("kind", ["perfect", "empty", "partial"])
+@pytest.mark.parametrize("kind", short(["perfect", "empty", "partial"], lambda kind: kind == "partial"))
 def test_scripted_models_score_exactly_on_every_task(
     kind: str, model: Path, data: Path, ranks: Zygote, tmp_path: Path
 ) -> None:
@@ -144,6 +145,7 @@ def test_scripted_models_score_exactly_on_every_task(
 
 
 @pytest.mark.skipif(not DATA.exists(), reason=f"needs the REFINE paper's evaluation files in {DATA}")
+@pytest.mark.slow
 def test_every_row_of_the_papers_files_is_evaluated(model: Path, ranks: Zygote, tmp_path: Path) -> None:
     """None is dropped, whatever its length; references are answered with themselves."""
     tasks = ["ruler_squadqa", "ruler_hotpotqa", "gov_report", "lcc", "qasper", "samsum", "trec"]
@@ -228,7 +230,7 @@ def killed_after(appends: int) -> None:
     Results.append = dying  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize("layout", ["1", "tp2"])
+@pytest.mark.parametrize("layout", short(["1", "tp2"], lambda layout: layout == "tp2"))
 def test_a_killed_evaluation_goes_on(layout: str, model: Path, data: Path, ranks: Zygote, tmp_path: Path) -> None:
     """No answer is asked for twice, none is lost, and the tables are those of an evaluation without a kill."""
     world, more = LAYOUTS[layout]

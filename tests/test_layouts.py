@@ -6,6 +6,7 @@ tokens: only global means come out right.
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from megatron_refine.config import Config
+from tests.lanes import short
 from tests.parity import batch, full_gradients, full_parameters, relative, small_config
 from tests.test_step import make_step
 from tests.zygote import Zygote
@@ -61,11 +63,12 @@ def reference(ranks: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Callab
     return compute
 
 
-FAMILIES = ["delta_net", *(pytest.param(m, marks=pytest.mark.slow) for m in ("gated_delta_net", "lact"))]
+FAMILIES = ("delta_net", "gated_delta_net", "lact")
+SHORT = [("delta_net", a) for a in NAMES if a != "tp2"] + [("gated_delta_net", "cp2"), ("lact", "tp2sp")]
+SHORT += [("delta_net", "tp2sp pp2"), ("delta_net", "cp2 dp2")]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("model", FAMILIES)
+@pytest.mark.parametrize(("model", "layout"), short(itertools.product(FAMILIES, LAYOUTS), lambda *case: case in SHORT))
 def test_a_step_is_the_same_at_every_layout(
     ranks: Zygote, reference: Callable[[str], Any], tmp_path: Path, model: str, layout: str
 ) -> None:

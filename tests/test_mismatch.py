@@ -19,6 +19,7 @@ from megatron_refine.records import Batch, RolloutRequest, Rollouts
 from megatron_refine.step.mismatch import check_gap, logprob_gap, token_weights
 from megatron_refine.trainer.errors import MismatchError
 from tests import runs
+from tests.lanes import short
 from tests.parity import batch, build, full_gradients, relative, small_config
 from tests.test_branches import separate
 from tests.test_step import GradientsOnly
@@ -159,8 +160,17 @@ def reference(ranks: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return ranks(1, slow, config=noisy_config(tmp_path_factory.mktemp("reference")))[0]
 
 
-@pytest.mark.parametrize("mode", ["fused", "two_pass"])
-@pytest.mark.parametrize("world, layout", [(1, []), (2, runs.TP2), (2, ["train.micro_batch_size=1"])])
+@pytest.mark.parametrize(
+    ("world", "layout", "mode"),
+    short(
+        [
+            (world, layout, mode)
+            for world, layout in ((1, []), (2, runs.TP2), (2, ["train.micro_batch_size=1"]))
+            for mode in ("fused", "two_pass")
+        ],
+        lambda world, layout, mode: (mode == "fused") == (layout is runs.TP2),
+    ),
+)
 def test_weighted_steps_give_the_gradient_of_the_definition(
     ranks: Any, reference: Any, tmp_path: Path, mode: str, world: int, layout: Any
 ) -> None:

@@ -15,6 +15,7 @@ from megatron_refine.config import ConfigError, load
 from megatron_refine.data.tokenizer import load_tokenizer, train_tokenizer
 from megatron_refine.models.family import FAMILIES
 from tests import runs
+from tests.lanes import short
 from tests.rank_report import RankError
 from tests.runs import TP2, Fault
 from tests.zygote import Zygote
@@ -23,6 +24,7 @@ ROOT = Path(__file__).parents[1]
 PRESETS = sorted(path.stem for path in (ROOT / "configs").glob("*time_*.yaml")) + sorted(
     path.stem for path in (ROOT / "configs").glob("*train_*.yaml")
 )
+SHORT = ("testtime_delta_net_1.3b", "posttrain_lact_760m", "midtrain_gated_delta_net_7b")
 ROWS = 11  # with batches of 4 the last one has three prompts
 
 
@@ -55,7 +57,7 @@ def predictions(folder: Path) -> list[dict[str, Any]]:
     ]
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", short(PRESETS, lambda preset: preset in SHORT))
 def test_every_preset_runs_scaled_down(preset: str, ranks: Zygote, files: Path, tmp_path: Path) -> None:
     """The preset as it stands, but for its size: on two ranks, and nothing of it is changed by hand."""
     phase, _, model = preset.partition("_")
