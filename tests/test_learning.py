@@ -2,9 +2,10 @@
 
 import inspect
 import json
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 
 from megatron_refine.config import Config
@@ -40,8 +41,14 @@ def text_batch() -> Batch:
     return Batch(tokens, torch.full((4,), 192), torch.arange(4))
 
 
-def rewards_over_steps(config: Config) -> list[tuple[float, float]]:
-    """On a rank: (mean binary reward, its sampling variance) of each REFINE step, after a warm-up on the same batch."""
+REWARDS = {"true": "binary", "negated": "tests.test_learning:negated", "shuffled": "tests.test_learning:shuffled"}
+
+
+def rewards_over_steps(config: Config) -> dict[str, list[tuple[float, float]]]:
+    """On a rank: (mean binary reward, its sampling variance) of each REFINE step, by what it learns from.
+
+    All three start from the weights of one warm-up on the same batch.
+    """
     from megatron_refine.engine.native import NativeEngine
     from megatron_refine.step.refine import RefineStep
     from megatron_refine.trainer.model import build_model
@@ -49,40 +56,55 @@ def rewards_over_steps(config: Config) -> list[tuple[float, float]]:
     from megatron_refine.trainer.parallel import init_parallel
 
     ranks = init_parallel(config)
-    model = build_model(config, ranks)
-    step = RefineStep(config, model, NativeEngine(model), Updater(config, model, ranks), ranks)
-    batch, found = text_batch(), []
+    model, batch = build_model(config, ranks), text_batch()
+    warm_up = Updater(config, model, ranks)
+    step = RefineStep(config, model, NativeEngine(model), warm_up, ranks)
     for i in range(WARM_UP):
         step(batch, i, refine=False)
-    gentle = config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"lr": LR, "eps": EPS})})
-    step.updater = Updater(gentle, model, ranks)  # fresh moments: Adam would go on along the warm-up's direction
-    for i in range(STEPS):
-        step(batch, 100 + i, refine=True)
-        assert step.last is not None
-        records = step.last
-        rewards = binary(records.experience.tokens, records.truth, torch.empty(0), torch.empty(0))
-        found.append((float(rewards.mean()), float(rewards.var(-1).mean() / rewards.numel())))
+    weights, found = warm_up.weights(), dict[str, list[tuple[float, float]]]()
+    for kind, reward in REWARDS.items():
+        gentle = config.model_copy(
+            update={
+                "optimizer": config.optimizer.model_copy(update={"lr": LR, "eps": EPS}),
+                "refine": config.refine.model_copy(update={"reward": reward}),
+            }
+        )
+        updater = Updater(gentle, model, ranks)  # fresh moments: Adam would go on along the warm-up's direction
+        updater.restart(weights)
+        step, found[kind] = RefineStep(gentle, model, NativeEngine(model), updater, ranks), []
+        for i in range(STEPS):
+            step(batch, 100 + i, refine=True)
+            assert step.last is not None
+            records = step.last
+            rewards = binary(records.experience.tokens, records.truth, torch.empty(0), torch.empty(0))
+            found[kind].append((float(rewards.mean()), float(rewards.var(-1).mean() / rewards.numel())))
     return found
 
 
-def change_in_standard_errors(ranks: Any, tmp_path: Path, reward: str) -> float:
+@pytest.fixture(scope="module")
+def change_in_standard_errors(ranks: Any, tmp_path_factory: Any) -> Callable[[str], float]:
+    """Of the mean reward, from the first to the last steps, by what the run learns from."""
     settings = ["refine.ntp_coef=0", "refine.nsp_coef=1", "refine.num_rollouts=16", "refine.num_chunks=8"]
     settings += ["train.micro_batch_size=4", "optimizer.lr=3e-3", "optimizer.weight_decay=0", "model.init_std=0.05"]
-    settings += ["refine.selection=tests.test_learning:every_24th", f"refine.reward={reward}"]
-    config = small_config(tmp_path, *settings)
-    found = torch.tensor(ranks(1, rewards_over_steps, config=config)[0], dtype=torch.float64)
-    first, last = found[:WINDOW], found[-WINDOW:]
-    error = (first[:, 1].sum() + last[:, 1].sum()).sqrt() / WINDOW
-    return float((last[:, 0].mean() - first[:, 0].mean()) / error)
+    settings += ["refine.selection=tests.test_learning:every_24th"]
+    found = ranks(1, rewards_over_steps, config=small_config(tmp_path_factory.mktemp("learning"), *settings))[0]
+
+    def change(kind: str) -> float:
+        rewards = torch.tensor(found[kind], dtype=torch.float64)
+        first, last = rewards[:WINDOW], rewards[-WINDOW:]
+        error = (first[:, 1].sum() + last[:, 1].sum()).sqrt() / WINDOW
+        return float((last[:, 0].mean() - first[:, 0].mean()) / error)
+
+    return change
 
 
-def test_true_rewards_raise_the_reward(ranks: Any, tmp_path: Path) -> None:
-    assert change_in_standard_errors(ranks, tmp_path, "binary") > 5
+def test_true_rewards_raise_the_reward(change_in_standard_errors: Callable[[str], float]) -> None:
+    assert change_in_standard_errors("true") > 5
 
 
-def test_negated_advantages_lower_it(ranks: Any, tmp_path: Path) -> None:
-    assert change_in_standard_errors(ranks, tmp_path, "tests.test_learning:negated") < -5
+def test_negated_advantages_lower_it(change_in_standard_errors: Callable[[str], float]) -> None:
+    assert change_in_standard_errors("negated") < -5
 
 
-def test_shuffled_advantages_do_neither(ranks: Any, tmp_path: Path) -> None:
-    assert abs(change_in_standard_errors(ranks, tmp_path, "tests.test_learning:shuffled")) < 5
+def test_shuffled_advantages_do_neither(change_in_standard_errors: Callable[[str], float]) -> None:
+    assert abs(change_in_standard_errors("shuffled")) < 5
