@@ -19,6 +19,7 @@ FOLDERS = (*PACKAGE, "tools", "launch", "tests")
 ORDER = (
     {"files"},
     {"records", "config", "platform", "shield"},
+    {"exchange"},
     {"kernels"},
     {"models"},
     {"convert", "estimate", "slurm"},
@@ -208,6 +209,14 @@ def locale_dependent(node: ast.AST) -> bool:
 def test_text_files_are_utf8_whatever_the_locale() -> None:
     calls = [(p, node) for p in files(*FOLDERS) for node in ast.walk(tree(p)) if locale_dependent(node)]
     refuse([where(p, node) for p, node in calls], 'say encoding="utf-8"')
+
+
+PICKLED = {"all_gather_object", "gather_object", "broadcast_object_list", "scatter_object_list", "recv_object_list"}
+
+
+def test_ranks_exchange_no_pickles() -> None:
+    names = [(p, n) for p in files(*PACKAGE, "tools") for n in ast.walk(tree(p)) if isinstance(n, ast.Attribute)]
+    refuse([where(p, node) for p, node in names if node.attr in PICKLED], "ranks talk by megatron_refine/exchange.py")
 
 
 @pytest.mark.parametrize("name", ["models", "kernels.delta_rule"])

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_refine.config import Config, ConfigError, Data, Eval, Parallel, Refine, Train, cross_check
 from megatron_refine.convert.fields import CONFIG, model_of, read_config
-from megatron_refine.files import speak_utf8
+from megatron_refine.files import read_json, speak_utf8, write_json
 
 if TYPE_CHECKING:
     from megatron_refine.trainer.parity import Errors
@@ -70,10 +70,11 @@ def layout(options: argparse.Namespace) -> Config:
     )
 
 
-def on_ranks(folder: Path, config: Config) -> dict[str, "Errors"] | str:
+def on_ranks(folder: Path, config: Config) -> "dict[str, Errors] | str":
     """`compare` on a process a rank, or what is wrong with the files; any other failure of a rank ends them all."""
-    import torch
     import torch.multiprocessing as mp
+
+    from megatron_refine.trainer.parity import Errors
 
     world = config.parallel.model_size
     with socket.socket() as probe:
@@ -82,13 +83,13 @@ def on_ranks(folder: Path, config: Config) -> dict[str, "Errors"] | str:
     with tempfile.TemporaryDirectory() as results:
         output = Path(results) / "errors"
         mp.start_processes(_rank, (world, port, folder, config, output), nprocs=world, start_method="spawn")
-        return torch.load(output, weights_only=False)
+        found = read_json(output)
+    return found if isinstance(found, str) else {case: Errors(**errors) for case, errors in found.items()}
 
 
 def _rank(rank: int, world: int, port: int, folder: Path, config: Config, output: Path) -> None:
     """One rank's part; the first writes the errors."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    import torch
     import torch.distributed as dist
 
     from megatron_refine import platform
@@ -103,7 +104,7 @@ def _rank(rank: int, world: int, port: int, folder: Path, config: Config, output
     except (ConfigError, ConversionError) as error:  # the same on all ranks: they read the same files
         found = str(error)
     if rank == 0:
-        torch.save(found, output)
+        write_json(output, found if isinstance(found, str) else {case: vars(errors) for case, errors in found.items()})
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from megatron_refine.engine.errors import ServerError
+from megatron_refine.exchange import everyone
 
 T = TypeVar("T")
 
@@ -19,9 +20,7 @@ class Control:
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, in rank order."""
-        everyone: list[Any] = [None] * dist.get_world_size(self._group)
-        dist.all_gather_object(everyone, value, group=self._group)
-        return everyone
+        return everyone(value, self._group)
 
     def attempt(self, work: Callable[[], T]) -> list[T]:
         """Every rank does its part; every rank's result. Raises the same ServerError on all ranks if one failed."""

@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from megatron_refine.exchange import everyone
 from megatron_refine.trainer.parallel import Ranks
 
 Result = TypeVar("Result")
@@ -21,7 +21,8 @@ def over_replicas(
 ) -> Iterator[dict[int, Result]]:
     """Results by the text's number, as batches of all replicas get done; the longest first, equal lengths together.
 
-    run(numbers): results of at most `batch_size` texts, on all ranks of a replica. Numbers in `skip` are left out.
+    run(numbers): results of at most `batch_size` texts, on all ranks of a replica; numbers, texts, tuples of them.
+    Numbers in `skip` are left out.
     Every rank calls this with the same arguments and gets all results.
     """
     order = sorted((i for i in range(len(lengths)) if i not in skip), key=lambda i: -lengths[i])
@@ -29,9 +30,7 @@ def over_replicas(
     for start in range(0, len(order), step):
         mine = order[start : start + step][ranks.dp_rank :: ranks.dp]
         found = dict(zip(mine, run(mine) if mine else [], strict=True))
-        everyone: list[dict[int, Result]] = [{}] * ranks.dp
-        dist.all_gather_object(everyone, found, group=ranks.dp_group)
-        yield {i: result for part in everyone for i, result in part.items()}
+        yield {i: result for part in everyone(found, ranks.dp_group) for i, result in part.items()}
 
 
 def padded(rows: Sequence[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:

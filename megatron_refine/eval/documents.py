@@ -31,17 +31,18 @@ def heldout(
     documents: token ids, BOS included. The same on every rank; every rank gets all sums.
     """
     lengths = [len(document) for document in documents]
-    yield from over_replicas(lengths, batch_size, ranks, lambda mine: _sums(model, documents, mine), skip)
+    for found in over_replicas(lengths, batch_size, ranks, lambda mine: _sums(model, documents, mine), skip):
+        yield {index: DocumentSums(index, *sums) for index, sums in found.items()}
 
 
 @torch.no_grad()
-def _sums(model: nn.Module, documents: Sequence[list[int]], mine: list[int]) -> list[DocumentSums]:
+def _sums(model: nn.Module, documents: Sequence[list[int]], mine: list[int]) -> list[tuple[int, float, int]]:
     tokens, lengths = padded([documents[i] for i in mine], platform.device())
     scores = forward.score_pass(model, tokens)
     found = []
-    for b, index in enumerate(mine):
+    for b in range(len(mine)):
         row = slice(b, b + 1)
         loss, count = next_token_sums(scores.logprobs[row, :-1], lengths[row])
         hits = scores.correct[b, : int(lengths[b]) - 1].sum()
-        found.append(DocumentSums(index, int(count), float(loss), int(hits)))
+        found.append((int(count), float(loss), int(hits)))
     return found

@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch.distributed as dist
 from tqdm import tqdm
 
 from megatron_refine.config import ConfigError
 from megatron_refine.eval.answers import Answerer, Question
 from megatron_refine.eval.likelihood import Pair, loglikelihoods, text_loglikelihoods
 from megatron_refine.eval.load import Loaded
+from megatron_refine.exchange import everyone
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -123,9 +123,8 @@ class HarnessLM(TemplateLM):
         digest = hashlib.sha256()
         for request in requests:
             digest.update(repr(request.args).encode())
-        everyone: list[str] = [""] * self.ranks.world
-        dist.all_gather_object(everyone, digest.hexdigest())
-        others = [rank for rank, found in enumerate(everyone) if found != everyone[0]]
+        digests = everyone(digest.hexdigest())
+        others = [rank for rank, found in enumerate(digests) if found != digests[0]]
         if others:
             raise ConfigError(
                 f"rank {others[0]} has other requests than rank 0; start all ranks with the same arguments, files and "

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import psutil  # noqa: F401  without it Megatron's writer hangs: fail at import instead
-import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_refine import platform
 from megatron_refine.config import Config
+from megatron_refine.exchange import everyone
 from megatron_refine.files import fingerprint
 from megatron_refine.shield import shield_saves
 from megatron_refine.trainer.errors import CheckpointError, DamagedError, FencedError, lost_rank
@@ -94,7 +94,7 @@ class Checkpoints:
             "step": progress.step,
             "model": self.config.model.model_dump(),
             "layout": self._layout(),
-            "files": {name: value for part in self._gather(hashes) for name, value in part.items()},
+            "files": {name: value for part in everyone(hashes) for name, value in part.items()},
         }
         self._together("complete", final, lambda: self._owned(lambda: self._seal(folder, final, contents)),
                        only_main=True)  # fmt: skip
@@ -150,7 +150,7 @@ class Checkpoints:
     def _bytes(self, updater: Updater) -> int:
         """Bytes of a checkpoint: each weight in its own precision; in fp32 the weight again and Adam's two moments."""
         local = sum(p.numel() * (p.element_size() + 12) for p in unwrap(updater.model).parameters())
-        return sum(self._gather(local)) // self.ranks.dp
+        return sum(everyone(local)) // self.ranks.dp
 
     def _clear(self, folder: Path, needed: int) -> None:
         """Make an empty folder for the save, on a disk that has room for it."""
@@ -200,7 +200,7 @@ class Checkpoints:
             except Exception as error:  # whatever is raised must reach the ranks that would wait for this one
                 kinds = [i for i, kind in enumerate(_KINDS) if isinstance(error, kind)]
                 failure = _explain(phase, where, error), kinds
-        for rank, found in enumerate(self._gather(failure)):
+        for rank, found in enumerate(everyone(failure)):
             if found is not None:
                 message, kinds = found
                 error_type = _KINDS[kinds[0]] if kinds else CheckpointError
@@ -221,12 +221,6 @@ class Checkpoints:
             if lost_rank(error):
                 raise
             raise CheckpointError(f"{_explain(phase, where, error)} (rank {self.ranks.rank})", alone=True) from None
-
-    def _gather(self, value: Any) -> list[Any]:
-        """The value of every rank, in rank order."""
-        values = [None] * self.ranks.world
-        dist.all_gather_object(values, value)
-        return values
 
 
 def load_weights(model: RefineModel, folder: Path) -> None:

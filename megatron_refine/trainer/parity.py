@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron_refine.config import Config
 from megatron_refine.convert.errors import ConversionError
 from megatron_refine.convert.source import HFSource
+from megatron_refine.exchange import everyones_tensors
 from megatron_refine.models.layout import Branches
 from megatron_refine.trainer import forward
 from megatron_refine.trainer.gradients import accumulate
@@ -98,9 +99,8 @@ def evaluate(model: Any, tokens: Tensor, ranks: Ranks) -> tuple[Tensor, float, d
 
     items = [SimpleNamespace(batch=SimpleNamespace(tokens=tokens))]
     value = accumulate(model, items, run, loss, tokens.shape[1], 1, ranks)
-    everyone: list[Any] = [None] * ranks.world
-    dist.all_gather_object(everyone, logits)
-    whole = next(part[0] for part in everyone if part)
+    gathered = everyones_tensors({"logits": logits[0]} if logits else {})
+    whole = next(part["logits"] for part in gathered if part)
     return whole.unflatten(0, tokens.T.shape).transpose(0, 1), float(value), full_gradients(model, ranks)
 
 
@@ -121,9 +121,7 @@ def full_gradients(model: Any, ranks: Ranks) -> dict[str, Tensor]:
         parts = [torch.empty_like(grad) for _ in range(ranks.tp)]
         dist.all_gather(parts, grad.contiguous(), group=ranks.tp_group)
         grads[name] = unshard(parts, parameter)
-    everyone: list[Any] = [None] * ranks.world
-    dist.all_gather_object(everyone, grads)
-    return {name: grad for part in everyone for name, grad in part.items()}
+    return {name: grad for part in everyones_tensors(grads) for name, grad in part.items()}
 
 
 def _whole_logits(local: Tensor, ranks: Ranks) -> Tensor:
