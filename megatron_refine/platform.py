@@ -19,6 +19,8 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 
+from megatron_refine import launcher
+
 CPU = torch.device("cpu")
 GPU_PEAK_FLOPS = {
     "H200": 989e12,
@@ -65,33 +67,27 @@ def install() -> None:
 
 
 def global_rank() -> int:
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
+    return launcher.read().rank
 
 
 def local_rank() -> int:
-    return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
+    return launcher.read().local
 
 
 def world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", 1)))
+    return launcher.read().world
 
 
 def init_process_group(timeout_minutes: float) -> None:
-    """Join the default group: ranks from torchrun's variables, else from SLURM's, else a group of one."""
-    rank, world = global_rank(), world_size()
-    os.environ.setdefault("MASTER_PORT", str(20000 + _number_of_attempt() % 20000))
-    os.environ.setdefault("MASTER_ADDR", _first_host(os.environ.get("SLURM_JOB_NODELIST", "")) or "127.0.0.1")
+    """Join the default group, of the ranks that the launcher has started. Raises LaunchError."""
+    place = launcher.read()
+    address, port = launcher.meeting(place)
+    os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
     timeout = timedelta(minutes=timeout_minutes)
     if not has_gpu():
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+        torch.set_num_threads(place.threads)
     own_device = device() if has_gpu() else None
-    dist.init_process_group(backend(), rank=rank, world_size=world, timeout=timeout, device_id=own_device)
-
-
-def _number_of_attempt() -> int:
-    """Under SLURM another for every restart: an orphan of the last one may still listen at its port."""
-    job, restart = os.environ.get("SLURM_JOB_ID", os.getpid()), os.environ.get("SLURM_RESTART_COUNT") or 0
-    return int(job) + 7919 * int(restart)
+    dist.init_process_group(backend(), rank=place.rank, world_size=place.world, timeout=timeout, device_id=own_device)
 
 
 def from_first(value: str | None) -> str:
@@ -141,14 +137,6 @@ class GroupStore:
         )
         c10d._world.pg_group_ranks[group] = {i: i for i in range(world)}
         return group
-
-
-def _first_host(nodelist: str) -> str:
-    """First host of SLURM's compressed list: `gpu[03-07,9],login1` -> gpu03."""
-    head, bracket, rest = nodelist.partition("[")
-    if not bracket or "," in head:
-        return head.split(",")[0]
-    return head + rest.replace("]", ",").replace("-", ",").split(",")[0]
 
 
 def synchronize() -> None:

@@ -10,11 +10,11 @@ the job's time (7, 8 and 75: run again to go on), 1 anything else.
 
 import argparse
 import contextlib
-import os
 import sys
 from typing import TYPE_CHECKING, Any
 
 from megatron_refine import config as configuration
+from megatron_refine import launcher
 from megatron_refine.files import speak_utf8
 from megatron_refine.models.family import FAMILIES
 
@@ -71,9 +71,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--gpus", type=int, help="world size of the dry run (default: that of the environment)")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override a key of the configuration")
     options = parser.parse_intermixed_args(arguments)
-    world = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", 1)))
     try:
         config = configuration.load(options.config, options.overrides, FAMILIES)
+        world = launcher.read().world
         if options.dry_run:
             from megatron_refine.estimate.hardware import Hardware
             from megatron_refine.estimate.plan import plan
@@ -82,9 +82,10 @@ def main(arguments: list[str] | None = None) -> int:
             print(config.to_yaml() + "\n" + plan(config, world, Hardware()))
             return 0
         configuration.check_world_size(config, world)
+        launcher.check()
         return _run(config)
-    except configuration.ConfigError as error:
-        if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))) == 0:
+    except (configuration.ConfigError, launcher.LaunchError) as error:
+        if launcher.speaks() or isinstance(error, launcher.LaunchError):
             print(error, file=sys.stderr)
         return EXIT_CONFIG
 
@@ -98,7 +99,6 @@ def _run(config: configuration.Config) -> int:
     from megatron_refine.trainer.watchdog import Watchdog
 
     watch = Watchdog(config.run.phase_minutes)
-    speaks = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))) == 0
     ending, session = contextlib.ExitStack(), None
     ending.callback(lambda: dist.destroy_process_group() if dist.is_initialized() else None)
     with ending:
@@ -108,7 +108,7 @@ def _run(config: configuration.Config) -> int:
         except Exception as error:  # said before servers are ended: torchrun gives the ranks little time
             if session:
                 session.note(error)
-            found = ending_of(error, watch.where, speaks)
+            found = ending_of(error, watch.where, launcher.speaks())
             if found is None:
                 raise
             code, line = found

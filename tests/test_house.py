@@ -17,7 +17,7 @@ PACKAGE = ("megatron_refine", "models", "kernels")
 FOLDERS = (*PACKAGE, "tools", "launch", "tests")
 # Imports go from a line to the lines above it, never sideways.
 ORDER = (
-    {"files"},
+    {"files", "launcher"},
     {"records", "config", "platform", "shield"},
     {"exchange"},
     {"kernels"},

@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 
 from megatron_refine import config as configuration
+from megatron_refine import launcher
 from megatron_refine.files import speak_utf8
 from megatron_refine.models.family import FAMILIES
 
@@ -38,9 +39,9 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_intermixed_args(arguments)
     try:
         config = configuration.load(options.config, options.overrides, FAMILIES)
-        table = run(options, config)
-    except configuration.ConfigError as error:
-        if os.environ.get("RANK", "0") == "0":
+        table = run(options, config, alone=launcher.check().world == 1)
+    except (configuration.ConfigError, launcher.LaunchError) as error:
+        if launcher.speaks() or isinstance(error, launcher.LaunchError):
             print(error, file=sys.stderr)
         return 2
     if table:
@@ -48,11 +49,10 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def run(options: argparse.Namespace, config: configuration.Config) -> str:
-    """The table of the benchmark; "" but on the first rank."""
+def run(options: argparse.Namespace, config: configuration.Config, alone: bool) -> str:
+    """The table of the benchmark; "" but on the first rank. alone: whether there is no other rank."""
     if options.rounds < 1:
         raise configuration.ConfigError(f"--rounds={options.rounds}: must be 1 or more")
-    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
     if options.hf and not alone:
         raise configuration.ConfigError("--hf: runs on one rank")
     if options.official and not (alone and config.fused):

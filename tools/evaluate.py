@@ -13,6 +13,7 @@ import os
 import sys
 from pathlib import Path
 
+from megatron_refine import launcher
 from megatron_refine.config import ConfigError
 from megatron_refine.files import speak_utf8
 
@@ -66,6 +67,11 @@ def main(arguments: list[str]) -> int:
     """Evaluate; the first rank prints the tables, or one line for what is wrong. Returns the exit code."""
     speak_utf8()
     options = parse(arguments)
+    try:
+        first = launcher.check().rank == 0
+    except launcher.LaunchError as error:
+        print(error, file=sys.stderr)
+        return EXIT_CONFIG
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     from megatron_refine import platform
 
@@ -78,13 +84,13 @@ def main(arguments: list[str]) -> int:
     try:
         table = run(options)
     except (ConfigError, ConversionError, CheckpointError) as error:
-        if platform.global_rank() == 0:
+        if first:
             print(error, file=sys.stderr)
         return EXIT_CONFIG if isinstance(error, ConfigError) else EXIT_CHECKPOINT
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    if platform.global_rank() == 0:
+    if first:
         print(f"{table}\n\n{options.out}/scores.md")
     return 0
 

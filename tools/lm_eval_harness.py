@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from megatron_refine import launcher
 from megatron_refine.config import ConfigError
 from megatron_refine.files import speak_utf8
 
@@ -49,10 +50,15 @@ def main(arguments: list[str]) -> int:
     """Run the tasks; the first rank prints the table, or one line for what is wrong. Returns the exit code."""
     speak_utf8()
     options = parse(arguments)
+    try:
+        place = launcher.check()
+    except launcher.LaunchError as error:
+        print(error, file=sys.stderr)
+        return EXIT_CONFIG
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     from megatron_refine import platform
 
-    first = platform.global_rank() == 0
+    first = place.rank == 0
     if not first:
         os.environ["TQDM_DISABLE"] = "1"  # the harness's own bars, before tqdm is imported
         logging.disable(logging.WARNING)  # the first rank says the same
@@ -68,7 +74,7 @@ def main(arguments: list[str]) -> int:
     except (ConfigError, ConversionError, CheckpointError, OSError) as error:
         # a file or a network may fail one rank alone
         if first or isinstance(error, OSError):
-            who = "" if first else f"rank {platform.global_rank()}: "
+            who = "" if first else f"rank {place.rank}: "
             print(who + " ".join(str(error).split()), file=sys.stderr)
         return EXIT_CONFIG if isinstance(error, ConfigError) else EXIT_FILES
     finally:

@@ -89,7 +89,8 @@ def on_ranks(folder: Path, config: Config) -> "dict[str, Errors] | str":
 
 def _rank(rank: int, world: int, port: int, folder: Path, config: Config, output: Path) -> None:
     """One rank's part; the first writes the errors."""
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+    os.environ |= place | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     import torch.distributed as dist
 
     from megatron_refine import platform

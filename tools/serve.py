@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from megatron_refine import config as configuration
+from megatron_refine import launcher
 from megatron_refine.files import speak_utf8, write_json
 from megatron_refine.models.family import FAMILIES
 
@@ -24,12 +25,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--config", required=True, action="append", help="YAML files of the run; later ones win")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="as for the training command")
     options = parser.parse_intermixed_args(arguments)
-    node = int(os.environ.get("SLURM_NODEID", 0))  # among those of this step
-    host = options.hosts.split(",")[node]
     try:
+        node, hosts = launcher.read().node, options.hosts.split(",")
+        if node >= len(hosts):
+            raise configuration.ConfigError(f"--hosts={options.hosts}: none for SLURM_NODEID={node}; name one a node")
+        host = hosts[node]
         config = configuration.load(options.config, [*options.overrides, f"engine.host={host}"], FAMILIES)
         return serve(config, options.port, Path(config.run.dir) / "engine" / f"node_{node}")
-    except configuration.ConfigError as error:
+    except (configuration.ConfigError, launcher.LaunchError) as error:
         print(error, file=sys.stderr)
         return 2
 

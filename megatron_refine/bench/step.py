@@ -1,6 +1,5 @@
 """Seconds of an NTP-only step, of fused and two-pass REFINE steps, and of the official scheme, on the same batches."""
 
-import os
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -60,7 +59,7 @@ class Batches:
 
         from megatron_refine.data.prepare import prepare
 
-        if os.environ.get("RANK", "0") == "0":
+        if ranks.is_main:
             prepare(config)
         dist.barrier()
         self.config, self.ranks, self.rows = config, ranks, prepare(config).train

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_refine import launcher
 from megatron_refine.files import write_json
 from megatron_refine.trainer.errors import FencedError
 
@@ -23,8 +24,14 @@ LOCK_SECONDS = 60.0  # what is done under the lock takes far less, unless a proc
 
 def attempt_token() -> dict[str, Any]:
     """Of this process: under SLURM the job and how often it was requeued; then host, process and time."""
-    job, restart = os.environ.get("SLURM_JOB_ID", ""), int(os.environ.get("SLURM_RESTART_COUNT") or 0)
-    return {"job": job, "restart": restart, "host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
+    own = launcher.read()
+    return {
+        "job": own.job,
+        "restart": own.restart,
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "time": time.time(),
+    }
 
 
 class Ownership:

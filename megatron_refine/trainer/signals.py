@@ -1,6 +1,5 @@
 """Between steps the ranks agree whether to go on: SIGTERM, SIGUSR1 and the end of a SLURM job ask for a save."""
 
-import os
 import signal
 import threading
 import time
@@ -10,7 +9,7 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-from megatron_refine import platform
+from megatron_refine import launcher, platform
 from megatron_refine.shield import STOP_SIGNALS
 from megatron_refine.trainer.errors import FencedError
 
@@ -23,8 +22,7 @@ class StopRequest:
     def __init__(self, fenced: Callable[[], bool], needed: Callable[[], float]):
         """fenced(): whether another attempt has taken over; needed(): seconds that the next step and save may take."""
         self.name, self.fenced, self.needed = "", fenced, needed
-        end = os.environ.get("SLURM_JOB_END_TIME", "")
-        self.end = float(end) if end.isdigit() else float("inf")  # unix time
+        self.end = launcher.read().end
         for number in STOP_SIGNALS:
             signal.signal(number, self._note)
         # SLURM signals every process of a step: what helps with a save must outlive that, and inherits this mask.
