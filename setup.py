@@ -1,4 +1,7 @@
-"""Packaging. `models/` and `kernels/` belong to the package through two links in megatron_refine/."""
+"""Packaging. `models/`, `kernels/` and `configs/` belong to the package through links in megatron_refine/."""
+
+import sys
+from pathlib import Path
 
 from setuptools import find_packages, setup
 
@@ -15,6 +18,10 @@ EXTRAS = {
     "dev": [*HARNESS, "fuzzywuzzy==0.18.0", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "mypy", "types-PyYAML"],
 }
 
+for name in ("models", "kernels", "configs"):
+    if not (Path(__file__).parent / "megatron_refine" / name).is_dir():  # checked out or unpacked without links
+        sys.exit(f"megatron_refine/{name}: is no folder; it must be a link to ../{name}")
+
 setup(
     name="megatron-refine",
     version="0.1.0",
@@ -22,7 +29,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_refine", "megatron_refine.*"]),
-    package_data={"megatron_refine.slurm": ["job.sh"]},
+    package_data={"megatron_refine": ["configs/**/*.yaml"], "megatron_refine.slurm": ["job.sh"]},
     install_requires=[
         "torch>=2.13,<2.14",
         "megatron-core==0.16.1",

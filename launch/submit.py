@@ -60,20 +60,25 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def build(options: argparse.Namespace) -> Job:
     """The job of the command line, checked. Raises ConfigError."""
-    files = [text for text in options.config if "=" not in text]
-    overrides = [text for text in options.config if "=" in text]
     for name in ("nodes", "chain"):
         if getattr(options, name) < 1:
             raise configuration.ConfigError(f"--{name}={getattr(options, name)}: must be 1 or more")
     site = read_as(options.site, Site) if options.site else Site()
     if options.gpus_per_node is not None:
         site = site.model_copy(update={"gpus_per_node": options.gpus_per_node})
+    files, given = configuration.files_and_overrides(options.config)
+    files = [configuration.absolute_file(file) for file in files]
+    overrides = configuration.absolute(given, configuration.load(files, given, FAMILIES))
     config = configuration.load(files, overrides, FAMILIES)
     world = options.nodes * site.ranks_per_node
-    swept = points(options.array, config) if options.array else []
-    for point in swept or [[]]:
-        configuration.check_world_size(configuration.load(files, [*overrides, *point], FAMILIES), world)
-    command = [argument for file in files for argument in ("--config", str(Path(file).absolute()))] + overrides
+    swept = []
+    if not options.array:
+        configuration.check_world_size(config, world)
+    for point in points(options.array, config) if options.array else ():
+        found = configuration.load(files, [*overrides, *point], FAMILIES)
+        configuration.check_world_size(found, world)
+        swept.append(configuration.absolute(point, found))
+    command = [argument for file in files for argument in ("--config", file)] + overrides
     name = options.name or Path(config.run.dir).name
     job = Job(name, config, command, options.nodes, site, options.engine_nodes, swept, options.at_once)
     job.check()

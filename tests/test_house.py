@@ -234,7 +234,7 @@ def test_transformers_is_not_misled_by_our_folder() -> None:
     assert done.stdout == "False\n", done.stderr
 
 
-@pytest.mark.parametrize("name", ["models", "kernels"])
+@pytest.mark.parametrize("name", ["models", "kernels", "configs"])
 def test_links_into_the_package(name: str) -> None:
     link = ROOT / "megatron_refine" / name
     assert link.is_symlink() and os.readlink(link) == f"../{name}", f"{link.relative_to(ROOT)} must link to ../{name}"

@@ -16,10 +16,10 @@ import argparse
 import os
 import sys
 from functools import partial
-from pathlib import Path
 
 from megatron_refine import config as configuration
 from megatron_refine import launcher
+from megatron_refine.config.paths import path_argument
 from megatron_refine.files import speak_utf8
 from megatron_refine.models.family import FAMILIES
 
@@ -34,7 +34,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--official", action="store_true", help="step: the official scheme too")
     parser.add_argument("--hf", action="store_true", help="step: flash-linear-attention's model too; needs a GPU")
     parser.add_argument("--lengths", default="4096,8192,16384,32768,65536", help="length: tokens of a sequence")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="length: an .svg or .png of it")
+    parser.add_argument("--plot", type=path_argument, metavar="FILE", help="length: an .svg or .png of it")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="values that replace the file's")
     options = parser.parse_intermixed_args(arguments)
     try:

@@ -5,8 +5,8 @@ python tools/compare_runs.py RUN_DIR RUN_DIR [...] --out curves.svg
 
 import argparse
 import sys
-from pathlib import Path
 
+from megatron_refine.config.paths import path_argument
 from megatron_refine.files import speak_utf8
 
 MOST = 6
@@ -16,8 +16,10 @@ def main(arguments: list[str]) -> int:
     """Returns the exit code: 0, or 2 where a folder is not that of a run or the picture has no place."""
     speak_utf8()
     parser = argparse.ArgumentParser(description="Loss and reward of several runs in one picture.")
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="run.dir of a run; its name is the label")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE.svg", help="where the picture goes")
+    parser.add_argument(
+        "runs", nargs="+", type=path_argument, metavar="RUN_DIR", help="run.dir of a run; its name is the label"
+    )
+    parser.add_argument("--out", type=path_argument, required=True, metavar="FILE.svg", help="where the picture goes")
     options = parser.parse_args(arguments)
 
     from megatron_refine.files import write

@@ -7,9 +7,9 @@ convert_checkpoint.py megatron-to-hf --megatron DIR --hf DIR [--verify] [--dtype
 import argparse
 import os
 import sys
-from pathlib import Path
 
 from megatron_refine.config import ConfigError
+from megatron_refine.config.paths import path_argument
 from megatron_refine.files import speak_utf8
 
 EXIT_CONFIG, EXIT_CHECKPOINT = 2, 4
@@ -20,9 +20,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line; ends the process with 2 where it is wrong."""
     parser = argparse.ArgumentParser(description="Convert a model, tensor by tensor; the target must not exist.")
     parser.add_argument("direction", choices=["hf-to-megatron", "megatron-to-hf"])
-    parser.add_argument("--hf", required=True, type=Path, metavar="DIR", help="config.json and safetensors files")
     parser.add_argument(
-        "--megatron", required=True, type=Path, metavar="DIR", help="a checkpoint, as of checkpoint.load"
+        "--hf", required=True, type=path_argument, metavar="DIR", help="config.json and safetensors files"
+    )
+    parser.add_argument(
+        "--megatron", required=True, type=path_argument, metavar="DIR", help="a checkpoint, as of checkpoint.load"
     )
     parser.add_argument("--dtype", choices=DTYPES, help="cast every tensor (default: each as it is)")
     parser.add_argument("--max-shard-size", default="", metavar="SIZE", help="of a safetensors file written (5GB)")

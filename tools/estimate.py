@@ -25,8 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--gpus", type=int, help="number of ranks (default: those of one copy of the model)")
     parser.add_argument("--hardware", type=Path, help="a YAML file of the keys in docs/estimator.md (default: H100)")
     options = parser.parse_intermixed_args(arguments)
-    files = [text for text in options.config if "=" not in text]
-    overrides = [text for text in options.config if "=" in text]
+    files, overrides = configuration.files_and_overrides(options.config)
     try:
         config = configuration.load(files, overrides, FAMILIES)
         world = options.gpus if options.gpus is not None else config.parallel.model_size

@@ -11,10 +11,10 @@ scores.json and scores.md; the same command goes on where it stopped. Exit codes
 import argparse
 import os
 import sys
-from pathlib import Path
 
 from megatron_refine import launcher
 from megatron_refine.config import ConfigError
+from megatron_refine.config.paths import path_argument, text_argument
 from megatron_refine.files import speak_utf8
 
 EXIT_CONFIG, EXIT_CHECKPOINT = 2, 4
@@ -25,7 +25,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line; ends the process with 2 where it is wrong."""
     parser = argparse.ArgumentParser(description="Score a model on RULER, LongBench and held-out documents.")
     add = parser.add_argument
-    add("model", type=Path, metavar="MODEL", help="a checkpoint, a run or a model in Hugging Face's format")
+    add("model", type=path_argument, metavar="MODEL", help="a checkpoint, a run or a model in Hugging Face's format")
     add(
         "--tasks",
         required=True,
@@ -39,13 +39,32 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         default=0,
         help="samples of a generated task and length (500), most rows of a file (all) and documents (500)",
     )
-    add("--data", default="", metavar="DIR", help="folder with the files of ruler_qa, longbench, qa_squad, qa_hotpot")
-    add("--essays", default="", metavar="DIR", help="folder of texts for essay haystacks (a built-in corpus)")
-    add("--heldout", nargs="+", default=[], metavar="FILE", help="documents of the task heldout: text, jsonl, parquet")
+    add(
+        "--data",
+        type=text_argument,
+        default="",
+        metavar="DIR",
+        help="folder with the files of ruler_qa, longbench, qa_squad, qa_hotpot",
+    )
+    add(
+        "--essays",
+        type=text_argument,
+        default="",
+        metavar="DIR",
+        help="folder of texts for essay haystacks (a built-in corpus)",
+    )
+    add(
+        "--heldout",
+        type=text_argument,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="documents of the task heldout: text, jsonl, parquet",
+    )
     add("--text-column", default="text", help="column of jsonl and parquet documents (text)")
     add("--heldout-length", type=int, default=16384, help="tokens of a document that count (16384)")
-    add("--out", required=True, type=Path, metavar="DIR", help="folder of answers and scores")
-    add("--tokenizer", default="", metavar="FILE", help="default: the one that came with the model")
+    add("--out", required=True, type=path_argument, metavar="DIR", help="folder of answers and scores")
+    add("--tokenizer", type=text_argument, default="", metavar="FILE", help="default: the one that came with the model")
     add("--bos", action=argparse.BooleanOptionalAction, help="begin with BOS (default: as the run trained, else not)")
     add("--tp", type=int, default=1, help="tensor parallel size; start as many ranks, or a multiple, with torchrun")
     add("--sp", action="store_true", help="sequence parallelism")

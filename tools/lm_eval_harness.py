@@ -19,6 +19,7 @@ from typing import Any
 
 from megatron_refine import launcher
 from megatron_refine.config import ConfigError
+from megatron_refine.config.paths import path_argument, text_argument
 from megatron_refine.files import speak_utf8
 
 EXIT_CONFIG, EXIT_FILES = 2, 4
@@ -28,16 +29,16 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line; ends the process with 2 where it is wrong."""
     parser = argparse.ArgumentParser(description="Run tasks of lm-evaluation-harness on a model.")
     add = parser.add_argument
-    add("model", type=Path, metavar="MODEL", help="a checkpoint, a run or a model in Hugging Face's format")
+    add("model", type=path_argument, metavar="MODEL", help="a checkpoint, a run or a model in Hugging Face's format")
     add("--tasks", required=True, help="names of tasks and groups, with commas between; * stands for any characters")
-    add("--out", required=True, type=Path, metavar="FILE", help="the results, as JSON")
+    add("--out", required=True, type=path_argument, metavar="FILE", help="the results, as JSON")
     add("--limit", type=float, help="most examples of a task; below 1: their share")
     add("--num-fewshot", type=int, help="examples in the prompt (default: the task's)")
     add("--gen-kwargs", default="", metavar="K=V,...", help="generation settings in place of the task's")
     add("--metadata", default="{}", metavar="JSON", help="what a task takes, RULER for one: max_seq_lengths, tokenizer")
-    add("--include-path", action="append", default=[], metavar="DIR", help="folder of more tasks")
+    add("--include-path", type=text_argument, action="append", default=[], metavar="DIR", help="folder of more tasks")
     add("--log-samples", action="store_true", help="every prompt and answer goes into the results")
-    add("--tokenizer", default="", metavar="FILE", help="default: the one that came with the model")
+    add("--tokenizer", type=text_argument, default="", metavar="FILE", help="default: the one that came with the model")
     add("--bos", action=argparse.BooleanOptionalAction, help="begin with BOS (default: as the run trained, else not)")
     add("--tp", type=int, default=1, help="tensor parallel size; start as many ranks, or a multiple, with torchrun")
     add("--sp", action="store_true", help="sequence parallelism")

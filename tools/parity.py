@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_refine.config import Config, ConfigError, Data, Eval, Parallel, Refine, Train, cross_check
+from megatron_refine.config.paths import path_argument
 from megatron_refine.convert.fields import CONFIG, model_of, read_config
 from megatron_refine.files import read_json, speak_utf8, write_json
 
@@ -27,7 +28,9 @@ EXIT_DIFFERENT, EXIT_CONFIG, EXIT_FILES = 1, 2, 4
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line; ends the process with 2 where it is wrong."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("folder", type=Path, metavar="DIR", help="config.json, safetensors, expected.safetensors")
+    parser.add_argument(
+        "folder", type=path_argument, metavar="DIR", help="config.json, safetensors, expected.safetensors"
+    )
     for name, what in (("tp", "tensor"), ("pp", "pipeline"), ("cp", "context")):
         parser.add_argument(f"--{name}", type=int, default=1, metavar="N", help=f"{what} parallel size")
     parser.add_argument("--sp", action="store_true", help="sequence parallelism")

@@ -85,8 +85,7 @@ def _predict(options: argparse.Namespace) -> int:
         worlds = [int(number) for number in options.gpus.split(",")]
     except ValueError:
         raise configuration.ConfigError(f"--gpus {options.gpus}: write whole numbers with commas") from None
-    files = [text for text in options.files if "=" not in text]
-    print(table(files, [text for text in options.files if "=" in text], worlds))
+    print(table(*configuration.files_and_overrides(options.files), worlds))
     return 0
 
 

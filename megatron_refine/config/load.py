@@ -1,18 +1,21 @@
 """Files and overrides -> a checked configuration."""
 
 import difflib
+import os
 import re
+from collections.abc import Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from megatron_refine.config.checks import cross_check
+from megatron_refine.config.paths import expand, resolved
 from megatron_refine.config.schema import Config, ConfigError, ModelConfig, with_model
+from megatron_refine.config.words import Said, read_yaml, settle, spell
 
 S = TypeVar("S", bound=BaseModel)
-MODELS = Path(__file__).parents[2] / "configs" / "models"
 
 
 def load(paths: str | Path | list[str], overrides: list[str], families: dict[str, type[ModelConfig]]) -> Config:
@@ -22,8 +25,9 @@ def load(paths: str | Path | list[str], overrides: list[str], families: dict[str
     model.family to its schema. Raises ConfigError with one line a problem.
     """
     files = paths if isinstance(paths, list) else [str(paths)]
-    files = files + [_preset(o.removeprefix("model=")) for o in overrides if o.startswith("model=")]
-    path, tree = " + ".join(files), _overlay([_read(Path(file)) for file in files])
+    models = [preset(o.removeprefix("model=")) for o in overrides if o.startswith("model=")]
+    path = " + ".join([*files, *models])
+    tree = _overlay([*(_read(file) for file in files), *(_model(file) for file in models)])
     for override in (o for o in overrides if not o.startswith("model=")):
         _override(tree, override)
     model = tree.get("model")
@@ -34,30 +38,27 @@ def load(paths: str | Path | list[str], overrides: list[str], families: dict[str
         raise ConfigError(
             f"{path}: model.family={model['family']}: unknown; choose one of {', '.join(sorted(families))}"
         )
-    full = with_model(schema)
-    try:
-        config = full.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError("\n".join(_explain(e, path, full) for e in error.errors())) from None
-    return cross_check(config)
+    return cross_check(_validated(tree, with_model(schema), path))
 
 
 def read_as(path: Path, schema: type[S]) -> S:
     """A YAML file with a schema of its own. Raises ConfigError with one line a problem."""
+    return _validated(_read(str(path)), schema, str(path))
+
+
+def _validated(tree: dict[str, Any], schema: type[S], path: str) -> S:
+    problems: list[str] = []
     try:
-        return schema.model_validate(_read(path))
+        tree = settle(tree, schema, "", problems)
+        found = schema.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(e, str(path), schema) for e in error.errors())) from None
-
-
-def read_yaml(path: Path) -> Any:
-    """Whatever a YAML file holds. Raises ConfigError."""
-    try:
-        return yaml.load(path.read_text(encoding="utf-8-sig"), _Loader)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError("\n".join([*(f"{path}: {p}" for p in problems),
+                                     *(_explain(e, path, schema) for e in error.errors())])) from None  # fmt: skip
+    except RecursionError:
+        raise ConfigError(f"{path}: nested too deeply, or an alias within itself") from None
+    if problems:
+        raise ConfigError("\n".join(f"{path}: {problem}" for problem in problems))
+    return found
 
 
 def _overlay(trees: list[dict[str, Any]]) -> dict[str, Any]:
@@ -71,52 +72,70 @@ def _overlay(trees: list[dict[str, Any]]) -> dict[str, Any]:
     return merged
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML with floats as in YAML 1.2 (`1e-3` is a number), where a repeated key is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key} stands twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: str) -> dict[str, Any]:
     tree = read_yaml(path)
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: must hold sections (model:, data:, ...)" + (", is empty" if tree is None else ""))
     return {key: value for key, value in tree.items() if value is not None}  # `train:` alone means the defaults
 
 
-def _preset(name: str) -> str:
-    """The file of a model's name. Raises ConfigError where there is none."""
-    if name.endswith(".yaml"):
+def _model(path: str) -> dict[str, Any]:
+    """The model's section of a file, whatever else stands there."""
+    tree = _read(path)
+    if "model" not in tree:
+        raise ConfigError(f"model={path}: has no section model; name the file with --config for its other sections")
+    return {"model": tree["model"]}
+
+
+def preset(name: str) -> str:
+    """The file of a model's name, or a file as it is named. Raises ConfigError where there is neither."""
+    models = Path(str(resources.files("megatron_refine"))) / "configs/models"
+    if (models / f"{name}.yaml").is_file() and "/" not in name:
+        return str(models / f"{name}.yaml")
+    if name.endswith((".yaml", ".yml")) or "/" in name or os.path.isfile(name):
         return name
-    if not (MODELS / f"{name}.yaml").exists():
-        known = sorted(path.stem for path in MODELS.glob("*.yaml"))
-        raise ConfigError(f"model={name}: unknown; choose one of {', '.join(known)}, or name a YAML file")
-    return str(MODELS / f"{name}.yaml")
+    known = sorted(path.stem for path in models.glob("*.yaml"))
+    if not known:
+        raise ConfigError(f"model={name}: the presets are not installed: no files in {models}; name a YAML file")
+    raise ConfigError(f"model={name}: unknown; choose one of {', '.join(known)}, or name a YAML file")
+
+
+def files_and_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words of a command line, told apart: a file may have = in its name, or in that of its folder."""
+    files = [w for w in words if "=" not in w or "/" in w.partition("=")[0] or os.path.isfile(w)]
+    return files, [word for word in words if word not in files]
+
+
+def absolute(overrides: Sequence[str], config: Config) -> list[str]:
+    """Overrides that give `config`, which these gave, from any working directory: no path in them is relative, and
+    those of the files and the defaults that are stand among them."""
+    paths = dict(resolved(config))
+    kept = [o for o in overrides if o.partition("=")[0] not in paths]
+    for i, (key, _, value) in enumerate(o.partition("=") for o in kept):
+        if key == "model" and preset(value) == value:
+            kept[i] = f"model={absolute_file(value)}"
+    return [*kept, *(f"{key}={spell(value)}" for key, value in paths.items())]
+
+
+def absolute_file(path: str) -> str:
+    """A file as the command line names it. Raises ConfigError."""
+    try:
+        return str(Path(expand(path)).absolute())
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from None
 
 
 def _override(tree: dict[str, Any], text: str) -> None:
     key, equals, value = text.partition("=")
     if not equals or not re.fullmatch(r"[a-z_0-9]+(\.[a-z_0-9]+)+", key):
-        raise ConfigError(f"{text}: an override reads section.key=value")
+        hint = "; name a file with --config" if os.path.isfile(text) else ""
+        raise ConfigError(f"{text}: an override reads section.key=value{hint}")
     *path, last = key.split(".")
     for name in path:
         tree = tree.setdefault(name, {})
         if not isinstance(tree, dict):
             raise ConfigError(f"{key}: {name} is a value, not a section")
-    try:
-        tree[last] = yaml.load(value, _Loader)
-    except yaml.YAMLError:
-        tree[last] = value
+    tree[last] = Said(value)
 
 
 def _explain(error: Any, path: str, schema: type[BaseModel]) -> str:

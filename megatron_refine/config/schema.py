@@ -6,6 +6,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
+from megatron_refine.config.paths import FilePaths, PathText, ProgramText, RequiredPath
+
 
 class ConfigError(ValueError):
     """What is wrong with a configuration: one line a problem, each naming the key and the remedy."""
@@ -16,7 +18,7 @@ class Section(BaseModel):
 
 
 class Run(Section):
-    dir: str = Field("runs/default", description="the run folder: config, metrics, checkpoints, logs, report")
+    dir: RequiredPath = Field("runs/default", description="config, metrics, checkpoints, logs and report of the run")
     seed: int = Field(1, ge=0, description="seed of the weights, the data order, the selection and the rollouts")
     wandb: Literal["off", "offline", "online"] = Field("off", description="Weights & Biases logging")
     timeout_minutes: float = Field(10.0, gt=0, description="deadline of every collective")
@@ -51,21 +53,21 @@ class ModelConfig(Section):
 
 
 class Data(Section):
-    paths: list[str] = Field(
+    paths: FilePaths = Field(
         default_factory=list,
         description="text, jsonl or parquet files or folders; empty: the sources of Python's standard library",
     )
     text_column: str = Field("text", description="column of jsonl and parquet files")
-    valid_paths: list[str] = Field(
+    valid_paths: FilePaths = Field(
         default_factory=list, description="held-out files; empty: a fraction of the documents of `paths`"
     )
     valid_fraction: float = Field(0.05, gt=0, lt=1, description="of the documents, when valid_paths is empty")
-    tokenizer: str = Field(
+    tokenizer: PathText = Field(
         "",
         description="a tokenizer.json, a sentencepiece tokenizer.model, or a folder with one; empty: a BPE of "
         "model.vocab_size is trained on the corpus",
     )
-    cache_dir: str = Field(".cache/data", description="tokenizer and packed .bin/.idx files")
+    cache_dir: RequiredPath = Field(".cache/data", description="tokenizer and packed .bin/.idx files")
     seq_length: int = Field(16384, ge=8, description="tokens a row, T")
     min_length: int = Field(
         0, ge=0, description="shorter documents are dropped; 0: seq_length. Shorter rows are padded and masked"
@@ -79,8 +81,8 @@ class Data(Section):
 class Task(Section):
     """Prompts with answers, of post-training and test-time training."""
 
-    paths: list[str] = Field(default_factory=list, description="jsonl or parquet files, a row a prompt")
-    valid_paths: list[str] = Field(
+    paths: FilePaths = Field(default_factory=list, description="jsonl or parquet files, a row a prompt")
+    valid_paths: FilePaths = Field(
         default_factory=list, description="files whose prompts are answered and scored in evaluations"
     )
     prompt_column: str = "prompt"
@@ -191,7 +193,7 @@ class Engine(Section):
     cuda_graphs: bool = Field(
         False, description="native: record the decoding of rollouts as CUDA graphs (DeltaNet, Gated DeltaNet)"
     )
-    python: str = Field("", description="interpreter of the environment with SGLang, to launch servers with")
+    python: ProgramText = Field("", description="interpreter of the environment with SGLang, to launch servers with")
     urls: list[str] = Field(default_factory=list, description="servers that run already; empty: launch them")
     servers: int = Field(1, ge=1, description="servers to launch, on the first rank's machine")
     tp: int = Field(1, ge=1, description="tensor parallel size of each server")
@@ -203,7 +205,9 @@ class Engine(Section):
     sync: Literal["distributed", "disk"] = Field(
         "distributed", description="how weights reach the servers: NCCL or gloo broadcast; a folder that all can read"
     )
-    sync_dir: str = Field("", description="folder of exported weights, the same for all; empty: engine/ of run.dir")
+    sync_dir: PathText = Field(
+        "", description="folder of exported weights, the same for all; empty: engine/ of run.dir"
+    )
     master_address: str = Field(
         "", description="this machine as the servers reach it, for the broadcast; empty: loopback if they are local"
     )
@@ -229,15 +233,15 @@ class Eval(Section):
     tasks: list[str] = Field(default_factory=list, description="tasks or groups, as of tools/evaluate.py")
     lengths: list[int] = Field(default_factory=lambda: [4096], description="context lengths of generated tasks")
     examples: int = Field(100, ge=1, description="most examples of a task and length, and of task.valid_paths")
-    data: str = Field("", description="folder of the files that tasks read")
-    essays: str = Field("", description="folder of texts for essay haystacks; empty: a built-in corpus")
+    data: PathText = Field("", description="folder of the files that tasks read")
+    essays: PathText = Field("", description="folder of texts for essay haystacks; empty: a built-in corpus")
     batch_size: int = Field(0, ge=0, description="prompts answered at once, a replica; 0: train.micro_batch_size")
 
 
 class Checkpoint(Section):
     every: int = Field(0, ge=0, description="steps between checkpoints; 0: at the end only")
     keep: int = Field(2, ge=1, description="complete checkpoints kept")
-    load: str = Field("", description="a checkpoint folder to start from when the run has none of its own")
+    load: PathText = Field("", description="a checkpoint folder to start from when the run has none of its own")
     fallback: bool = Field(False, description="where the newest checkpoint is damaged, go on from the one before it")
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -83,7 +84,13 @@ def command(config: Config, weights: Path, port: int, folder: Path) -> list[str]
         secret.touch(0o600)
         secret.write_text(yaml.safe_dump({"api-key": os.environ[engine.api_key_env]}), encoding="utf-8")
         arguments += ["--config", str(secret)]
-    return [os.path.abspath(engine.python), "-m", "sglang.launch_server", *arguments, *engine.args]
+    return [
+        os.path.abspath(shutil.which(engine.python) or engine.python),
+        "-m",
+        "sglang.launch_server",
+        *arguments,
+        *engine.args,
+    ]
 
 
 def environment(engine: Engine) -> dict[str, str]:

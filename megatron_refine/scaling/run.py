@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_refine.config import ConfigError, load
+from megatron_refine.config import ConfigError, absolute, absolute_file, load
 from megatron_refine.files import write_json
 from megatron_refine.models.family import FAMILIES
 from megatron_refine.scaling.sweep import Point, Sweep
@@ -112,9 +112,10 @@ def submit_jobs(sweep: Sweep, points: Sequence[Point], site: Site, dry_run: bool
             jobs[point.ranks // site.ranks_per_node].append(point)
     ids: list[str] = []
     for nodes, some in jobs.items():
-        files = [x for file in sweep.config for x in ("--config", str(Path(file).absolute()))]
+        files = [x for file in sweep.config for x in ("--config", absolute_file(file))]
         config = load(sweep.config, [*sweep.overrides, f"run.dir={Path(sweep.out) / f'nodes{nodes}'}"], FAMILIES)
         name = f"{Path(sweep.out).name}_{nodes}"
-        job = Job(name, config, files, nodes, site, points=[point.overrides for point in some])
+        job = Job(name, config, files, nodes, site, points=[absolute(p.overrides, p.config) for p in some])
+        job.check()
         ids += [job.script()] if dry_run else submit(job)
     return ids

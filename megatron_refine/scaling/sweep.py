@@ -1,6 +1,7 @@
 """A scaling sweep: one run for each number of ranks and layout, from one YAML file."""
 
 import itertools
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any, Literal
 from pydantic import Field
 
 from megatron_refine.config import Config, ConfigError, Section, check_world_size, load, read_as
+from megatron_refine.config.paths import FilePaths, RequiredPath
+from megatron_refine.config.words import settle_points, spell
 from megatron_refine.models.family import FAMILIES
 
 RANKS = "ranks"
@@ -18,8 +21,8 @@ Values = dict[str, Any]
 class Sweep(Section):
     """The keys of the file. Paths are relative to the working directory."""
 
-    config: list[str] = Field(min_length=1, description="configuration files of every run; later ones win")
-    out: str = Field(description="folder of the runs and of the results")
+    config: FilePaths = Field(min_length=1, description="configuration files of every run; later ones win")
+    out: RequiredPath = Field(description="folder of the runs and of the results")
     mode: Literal["strong", "weak"] = Field(
         "strong", description="strong: the batch stays; weak: train.global_batch_size is that of one replica"
     )
@@ -56,13 +59,14 @@ def points(sweep: Sweep, path: Path) -> tuple[list[Point], list[str]]:
     if not sweep.grid and not sweep.points:
         raise ConfigError(f"{path}: names no points; fill in grid or points")
     found, left_out = list[Point](), list[str]()
-    for values in itertools.product(*sweep.grid.values()) if sweep.grid else ():
+    combined = itertools.product(*sweep.grid.values()) if sweep.grid else ()
+    grid = [dict(zip(sweep.grid, values, strict=True)) for values in combined]
+    for values in settle_points(grid, Config, path):
         try:
-            found.append(_point(sweep, dict(zip(sweep.grid, values, strict=True))))
+            found.append(_point(sweep, values))
         except ConfigError as error:
-            name = _name(dict(zip(sweep.grid, values, strict=True)))
-            left_out.append(f"{name}: {str(error).splitlines()[0]}")
-    for written in sweep.points:
+            left_out.append(f"{_name(values)}: {str(error).splitlines()[0]}")
+    for written in settle_points(sweep.points, Config, path):
         try:
             found.append(_point(sweep, written))
         except ConfigError as error:
@@ -81,7 +85,7 @@ def _point(sweep: Sweep, values: Values) -> Point:
     if not isinstance(ranks, int) or ranks < 1:
         raise ConfigError(f"ranks={ranks!r}: must be a whole number from 1 on")
     name, folder = _name(values), Path(sweep.out) / _name(values)
-    own = [*sweep.overrides, *(f"{key}={_text(value)}" for key, value in values.items() if key != RANKS)]
+    own = [*sweep.overrides, *(f"{key}={spell(value)}" for key, value in values.items() if key != RANKS)]
     config = load(sweep.config, own, FAMILIES)
     dp = max(1, ranks // config.parallel.model_size)
     if sweep.mode == "weak":
@@ -99,9 +103,4 @@ def _name(values: Mapping[str, Any]) -> str:
     for key, value in values.items():
         last = key.split(".")[-1]
         parts.append(("" if value else "no-") + last if isinstance(value, bool) else f"{last}{value}")
-    return "_".join(parts).replace("/", "-")
-
-
-def _text(value: Any) -> str:
-    """As an override reads it."""
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return re.sub(r"[/$]", "-", "_".join(parts))

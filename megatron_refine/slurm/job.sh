@@ -11,10 +11,11 @@ stop() {
 trap stop USR1 TERM
 
 attempt="$run_dir/logs/slurm-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"
+output=${attempt//%/%%} # as srun reads it
 mkdir -p "$attempt"
 if [ -z "${SLURM_JOB_END_TIME:-}" ]; then # set by newer versions of SLURM only
     end=$(job_field EndTime)
-    [ "$end" = Unknown ] || SLURM_JOB_END_TIME=$(date -d "$end" +%s)
+    [ "${end:-Unknown}" = Unknown ] || SLURM_JOB_END_TIME=$(date -d "$end" +%s)
 fi
 export SLURM_JOB_END_TIME
 addresses=()
@@ -53,11 +54,11 @@ fi
 log "begins on $SLURM_JOB_NODELIST; logs in $attempt"
 # --ntasks of its own for every step: srun inherits that of the whole job
 srun --nodes="$train_nodes" --ntasks=$((train_nodes * ranks_per_node)) --ntasks-per-node="$ranks_per_node" --relative=0 \
-    --kill-on-bad-exit=0 --wait=60 --label --output="$attempt/ranks.log" "${srun_options[@]}" "${train[@]}" &
+    --kill-on-bad-exit=0 --wait=60 --label --output="$output/ranks.log" "${srun_options[@]}" "${train[@]}" &
 trainer=$!
 if [ "$engine_nodes" != 0 ]; then
     srun --nodes="$engine_nodes" --ntasks="$engine_nodes" --ntasks-per-node=1 --relative="$train_nodes" --cpu-bind=none \
-        --output="$attempt/engine-%n.log" "${srun_options[@]}" "${serve[@]}" &
+        --output="$output/engine-%n.log" "${srun_options[@]}" "${serve[@]}" &
     engine=$!
 fi
 

@@ -3,6 +3,7 @@
 from pydantic import Field
 
 from megatron_refine.config import Section
+from megatron_refine.config.paths import ProgramText
 
 
 class Site(Section):
@@ -18,7 +19,9 @@ class Site(Section):
         300, ge=1, description="before the end of its time a job is told to save; a step and a save must fit in"
     )
     retries: int = Field(3, ge=0, description="restarts after failures without a new checkpoint in between")
-    python: str = Field("", description="interpreter on the nodes; empty: the one that submits")
+    python: ProgramText = Field(
+        "", description="interpreter on the nodes, relative to the project's folder; empty: the one that submits"
+    )
     modules: list[str] = Field(default_factory=list, description="module load ...")
     container: str = Field("", description="image for srun --container-image (pyxis)")
     mounts: list[str] = Field(default_factory=list, description="for srun --container-mounts")

@@ -1,11 +1,11 @@
 """The points of a sweep: every combination of lists of values, or points that are written out."""
 
 import itertools
+import re
 from pathlib import Path
-from typing import Any
 
 from megatron_refine.config import Config, ConfigError
-from megatron_refine.config.load import read_yaml
+from megatron_refine.config.words import read_yaml, settle_points, spell
 
 
 def points(path: Path, config: Config) -> list[list[str]]:
@@ -20,19 +20,16 @@ def points(path: Path, config: Config) -> list[list[str]]:
         found = tree
     else:
         raise ConfigError(f"{path}: a sweep is {{key: [values]}} for a grid, or a list of {{key: value}}")
+    found = settle_points(found, type(config), path)
     if any("run.dir" in point for point in found):
         raise ConfigError(f"{path}: run.dir: each point has a folder of its own below that of the configuration")
-    names = [",".join(f"{key.split('.')[-1]}={_text(value)}" for key, value in point.items()) for point in found]
+    names = [",".join(f"{key.split('.')[-1]}={spell(value)}" for key, value in point.items()) for point in found]
+    names = [re.sub(r"[/$]", "_", name) for name in names]
     twice = {name for name in names if names.count(name) > 1}
     if twice:
         raise ConfigError(f"{path}: the point {min(twice)} stands twice")
     folder = Path(config.run.dir)
     return [
-        [*(f"{key}={_text(value)}" for key, value in point.items()), f"run.dir={folder / name.replace('/', '_')}"]
+        [*(f"{key}={spell(value)}" for key, value in point.items()), f"run.dir={folder / name}"]
         for name, point in zip(names, found, strict=True)
     ]
-
-
-def _text(value: Any) -> str:
-    """As an override reads it."""
-    return {True: "true", False: "false"}.get(value, str(value)) if isinstance(value, bool) else str(value)

@@ -1,0 +1,88 @@
+"""Paths in the configuration: what is expanded in them, and which keys hold them.
+
+A key holds a path where the schema says PathText, or one of what is made of it below; nothing else lists them.
+"""
+
+import argparse
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+from pydantic import AfterValidator, BaseModel
+
+VARIABLE = re.compile(r"\$(?:\{([^}]*)\}|([A-Za-z_][A-Za-z0-9_]*))")
+
+
+def expand(text: str) -> str:
+    """A path with `~`, `~user`, `$VAR` and `${VAR}` replaced.
+
+    Raises ValueError for a variable that is not set, an unknown user, and a character that no path can hold.
+    """
+    path = os.path.expanduser(VARIABLE.sub(_value, text))
+    if path.startswith("~"):
+        raise ValueError(f"no user has the name {path[1:].split('/')[0]!r}; write ./{path} for a folder of that name")
+    if VARIABLE.search(path):  # another process, which reads the result, would replace it
+        raise ValueError(f"a variable in it holds a variable again: {path}; write the path itself")
+    if "\0" in path:
+        raise ValueError("a path cannot hold a NUL character; remove it")
+    return path
+
+
+def _value(found: re.Match[str]) -> str:
+    name = found[1] if found[2] is None else found[2]
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+        raise ValueError(f"{found[0]}: only $VAR and ${{VAR}} are replaced; write the path itself")
+    if not os.environ.get(name):
+        raise ValueError(f"the variable {name} is not set; export it, or write the path itself")
+    return os.environ[name]
+
+
+def _filled(path: str) -> str:
+    if not path:
+        raise ValueError("is empty; name a path")
+    return path
+
+
+_PATH, _PROGRAM = object(), object()
+PathText = Annotated[str, AfterValidator(expand), _PATH]
+ProgramText = Annotated[str, AfterValidator(expand), _PROGRAM]  # a name alone is one that PATH finds
+
+RequiredPath = Annotated[PathText, AfterValidator(_filled)]
+FilePaths = list[RequiredPath]
+
+
+def resolved(config: BaseModel, prefix: str = "") -> Iterator[tuple[str, str | list[str]]]:
+    """Keys whose paths are relative to the working directory, with these paths made absolute."""
+    for name, field in type(config).model_fields.items():
+        value = getattr(config, name)
+        if isinstance(value, BaseModel):
+            yield from resolved(value, f"{prefix}{name}.")
+            continue
+        marks = [
+            *field.metadata,
+            *(m for item in get_args(field.annotation) for m in getattr(item, "__metadata__", ())),
+        ]
+        if _PATH not in marks and _PROGRAM not in marks:
+            continue
+        absolute: Any = [_absolute(path) for path in value] if isinstance(value, list) else _absolute(value)
+        if absolute != value and not (_PROGRAM in marks and "/" not in value):
+            yield f"{prefix}{name}", absolute
+
+
+def _absolute(path: str) -> str:
+    return path if not path or os.path.isabs(path) else str(Path(path).absolute())
+
+
+def text_argument(text: str) -> str:
+    """A path on the command line, expanded where the shell did not: for argparse."""
+    try:
+        return expand(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def path_argument(text: str) -> Path:
+    """`text_argument` as a Path."""
+    return Path(text_argument(text))
