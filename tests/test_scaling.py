@@ -3,6 +3,8 @@
 import csv
 import json
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -140,6 +142,22 @@ def test_slurm_jobs_are_arrays_by_number_of_nodes(tmp_path: Path) -> None:
     assert all(str(point.folder) in "".join(scripts) for point in found)
     with pytest.raises(ConfigError, match="ranks2_cp1: 2 ranks are no multiple of a node's 8"):
         submit_jobs(sweep, found, Site(), dry_run=True)
+
+
+def test_the_paths_of_a_slurm_job_are_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the sweep's file, of its configuration and of its points."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(ROOT / "configs/quickstart.yaml", "lr=1.yaml")
+    keys = {"config": ["lr=1.yaml"], "out": "my sweep", "grid": {"ranks": [1], "data.paths": [["my docs"], ["b"]]}}
+    path = written(tmp_path, **keys)
+    sweep = read_sweep(path)
+    (text,) = submit_jobs(sweep, points(sweep, path)[0], Site(gpus_per_node=0, cpu_ranks=1), dry_run=True)
+    assert f"--config {tmp_path}/lr=1.yaml)" in text and "#SBATCH --array=0-1\n" in text
+    assert f"run_dir='{tmp_path}/my sweep/nodes1'" in text
+    for name, docs in (("ranks1_paths['my docs']", "my docs"), ("ranks1_paths['b']", "b")):
+        for words in (f"run.dir={tmp_path}/my sweep/{name}", f"data.paths=[{tmp_path}/{docs}]",
+                      f"data.cache_dir={tmp_path}/.cache/data"):  # fmt: skip
+            assert shlex.quote(words) in text, words
 
 
 def scaling(*arguments: str) -> tuple[int, str, str]:

@@ -200,6 +200,35 @@ def test_a_failure_that_running_again_does_not_mend(start: Any, cluster: Cluster
     assert "/nowhere" in run.log() and "failed with code 2, which running again does not mend" in run.log()
 
 
+def test_a_folder_with_a_blank_and_a_percent_sign(start: Any, cluster: Cluster, tmp_path: Path) -> None:
+    """As SLURM itself reads the script and the commands in it: logs and ranks share the run's folder."""
+    folder = tmp_path / "a b%j#c"
+    run = start("--name", "my #1 job", f"run.dir={folder}", "data.paths=[/nowhere]")
+    assert cluster.ends(run.job) == "FAILED" and cluster.field(run.job, "ExitCode") == "2:0"
+    log = (folder / f"logs/slurm-{run.job}.out").read_text(encoding="utf-8")
+    assert "/nowhere" in log and "failed with code 2" in log
+    assert "/nowhere" in (folder / f"logs/slurm-{run.job}-0/ranks.log").read_text(encoding="utf-8")
+    assert "JobName=my #1 job " in cluster.run("scontrol", "-o", "show", "job", run.job)
+
+
+def test_a_process_outside_of_a_step_is_alone(start: Any, cluster: Cluster) -> None:
+    """In the script of a job of two nodes with two tasks each; and two steps at once, on a node each, do not meet."""
+    python = f"{sys.executable} -c"
+    place = "from megatron_refine import launcher as l; p = l.read(); print(p.rank, p.world, *l.meeting(p))"
+    prologue = f"""export PYTHONPATH={ROOT}
+unset MASTER_ADDR
+echo "script: $({python} '{place}')"
+for n in 0 1; do echo "step: $(srun --nodes=1 --ntasks=2 --relative=$n --cpu-bind=none {python} '{place}' | sort)"; done
+exit 0"""
+    run = start("--nodes", "2", prologue=prologue, cpu_ranks=2)
+    assert cluster.ends(run.job) == "COMPLETED", run.log()
+    job = int(run.job)
+    assert "script: 0 1 127.0.0.1 0" in run.log()
+    for step, node in ((0, "n1"), (1, "n2")):
+        port = 20000 + (job + 2589 * step) % 12000
+        assert f"step: 0 2 {node} {port}\n1 2 {node} {port}" in run.log(), run.log()
+
+
 def test_retries_come_to_an_end(start: Any, cluster: Cluster) -> None:
     """An interpreter that ends with code 1 at once."""
     run = start(python="/bin/false", retries=1)

@@ -1,6 +1,7 @@
 """The command that submits: the script that it writes, and what it refuses before anything is submitted."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,17 +13,22 @@ import yaml
 from launch import submit
 from megatron_refine.config import ConfigError, load
 from megatron_refine.config.load import read_as
+from megatron_refine.config.paths import resolved
 from megatron_refine.models.family import FAMILIES
 from megatron_refine.slurm.site import Site
 from megatron_refine.slurm.sweep import points
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = "configs/quickstart.yaml"
+QUICKSTART_FILE = ROOT / QUICKSTART
 
 
-def script(tmp_path: Path, *arguments: str, site: dict[str, Any] | None = None, config: str = QUICKSTART) -> str:
+def script(
+    tmp_path: Path, *arguments: str, site: dict[str, Any] | None = None, config: str = QUICKSTART, run_dir: bool = True
+) -> str:
     (tmp_path / "site.yaml").write_text(yaml.safe_dump({"gpus_per_node": 2} | (site or {})), encoding="utf-8")
-    line = [config, "--site", str(tmp_path / "site.yaml"), f"run.dir={tmp_path}/run", *arguments]
+    folder = [f"run.dir={tmp_path}/run"] if run_dir else []
+    line = [config, "--site", str(tmp_path / "site.yaml"), *folder, *arguments]
     return submit.build(submit.parse(line)).script()
 
 
@@ -49,14 +55,147 @@ def test_what_the_site_says_is_what_sbatch_reads(tmp_path: Path) -> None:
         "srun_options=(--cpu-bind=none --container-image=image.sqsh --container-mounts=/data:/data)",
     ):  # fmt: skip
         assert line in text
-    assert f"train=(/opt/python -m megatron_refine.train --config {ROOT / QUICKSTART} run.dir={tmp_path}/run)" in text
+    command = f"-m megatron_refine.train --config {ROOT / QUICKSTART} run.dir={tmp_path}/run data.cache_dir="
+    assert f"train=(/opt/python {command}{os.getcwd()}/.cache/data)" in text
 
 
-def test_the_script_is_valid_bash(tmp_path: Path) -> None:
-    (tmp_path / "sweep.yaml").write_text("optimizer.lr: [1e-3, 2e-3]\n", encoding="utf-8")
-    for arguments in (["--nodes", "1"], ["--array", str(tmp_path / "sweep.yaml"), "--at-once", "1"]):
-        done = subprocess.run(["bash", "-n"], input=script(tmp_path, *arguments), encoding="utf-8", capture_output=True)
-        assert not done.stderr and done.returncode == 0
+HOSTILE = "a b%j#c $(id) it's=1"  # of a folder: blank, %, #, quotes, what bash would run
+STUBS = {
+    "srun": '{ echo "$PWD"; printf "%s\\0" "$@"; } >"$OUT/.$$"; mv "$OUT/.$$" "$OUT/$$"\n'
+    'until [ "$(ls "$OUT" | wc -l)" -ge "${STEPS:-1}" ]; do sleep 0.05; done',
+    "scontrol": 'case "$*" in "show hostnames"*) echo n1; echo n2;; *node*) echo "NodeAddr=10.0.0.${@: -1}";; esac',
+    "scancel": "exit 0",
+}
+
+
+@pytest.fixture
+def ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What a job's script starts, by bash: (folder, arguments) of each srun; the programs of SLURM are stubs."""
+    programs, out = tmp_path / "bin", tmp_path / "out"
+    programs.mkdir()
+    for name, body in STUBS.items():
+        (programs / name).write_text(f"#!/bin/bash\n{body}\n", encoding="utf-8")
+        (programs / name).chmod(0o755)
+
+    def run(text: str, **variables: str) -> list[tuple[str, list[str]]]:
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir()
+        monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+        environment = os.environ | {"OUT": str(out), "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]",
+                                    "SLURM_JOB_END_TIME": "1", **variables}  # fmt: skip
+        line = ["timeout", "60", "bash", "-c", text]
+        done = subprocess.run(line, cwd="/", env=environment, capture_output=True, encoding="utf-8")
+        assert done.returncode == 0 and not done.stderr, done.stderr
+        assert "job 7, restart 0: done" in done.stdout
+        found = [path.read_text(encoding="utf-8").split("\n", 1) for path in sorted(out.iterdir())]
+        return sorted((folder, arguments.split("\0")[:-1]) for folder, arguments in found)
+
+    return run
+
+
+def option(arguments: list[str], name: str) -> str:
+    return next(text for text in arguments if text.startswith(f"{name}=")).removeprefix(f"{name}=")
+
+
+def test_bash_runs_what_was_asked_for(tmp_path: Path, ran: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every word arrives as it was written, and the run, its logs and its watcher share one folder."""
+    folder = tmp_path / HOSTILE
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    words = ["run.dir=r u n", "run.seed=7", "data.text_column=a #2", "data.paths=[my docs, it's]"]
+    text = script(tmp_path, *words, config=str(ROOT / QUICKSTART), run_dir=False)
+    (place, arguments), run = ran(text)[0], folder / "r u n"
+    assert place == str(folder)
+    start = arguments.index(sys.executable)
+    assert arguments[start : start + 5] == [
+        sys.executable, "-m", "megatron_refine.train", "--config", str(ROOT / QUICKSTART)
+    ]  # fmt: skip
+    monkeypatch.chdir("/")
+    config = load(QUICKSTART_FILE, arguments[start + 5 :], FAMILIES)
+    assert config.run.dir == str(run) and config.run.seed == 7 and config.data.text_column == "a #2"
+    assert config.data.paths == [f"{folder}/my docs", f"{folder}/it's"]
+    assert config.data.cache_dir == f"{folder}/.cache/data"
+    assert option(arguments, "--output").replace("%%", "%") == f"{run}/logs/slurm-7-0/ranks.log"
+    assert (run / "logs/slurm-7-0").is_dir()
+
+
+def test_bash_runs_the_point_of_its_task(tmp_path: Path, ran: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / HOSTILE
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    (folder / "sweep.yaml").write_text("data.paths: [[my docs], [b]]\n", encoding="utf-8")
+    words = ["--array", "sweep.yaml", "--at-once", "1", "run.dir=s w"]
+    text = script(tmp_path, *words, config=str(ROOT / QUICKSTART), run_dir=False)
+    assert "--array=0-1%1" in options_of(text)
+    monkeypatch.chdir("/")
+    for task, docs in (("0", "my docs"), ("1", "b")):
+        arguments = ran(text, SLURM_ARRAY_TASK_ID=task)[0][1]
+        overrides = arguments[arguments.index(str(ROOT / QUICKSTART)) + 1 :]
+        config = load(QUICKSTART_FILE, overrides, FAMILIES)
+        assert config.data.paths == [f"{folder}/{docs}"] and config.run.dir == f"{folder}/s w/paths=[{docs}]"
+        assert option(arguments, "--output").replace("%%", "%") == f"{config.run.dir}/logs/slurm-7-0/ranks.log"
+
+
+def test_bash_starts_servers_beside_the_trainer(tmp_path: Path, ran: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / HOSTILE
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    words = ["--engine-nodes", "1", "engine.kind=sglang", f"engine.python={sys.executable}", "run.dir=r"]
+    text = script(tmp_path, *words, config=str(ROOT / QUICKSTART), run_dir=False)
+    (_, first), (_, second) = ran(text, STEPS="2")
+    trainer, server = (first, second) if "-m" in first else (second, first)
+    assert str(ROOT / "tools/serve.py") in server and server[-2:] == ["--hosts", "10.0.0.n2"]
+    assert f"run.dir={folder}/r" in server and option(server, "--output").endswith("/r/logs/slurm-7-0/engine-%n.log")
+    config = load(QUICKSTART_FILE, trainer[trainer.index(str(ROOT / QUICKSTART)) + 1 :], FAMILIES)
+    assert config.engine.urls == ["http://10.0.0.n2:30000"] and config.engine.master_address == "10.0.0.n1"
+    assert config.engine.python == "" and config.run.dir == f"{folder}/r"
+
+
+def test_no_path_of_a_job_is_relative(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From files, overrides and defaults: the folder that one submits from is meant."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/me")
+    model = load(ROOT / QUICKSTART, [], FAMILIES).model.model_dump()
+    (tmp_path / "lr=1").mkdir()
+    (tmp_path / "lr=1/m.yaml").write_text(yaml.safe_dump({"model": model}), encoding="utf-8")
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump({
+        "data": {"paths": ["docs", "/d", "~/d"], "valid_paths": ["v"], "tokenizer": "t"}, "engine": {"sync_dir": "s"},
+        "checkpoint": {"load": "../l"}, "eval": {"data": "./e", "essays": "f"},
+    }), encoding="utf-8")  # fmt: skip
+    words = ["c.yaml", "model=lr=1/m.yaml", "eval.essays=g", "run.dir=mine", "--gpus-per-node", "1"]
+    job = submit.build(submit.parse(words))
+    assert str(job.run_dir) == f"{tmp_path}/mine" and job.name == "mine"
+    monkeypatch.chdir("/")
+    assert job.arguments[:2] == ["--config", f"{tmp_path}/c.yaml"]
+    config = load(job.arguments[1], job.arguments[2:], FAMILIES)
+    assert config == job.config and dict(resolved(config)) == {}
+    assert config.data.paths == [f"{tmp_path}/docs", "/d", "/home/me/d"] and config.data.tokenizer == f"{tmp_path}/t"
+    assert (config.data.valid_paths, config.data.cache_dir) == ([f"{tmp_path}/v"], f"{tmp_path}/.cache/data")
+    assert (config.eval.data, config.eval.essays) == (f"{tmp_path}/e", f"{tmp_path}/g")
+    assert (config.checkpoint.load, config.engine.sync_dir) == (f"{tmp_path}/../l", f"{tmp_path}/s")
+
+
+@pytest.mark.parametrize(
+    ("name", "written"),
+    [
+        ("plain-1.5", "--job-name=plain-1.5"), ("my run", '"--job-name=my run"'), ("a#1", '"--job-name=a#1"'),
+        ('say "x"', '"--job-name=say \\"x\\""'), ("it's", "\"--job-name=it's\""), ("", "--job-name=run"),
+    ],
+)  # fmt: skip
+def test_what_sbatch_reads_is_quoted(tmp_path: Path, name: str, written: str) -> None:
+    assert options_of(script(tmp_path, "--name", name))[0] == written
+
+
+def test_the_log_of_a_folder_with_a_percent_sign(tmp_path: Path) -> None:
+    """%j is the job's id to sbatch, %% a percent sign."""
+    text = script(tmp_path, f"run.dir={tmp_path}/50%j x")
+    assert f'"--output={tmp_path}/50%%j x/logs/slurm-%j.out"' in options_of(text)
+
+
+@pytest.mark.parametrize("words", [["run.dir=a\\b"], ["run.dir=a\nb"], ["--name", "a\nb"]])
+def test_what_sbatch_cannot_be_told_is_refused(tmp_path: Path, words: list[str]) -> None:
+    with pytest.raises(ConfigError, match="a job cannot have a backslash or a new line in it"):
+        script(tmp_path, *words)
 
 
 def test_nodes_without_gpus_ask_for_none(tmp_path: Path) -> None:
