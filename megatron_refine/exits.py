@@ -1,17 +1,19 @@
 """How a run ends: exit codes, and the line that goes with each failure."""
 
 from megatron_refine.engine.errors import EngineError
+from megatron_refine.files import TornError
 from megatron_refine.trainer.errors import (
     CheckpointError,
     FencedError,
     MismatchError,
     NonFiniteError,
+    disk_failed,
     lost_rank,
 )
 from megatron_refine.trainer.watchdog import EXIT_LOST
 
 CODES: dict[type[Exception], int] = {
-    NonFiniteError: 3, FencedError: 7, CheckpointError: 4, EngineError: 5, MismatchError: 6,
+    NonFiniteError: 3, FencedError: 7, CheckpointError: 4, TornError: 4, EngineError: 5, MismatchError: 6,
 }  # fmt: skip
 
 
@@ -20,6 +22,8 @@ def ending_of(error: Exception, where: str, speaks: bool) -> tuple[int, str] | N
 
     where: rank and phase; speaks: on the rank that speaks for all.
     """
+    if isinstance(error, OSError) and not isinstance(error, (ConnectionError, TimeoutError)):
+        error = disk_failed(error)
     for kind, code in CODES.items():
         if isinstance(error, kind):
             return code, str(error) if speaks or getattr(error, "alone", False) else ""

@@ -7,6 +7,7 @@ once: the last rename wins.
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 import sys
@@ -40,10 +41,33 @@ def _place(path: Path, fill: Any) -> None:
         fill(unfinished)
         sync(unfinished)
         unfinished.replace(path)
-    except BaseException:
+    except BaseException as error:
         unfinished.unlink(missing_ok=True)
+        if isinstance(error, OSError):  # that of a full disk names no file
+            raise OSError(error.errno, error.strerror, str(path)) from None
         raise
     sync(path.parent)
+
+
+class Appended:
+    """A text file that grows. What is written leaves the process at once: when killed, it leaves a torn last line."""
+
+    def __init__(self, path: Path):
+        """Makes the folder. Raises OSError."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path, self._file = path, path.open("ab", buffering=0)  # a buffer would be written again when it is closed
+
+    def write(self, text: str) -> None:
+        """Raises OSError, which names the file."""
+        rest = memoryview(text.encode())
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def read(path: Path) -> str:
@@ -62,6 +86,35 @@ def read_json(path: Path) -> Any:
     except (ValueError, RecursionError) as error:
         found = f"not JSON ({error})" if text.strip("\0 \n") else "empty"
         raise TornError(f"{path}: damaged: {found}; delete it or restore it") from None
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a file that has one a line; [] without the file. A torn last line is left out.
+
+    So are the NULs that a power cut leaves in place of what was not on the disk yet. Raises OSError, and TornError
+    where another line is no JSON object.
+    """
+    rows: list[dict[str, Any]] = []
+    lines = read(path).replace("\0", "").split("\n") if path.exists() else []
+    for number, line in enumerate(lines[:-1], 1):  # what follows the last line's end is torn, or nothing
+        try:
+            rows.append({**json.loads(line)})
+        except (ValueError, TypeError, RecursionError):
+            if number < len(lines) - 1 or lines[-1]:
+                raise TornError(f"{path}:{number}: damaged: not a JSON object; remove this line") from None
+    return rows
+
+
+def numbered(folder: Path, prefix: str) -> list[tuple[int, Path]]:
+    """What is ours in `folder` of the kind `prefix`: real folders named by it and digits; (number, path), ascending.
+
+    All else is someone's own and is left alone: links, copies under other names, files. [] without the folder.
+    """
+    try:
+        found = [(re.fullmatch(rf"{re.escape(prefix)}([0-9]+)", path.name), path) for path in folder.iterdir()]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return sorted((int(name[1]), path) for name, path in found if name and path.is_dir() and not path.is_symlink())
 
 
 def digest(path: Path) -> str:

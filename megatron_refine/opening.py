@@ -1,6 +1,8 @@
 """How a run begins: the ranks meet, and what the first of them finds wrong ends all of them alike."""
 
 import json
+import os
+import sys
 from pathlib import Path
 from tempfile import TemporaryFile
 
@@ -8,17 +10,20 @@ from megatron_refine import platform
 from megatron_refine.config import Config, ConfigError
 from megatron_refine.phases.sources import Sources
 from megatron_refine.step.hooks import check_hooks
-from megatron_refine.trainer.errors import FencedError
+from megatron_refine.trainer.errors import FULL, CheckpointError, FencedError, disk_failed
 from megatron_refine.trainer.ownership import Ownership, attempt_token
 from megatron_refine.trainer.parallel import join
 
-_KINDS: dict[str, type[Exception]] = {"ConfigError": ConfigError, "FencedError": FencedError}
+_KINDS: dict[str, type[Exception]] = {
+    "ConfigError": ConfigError, "FencedError": FencedError, "CheckpointError": CheckpointError,
+}  # fmt: skip
+BLOCK = 1 << 16  # bytes: a run that cannot write as much is not begun
 
 
 def claim(config: Config) -> Ownership:
     """Join the group, prepare the data on rank 0, and take the run's folder over from earlier attempts.
 
-    However long rank 0 prepares, the others wait. Raises ConfigError or FencedError on every rank.
+    However long rank 0 prepares, the others wait. Raises ConfigError, FencedError or CheckpointError on every rank.
     """
     join(config)
     found = json.loads(platform.from_first(json.dumps(_prepare(config)) if platform.global_rank() == 0 else None))
@@ -34,7 +39,9 @@ def _prepare(config: Config) -> dict[str, object]:
         _check_writable(folder)
         check_hooks(config)
         Sources.of(config)  # the other ranks find the rows
-        Ownership(folder, token).claim()
+        Ownership(folder, token).claim(lambda line: sys.stdout.write(line + "\n"))
+    except OSError as error:
+        return {"error": "CheckpointError", "message": str(disk_failed(error))}
     except tuple(_KINDS.values()) as error:
         kind = next(name for name, kind in _KINDS.items() if isinstance(error, kind))
         return {"error": kind, "message": str(error)}
@@ -42,10 +49,14 @@ def _prepare(config: Config) -> dict[str, object]:
 
 
 def _check_writable(folder: Path) -> None:
-    """Raises ConfigError where the run folder cannot be written."""
+    """Raises ConfigError where the run folder cannot be written, CheckpointError where its disk is full."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=folder):
-            pass
+        with TemporaryFile(dir=folder) as file:
+            file.write(bytes(BLOCK))
+            file.flush()
+            os.fsync(file.fileno())
     except OSError as error:
+        if error.errno in FULL:
+            raise disk_failed(OSError(error.errno, error.strerror, str(folder))) from None
         raise ConfigError(f"run.dir={folder}: cannot be written: {error.strerror}; name another folder") from None

@@ -1,5 +1,6 @@
 """A training run, set up: everything that train.py's loop uses, on every rank."""
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable
@@ -115,7 +116,8 @@ class Session:
     def note(self, error: Exception) -> None:
         """Keep what ended the run in the attempt's log: the screen may be gone."""
         if self.folder:
-            self.folder.note(f"{type(error).__name__}: {error}")
+            with contextlib.suppress(OSError):  # the disk may be what ended it
+                self.folder.note(f"{type(error).__name__}: {error}")
 
     def _tell(self, line: str) -> None:
         """Before there is a run folder."""

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import megatron_refine.installed  # noqa: F401
+
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 

@@ -19,7 +19,7 @@ FOLDERS = (*PACKAGE, "tools", "launch", "tests")
 ORDER = (
     {"files", "launcher"},
     {"records", "config", "platform", "shield"},
-    {"exchange"},
+    {"exchange", "installed"},
     {"kernels"},
     {"models"},
     {"convert", "estimate", "slurm"},

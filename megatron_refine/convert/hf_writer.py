@@ -1,6 +1,7 @@
 """Write a model folder in Hugging Face's format: shards of a size, or those that the model came in."""
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,10 @@ from typing import Any
 from torch import Tensor
 
 from megatron_refine.config import ConfigError
+from megatron_refine.convert.errors import ConversionError
 from megatron_refine.convert.hf_folder import INDEX, WEIGHTS, HFFolder
-from megatron_refine.convert.tensorfile import NAMES, Spec, TensorFileWriter
-from megatron_refine.files import write_json
+from megatron_refine.convert.tensorfile import DTYPES, NAMES, Spec, TensorFileWriter
+from megatron_refine.files import TornError, read_json, write_json
 
 FORMAT = {"format": "pt"}
 SIZES = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -42,8 +44,25 @@ class Origin:
         return {"shards": shards, "dtypes": self.dtypes, "stored": self.stored}
 
     @classmethod
-    def from_json(cls, tree: dict[str, Any]) -> "Origin":
-        return cls({name: Shard(**shard) for name, shard in tree["shards"].items()}, tree["dtypes"], tree["stored"])
+    def read(cls, path: Path, names: Collection[str], unused: Collection[str]) -> "Origin":
+        """What `to_json` gave, of a model with the tensors `names` and with `unused` ones.
+
+        Raises ConversionError where a file name leads elsewhere, or the tensors are others.
+        """
+        try:
+            tree = read_json(path)
+            shards = {name: Shard(**shard) for name, shard in tree["shards"].items()}
+            found = cls(shards, tree["dtypes"], tree["stored"])
+            listed = sorted(name for shard in shards.values() for name in shard.tensors)
+            whole = found.stored.keys() == set(names)
+            whole &= listed == sorted([*found.stored.values(), *unused]) == sorted(found.dtypes)
+            whole &= all(Path(file).name == file and file.endswith(".safetensors") for file in shards)
+            whole &= all(dtype in DTYPES for dtype in found.dtypes.values())
+            if whole:
+                return found
+        except (TornError, KeyError, TypeError, AttributeError):
+            pass
+        raise ConversionError(f"{path}: not what a conversion keeps of this model; take the checkpoint anew")
 
 
 def size_in_bytes(text: str) -> int:

@@ -21,10 +21,9 @@ from megatron_refine.config import (
 from megatron_refine.convert.fields import CONFIG, model_of, read_config
 from megatron_refine.convert.source import HFSource
 from megatron_refine.data.tokenizer import FILES, Tokenizer, bos_id, load_tokenizer
-from megatron_refine.models import family
 from megatron_refine.trainer import parity
-from megatron_refine.trainer.checkpoint import load_weights
-from megatron_refine.trainer.manifest import COMPLETE, ORIGIN, check_files, complete_folders, read_manifest
+from megatron_refine.trainer.checkpoint import Checkpoints
+from megatron_refine.trainer.manifest import COMPLETE, ORIGIN, complete_folders, model_in, read_manifest
 from megatron_refine.trainer.model import RefineModel, build_module
 from megatron_refine.trainer.parallel import Ranks, init_parallel
 
@@ -42,7 +41,12 @@ class Source:
     def add_bos(self) -> bool:
         """Whether the run that trained the model began its rows with BOS."""
         path = self.run / "config.yaml" if self.run else None
-        return bool(path and path.exists() and yaml.safe_load(path.read_text(encoding="utf-8"))["data"]["add_bos"])
+        if not path or not path.exists():
+            return False
+        try:
+            return bool(yaml.safe_load(path.read_text(encoding="utf-8"))["data"]["add_bos"])
+        except (ValueError, yaml.YAMLError, TypeError, KeyError):
+            raise ConfigError(f"{path}: damaged: no data.add_bos; restore it, or say --bos or --no-bos") from None
 
     def tokenizer(self, named: str = "") -> Path:
         """`named`, or the tokenizer that came with the model. Raises ConfigError where there is none."""
@@ -84,8 +88,7 @@ def find(path: Path) -> Source:
         raise ConfigError(f"{path}: no such folder; name a checkpoint, a run or a model in Hugging Face's format")
     steps = complete_folders(path) or complete_folders(path / "checkpoints")
     folder = path if (path / COMPLETE).exists() or not steps else steps[-1]
-    section = read_manifest(folder)["model"]
-    model = family.FAMILIES[section["family"]].model_validate(section)
+    model = model_in(folder, read_manifest(folder))
     run = folder.parent.parent if folder.parent.name == "checkpoints" else None
     return Source(folder, model, is_checkpoint=True, run=run)
 
@@ -124,8 +127,7 @@ def load(source: Source, config: Config, text: Text) -> Loaded:
     ranks = init_parallel(config)
     model = build_module(config, ranks).eval()
     if source.is_checkpoint:
-        check_files(source.folder, read_manifest(source.folder)["files"], ranks.rank, ranks.world)
-        load_weights(model, source.folder)
+        Checkpoints(source.folder.parent, config, ranks).load_model(source.folder, model)
     else:
         parity.load(model, HFSource(source.folder), ranks)
     return Loaded(model, text.tokenizer, ranks, text.bos)

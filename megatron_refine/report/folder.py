@@ -1,13 +1,14 @@
 """The run folder and the screen: config.yaml, metrics.jsonl, samples.json, tokenizer.*, logs/attempt_<n>/train.log,
 report.html."""
 
+import contextlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_refine.config import Config
-from megatron_refine.files import copy, read_json, write, write_json
+from megatron_refine.files import Appended, TornError, copy, numbered, read_json, read_rows, write, write_json
 from megatron_refine.report.html import write_report
 from megatron_refine.report.metrics import MetricsLog, Row, read
 from megatron_refine.report.screen import comparison, eval_line, step_line
@@ -22,12 +23,8 @@ class RunFolder:
     def __init__(self, config: Config, done_steps: int, total_steps: int, show: Callable[[str], None]):
         """Raises OSError where the folder cannot be written."""
         self.config, self.path, self.total_steps, self.show = config, Path(config.run.dir), total_steps, show
-        logs = self.path / "logs"
-        logs.mkdir(parents=True, exist_ok=True)
-        numbers = [int(p.name.removeprefix("attempt_")) for p in logs.glob("attempt_*")]
-        self.attempt = max(numbers, default=0) + 1
-        (logs / f"attempt_{self.attempt}").mkdir()
-        self._log = (logs / f"attempt_{self.attempt}" / "train.log").open("a", buffering=1, encoding="utf-8")
+        self.attempt, logs = _new_attempt(self.path / "logs")
+        self._log = Appended(logs / "train.log")
         write(self.path / "config.yaml", config.to_yaml())
         self.metrics = MetricsLog(self.path / "metrics.jsonl")
         self.metrics.truncate_after(done_steps or -1)  # a run without a checkpoint begins anew, with step 0
@@ -86,18 +83,34 @@ class Predictions:
             write(path, "".join(map(_line, kept)))
 
     def append(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.writelines(_line({"step": step} | dict(row)) for row in rows)
+        file = Appended(self.path)
+        file.write("".join(_line({"step": step} | dict(row)) for row in rows))
+        file.close()
 
     def read(self) -> list[dict[str, Any]]:
-        lines = self.path.read_text(encoding="utf-8").split("\n") if self.path.exists() else []
-        return [json.loads(line) for line in lines[:-1]]  # what follows the last line's end is torn, or nothing
+        """Raises OSError, and TornError where a line but the last is damaged."""
+        return read_rows(self.path)
 
 
 def read_progress(run_dir: Path) -> dict[str, Any] | None:
-    """What `keep_progress` kept last; None of a new run."""
+    """What `keep_progress` kept last; None of a new run. Raises OSError, and TornError where it is damaged."""
     path = run_dir / PROGRESS
-    return read_json(path) if path.exists() else None
+    if not path.exists():
+        return None
+    kept: dict[str, Any] = read_json(path)
+    if not isinstance(kept, dict) or kept.keys() != {"step", "consumed_samples", "data"}:
+        raise TornError(f"{path}: damaged: {str(kept)[:80]} is no progress; delete it or restore it")
+    return kept
+
+
+def _new_attempt(logs: Path) -> tuple[int, Path]:
+    """The number and the new folder of the next attempt: after the others', and where nothing is in the way."""
+    number = max((number for number, _ in numbered(logs, "attempt_")), default=0) + 1
+    while True:
+        with contextlib.suppress(FileExistsError):
+            (logs / f"attempt_{number}").mkdir(parents=True)
+            return number, logs / f"attempt_{number}"
+        number += 1
 
 
 def _line(row: Mapping[str, Any]) -> str:

@@ -1,13 +1,12 @@
 """report.html: a run on one page, from its folder alone."""
 
 import os
-import re
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from megatron_refine.files import read_json, write
+from megatron_refine.files import TornError, numbered, read_json, write
 from megatron_refine.report import figures, page
 from megatron_refine.report.metrics import Row, read
 from megatron_refine.report.screen import COLUMNS, median_line, number
@@ -20,15 +19,23 @@ Samples = dict[str, Any]
 def write_report(run_dir: str | Path) -> Path:
     """Write <run_dir>/report.html from metrics.jsonl, samples.json, config.yaml and logs/, whichever there are.
 
-    Returns its path. The page is written beside the old one and then takes its place.
+    Returns its path. The page is written beside the old one and then takes its place. Raises OSError, and TornError
+    for damaged metrics.
     """
     run = Path(run_dir)
     rows = read(run / "metrics.jsonl")
-    samples_file = run / "samples.json"
-    samples: Samples = read_json(samples_file) if samples_file.exists() else {}
     path = run / "report.html"
-    write(path, page.document(f"{run.resolve().name}: REFINE report", _body(run, rows, samples)))
+    body = _body(run, rows, _read_samples(run / "samples.json"))
+    write(path, page.document(f"{run.resolve().name}: REFINE report", body))
     return path
+
+
+def _read_samples(path: Path) -> Samples:
+    """{} without the file; of one that a power cut tore, what is wrong, as `damaged`: the rest of the page counts."""
+    try:
+        return dict(read_json(path)) if path.exists() else {}
+    except (TornError, TypeError, ValueError) as error:
+        return {"damaged": f"{error}" if isinstance(error, TornError) else f"{path}: damaged: no sample"}
 
 
 def _body(run: Path, rows: Sequence[Row], samples: Samples) -> list[str]:
@@ -116,7 +123,10 @@ def _rewards(rows: Sequence[Row], samples: Samples) -> str:
 
 def _entropy(samples: Samples) -> str:
     if not samples.get("entropy"):
-        return page.section("Entropy and selected positions", page.text("No sample of a sequence has been saved."))
+        return page.section(
+            "Entropy and selected positions",
+            page.text(samples.get("damaged") or "No sample of a sequence has been saved."),
+        )
     svg = figures.entropy(samples["entropy"], samples.get("positions", []))
     note = f"A sequence at step {samples['step']}. Each chunk of it has one start."
     return page.section("Entropy and selected positions", page.figure(svg), note)
@@ -124,7 +134,7 @@ def _entropy(samples: Samples) -> str:
 
 def _rollouts(samples: Samples) -> str:
     if not samples.get("rollouts"):
-        return page.section("Rollouts", page.text("No sample of rollouts has been saved."))
+        return page.section("Rollouts", page.text(samples.get("damaged") or "No sample of rollouts has been saved."))
     headings = ("position", "prefix", "true continuation", "rollout", "reward")
     body = page.table(headings, map(_rollout, samples["rollouts"]), numbers=(0, 4))
     note = f"Step {samples['step']}. What agrees with the true text from its first character on is highlighted."
@@ -158,8 +168,7 @@ def _gap(rows: Sequence[Row]) -> str:
 
 def _restarts(run: Path, rows: Sequence[Row]) -> str:
     """Attempts are known by their log folders and by their rows; one that left no row stopped before its first step."""
-    folders = (re.fullmatch(r"attempt_(\d+)", folder.name) for folder in (run / "logs").glob("attempt_*"))
-    steps: dict[int, list[int]] = {int(match[1]): [] for match in folders if match}
+    steps: dict[int, list[int]] = {number: [] for number, _ in numbered(run / "logs", "attempt_")}
     for row in rows:
         if is_step(row) and "attempt" in row:
             steps.setdefault(row["attempt"], []).append(row["step"])
@@ -174,5 +183,5 @@ def _configuration(run: Path) -> str:
     path = run / "config.yaml"
     if not path.exists():
         return page.section("Configuration", page.text("The run folder has no config.yaml."))
-    yaml = f"<pre>{escape(path.read_text('utf-8'))}</pre>"
+    yaml = f"<pre>{escape(path.read_text('utf-8', errors='replace'))}</pre>"
     return page.section("Configuration", f"<details><summary>config.yaml</summary>{yaml}</details>")

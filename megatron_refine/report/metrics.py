@@ -2,11 +2,11 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_refine.files import write
+from megatron_refine.files import Appended, TornError, read_rows, write
 
 Row = dict[str, Any]
 
@@ -32,8 +32,7 @@ class MetricsLog:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("a", buffering=1, encoding="utf-8")
+        self._file = Appended(self.path)
 
     def append(self, row: Mapping[str, float | int | None]) -> None:
         """Write one step. Keys: of KEYS, `step` among them, or task/<task>. Numbers that are not finite become null."""
@@ -45,8 +44,8 @@ class MetricsLog:
     def truncate_after(self, step: int) -> None:
         """Drop the rows after `step` and a torn last line: what a resumed run will write again. Atomic."""
         self._file.close()
-        write(self.path, "".join(json.dumps(row) + "\n" for row in _rows(self.path) if row["step"] <= step))
-        self._file = self.path.open("a", buffering=1, encoding="utf-8")
+        write(self.path, "".join(json.dumps(row) + "\n" for row in read(self.path) if row["step"] <= step))
+        self._file = Appended(self.path)
 
     def close(self) -> None:
         self._file.close()
@@ -55,19 +54,10 @@ class MetricsLog:
 def read(path: str | Path) -> list[Row]:
     """The rows of a metrics.jsonl, [] without one. A torn last line is left out.
 
-    Raises ValueError where another line is not a JSON object with a step.
+    Raises OSError, and TornError where another line is not a JSON object with a step.
     """
-    return list(_rows(Path(path)))
-
-
-def _rows(path: Path) -> Iterator[Row]:
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            if line.endswith("\n"):  # a line without its end may be cut in the middle of a number
-                row["step"] + 0
-                yield row
-        except (ValueError, KeyError, TypeError):
-            if number < len(lines):
-                raise ValueError(f"{path}:{number}: not a row of metrics; remove this line") from None
+    rows = read_rows(Path(path))
+    for row in rows:
+        if not isinstance(row.get("step"), int | float):
+            raise TornError(f"{path}: damaged: {str(row)[:80]} is no row of metrics; remove this line")
+    return rows

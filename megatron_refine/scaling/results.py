@@ -10,6 +10,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullFormatter, ScalarFormatter
 
+from megatron_refine.files import numbered
 from megatron_refine.files import write as write_file
 from megatron_refine.report import metrics
 from megatron_refine.report.summary import is_refine
@@ -71,8 +72,8 @@ def collect(sweep: Sweep, points: Sequence[Point]) -> tuple[list[Result], list[s
 
 def _last_error(folder: Path) -> str:
     """What its last attempt noted as its end, as jobs under SLURM do."""
-    logs = sorted(folder.glob("logs/attempt_*/train.log"), key=lambda path: path.stat().st_mtime)
-    lines = logs[-1].read_text(encoding="utf-8").splitlines() if logs else []
+    logs = [path for _, attempt in numbered(folder / "logs", "attempt_") if (path := attempt / "train.log").exists()]
+    lines = logs[-1].read_text(encoding="utf-8", errors="replace").splitlines() if logs else []
     return f"; its last attempt: {lines[-1]}" if lines and "Error: " in lines[-1] else ""
 
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import megatron_refine.installed  # noqa: F401
+
 import psutil  # noqa: F401  without it Megatron's writer hangs: fail at import instead
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
@@ -18,7 +20,6 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_refine import platform
 from megatron_refine.config import Config
 from megatron_refine.exchange import everyone
-from megatron_refine.files import fingerprint
 from megatron_refine.shield import shield_saves
 from megatron_refine.trainer.errors import CheckpointError, DamagedError, FencedError, lost_rank
 from megatron_refine.trainer.manifest import (
@@ -27,18 +28,22 @@ from megatron_refine.trainer.manifest import (
     WEIGHTS_ONLY,
     check_files,
     complete_folders,
-    payload,
+    discard,
+    hashes,
+    model_in,
     read_manifest,
     seal,
     step_folder,
+    unfinished_folders,
 )
 from megatron_refine.trainer.model import RefineModel, unwrap
 from megatron_refine.trainer.optimizer import Updater
 from megatron_refine.trainer.ownership import Ownership
 from megatron_refine.trainer.parallel import Ranks
+from megatron_refine.trainer.pickles import check_pickles
 
 _KINDS: tuple[type[CheckpointError], ...] = (DamagedError, FencedError)  # told apart across ranks
-# the one format of the distributed optimizer that loads at any tp, pp and dp
+# the one format of the distributed optimizer that loads at any tp, pp, cp and dp
 _OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
@@ -89,12 +94,13 @@ class Checkpoints:
         state = self._collective("gather", folder, lambda: self._state(updater, loading=False))
         state["progress"] = dict(vars(progress))
         self._collective("save", folder, lambda: dist_checkpointing.save(state, str(folder)))
-        hashes = self._together("hash", folder, lambda: self._hashes(folder))
+        share = self.ranks.rank, self.ranks.world
+        files = self._together("hash", folder, lambda: hashes(folder, *share))
         contents = {
             "step": progress.step,
             "model": self.config.model.model_dump(),
             "layout": self._layout(),
-            "files": {name: value for part in everyone(hashes) for name, value in part.items()},
+            "files": {name: value for part in everyone(files) for name, value in part.items()},
         }
         self._together("complete", final, lambda: self._owned(lambda: self._seal(folder, final, contents)),
                        only_main=True)  # fmt: skip
@@ -113,23 +119,32 @@ class Checkpoints:
         state = self._collective("gather", folder, lambda: self._state(updater, loading=True, rng=same_layout))
         state["progress"] = None
         state = self._collective("load", folder, lambda: dist_checkpointing.load(state, str(folder)))
-        unwrap(updater.model).load_state_dict(state["model"])
-        updater.optimizer.load_state_dict(state["optimizer"])
-        updater.scheduler.load_state_dict(state["scheduler"])
-        if same_layout:
-            platform.set_rng_state(state["rng"])
+        progress = self._collective("restore", folder, lambda: self._restore(state, updater))
         self._origin = folder
-        return Progress(**state["progress"])
+        return progress
 
     def load_weights(self, folder: Path, updater: Updater) -> None:
-        """Start a new run from a checkpoint's weights, with a fresh optimizer."""
-        self._verify(folder)
-        self._collective("load", folder, lambda: load_weights(unwrap(updater.model), folder))
+        """Start a new run from a checkpoint's weights, with a fresh optimizer. Raises CheckpointError on all ranks."""
+        self.load_model(folder, unwrap(updater.model))
         updater.optimizer.reload_model_params()
         self._origin = folder
 
+    def load_model(self, folder: Path, model: RefineModel) -> None:
+        """Fill a model alone, of any layout and dtype. Raises CheckpointError on all ranks."""
+        self._verify(folder)
+        self._collective("load", folder, lambda: load_weights(model, folder))
+
+    def _restore(self, state: dict[str, Any], updater: Updater) -> Progress:
+        """Give the parts what was read for them."""
+        _fill(unwrap(updater.model), state["model"])
+        updater.optimizer.load_state_dict(state["optimizer"])
+        updater.scheduler.load_state_dict(state["scheduler"])
+        if "rng" in state:
+            platform.set_rng_state(state["rng"])
+        return Progress(**state["progress"])
+
     def _state(self, updater: Updater, loading: bool, rng: bool = True) -> dict[str, Any]:
-        model = unwrap(updater.model).sharded_state_dict()
+        model = _weights(unwrap(updater.model))
         for part in updater.parts:
             if loading and not part.optimizer.state:  # a fused Adam has no state to load into before its first step
                 part._init_optimizer_states_with_dummy_values()
@@ -140,23 +155,20 @@ class Checkpoints:
             state["rng"] = ShardedObject("rng", platform.rng_state(), *place)
         return state
 
-    def _hashes(self, folder: Path) -> dict[str, Any]:
-        """Of this rank's share of the files."""
-        return {name: fingerprint(folder / name) for name in payload(folder)[self.ranks.rank :: self.ranks.world]}
-
     def _layout(self) -> list[int]:
-        return [self.ranks.tp, self.ranks.pp, self.ranks.dp]
+        """Ranks that agree in it have the same random streams. Checkpoints of old name no cp: they agree with none."""
+        return [self.ranks.tp, self.ranks.pp, self.ranks.dp, self.ranks.cp]
 
     def _bytes(self, updater: Updater) -> int:
         """Bytes of a checkpoint: each weight in its own precision; in fp32 the weight again and Adam's two moments."""
         local = sum(p.numel() * (p.element_size() + 12) for p in unwrap(updater.model).parameters())
-        return sum(everyone(local)) // self.ranks.dp
+        return sum(everyone(local)) // (self.ranks.dp * self.ranks.cp)
 
     def _clear(self, folder: Path, needed: int) -> None:
         """Make an empty folder for the save, on a disk that has room for it."""
         self.root.mkdir(parents=True, exist_ok=True)
-        for stale in self.root.glob(f"{TEMPORARY}*"):
-            shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+        for stale in unfinished_folders(self.root):
+            shutil.rmtree(stale)
         free = shutil.disk_usage(self.root).free
         if free < needed:
             raise CheckpointError(
@@ -172,15 +184,19 @@ class Checkpoints:
             action()
 
     def _seal(self, folder: Path, final: Path, contents: dict[str, Any]) -> None:
+        """Complete the checkpoint and remove old ones. Later steps than its own are not this run's past: they stay."""
         seal(folder, final, contents)
-        for old in complete_folders(self.root)[: -self.config.checkpoint.keep]:
-            shutil.rmtree(old)
+        found = complete_folders(self.root)
+        for old in found[: found.index(final) + 1][: -self.config.checkpoint.keep]:
+            discard(old)
 
     def _verify(self, folder: Path) -> dict[str, Any]:
+        share = self.ranks.rank, self.ranks.world
+
         def check() -> dict[str, Any]:
             manifest = read_manifest(folder)
-            check_files(folder, manifest["files"], self.ranks.rank, self.ranks.world)
-            mine, theirs = self.config.model.model_dump(), manifest["model"]
+            check_files(folder, manifest["files"], *share)
+            mine, theirs = self.config.model.model_dump(), model_in(folder, manifest).model_dump()
             for key in sorted(mine.keys() | theirs.keys()):
                 if key != "init_std" and mine.get(key) != theirs.get(key):
                     raise CheckpointError(
@@ -189,7 +205,9 @@ class Checkpoints:
                     )
             return manifest
 
-        return self._together("verify", folder, check)
+        manifest: dict[str, Any] = self._together("verify", folder, check)
+        self._together("verify", folder, lambda: check_pickles(folder, manifest["files"], *share))
+        return manifest
 
     def _together(self, phase: str, where: Path, action: Callable[[], Any], only_main: bool = False) -> Any:
         """Run a local `action` on every rank (or the main one). Its result, or one CheckpointError on every rank."""
@@ -224,12 +242,19 @@ class Checkpoints:
 
 
 def load_weights(model: RefineModel, folder: Path) -> None:
-    """Fill this rank's part of the model from a checkpoint of any layout and dtype.
+    """Fill this rank's part of the model from a checkpoint of any layout and dtype, whose pickles were checked."""
+    _fill(model, dist_checkpointing.load({"model": _weights(model)}, str(folder))["model"])
 
-    Megatron's linear layers each save an empty extra state, which weights from elsewhere lack: it is left out.
+
+def _weights(model: RefineModel) -> dict[str, Any]:
+    """What a checkpoint has of the model: Megatron's linear layers each have an extra state beside, always empty.
+
+    (Of Transformer Engine it is a pickle: never to be taken from a file.)
     """
-    sharded = {name: value for name, value in model.sharded_state_dict().items() if not name.endswith("_extra_state")}
-    state = dist_checkpointing.load({"model": sharded}, str(folder))["model"]
+    return {name: value for name, value in model.sharded_state_dict().items() if not name.endswith("_extra_state")}
+
+
+def _fill(model: RefineModel, state: dict[str, Any]) -> None:
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert not unexpected and all(name.endswith("_extra_state") for name in missing), (missing, unexpected)
 

@@ -25,8 +25,7 @@ from megatron_refine.convert.hf_writer import HFWriter, Origin, sharded
 from megatron_refine.convert.mapping import Converter
 from megatron_refine.convert.source import HFSource, megatron_specs
 from megatron_refine.convert.tensorfile import DTYPES, NAMES, Spec, TensorFile, TensorFileWriter
-from megatron_refine.files import fingerprint, read_json, sync, write, write_json
-from megatron_refine.models import family
+from megatron_refine.files import read_json, sync, write, write_json
 from megatron_refine.trainer.manifest import (
     COMPLETE,
     ORIGIN,
@@ -35,9 +34,11 @@ from megatron_refine.trainer.manifest import (
     check_files,
     complete,
     complete_folders,
-    payload,
+    hashes,
+    model_in,
     read_manifest,
 )
+from megatron_refine.trainer.pickles import check_pickles
 from megatron_refine.trainer.plain import PlainReader, write_plain
 
 ORIGIN_FILE, UNUSED, MODEL = "origin.json", "unused.safetensors", "model.yaml"
@@ -56,14 +57,18 @@ class MegatronSource:
         files: dict[str, Any] = manifest["files"]
         for i in tqdm(range(len(files)), "check files", unit="file", disable=None):
             check_files(path, files, i, len(files))
-        section = manifest["model"]
-        self.model: ModelConfig = family.FAMILIES[section["family"]].model_validate(section)
+        check_pickles(path, files)
+        self.model: ModelConfig = model_in(path, manifest)
         self.converter = Converter(self.model)
         self._reader = PlainReader(path)
         self.specs = self._reader.specs
         inventory.check(str(path), self.specs, self.converter.megatron_shapes)
         self.kept = path / ORIGIN if (path / ORIGIN / ORIGIN_FILE).exists() else None
-        self.origin = Origin.from_json(read_json(self.kept / ORIGIN_FILE)) if self.kept else None
+        self.unused = TensorFile(self.kept / UNUSED) if self.kept and (self.kept / UNUSED).exists() else None
+        self.origin: Origin | None = None
+        if self.kept:
+            others = self.unused.places if self.unused else ()
+            self.origin = Origin.read(self.kept / ORIGIN_FILE, self.converter.hf_shapes, others)
 
     def __getitem__(self, name: str) -> Tensor:
         tensor = self._reader[name]
@@ -90,8 +95,8 @@ def hf_to_megatron(hf: Path, megatron: Path, dtype: torch.dtype | None = None) -
         _keep_origin(source, folder / ORIGIN)
         section = source.model.model_dump()
         write(folder / MODEL, yaml.safe_dump({"model": section}, sort_keys=False))
-        files = {name: fingerprint(folder / name) for name in payload(folder)}
-        complete(folder, {"step": 0, "model": section, "layout": [1, 1, 1], "files": files, WEIGHTS_ONLY: True})
+        files = hashes(folder)
+        complete(folder, {"step": 0, "model": section, "layout": [1, 1, 1, 1], "files": files, WEIGHTS_ONLY: True})
     return source.model
 
 
@@ -110,7 +115,7 @@ def megatron_to_hf(
     dtypes = {n: dtype or d for n, d in hf_dtypes(source).items()}
     stored = origin.stored if origin else {name: name for name in converter.hf_shapes}
     specs = {stored[name]: Spec(dtypes[name], shape) for name, shape in converter.hf_shapes.items()}
-    unused = TensorFile(source.kept / UNUSED) if source.kept and (source.kept / UNUSED).exists() else None
+    unused = source.unused
     if unused:
         specs |= {name: Spec(dtype or place.spec.dtype, place.spec.shape) for name, place in unused.places.items()}
     as_came = origin is not None and all(NAMES[spec.dtype] == origin.dtypes[name] for name, spec in specs.items())

@@ -1,5 +1,7 @@
 """How a run fails, by exit code (train.py)."""
 
+import errno
+
 
 class NonFiniteError(RuntimeError):
     """Too many steps in a row had a non-finite loss or gradient."""
@@ -28,6 +30,16 @@ class FencedError(CheckpointError):
     """Another attempt at the run has taken over its folder: which one."""
 
 
+def disk_failed(error: OSError) -> CheckpointError:
+    """What a failure to read or write a file means for a run, on one line."""
+    return CheckpointError(
+        f"{error.filename or 'a file of the run'}: {error.strerror or error}; earlier checkpoints are intact: "
+        f"{'make room' if error.errno in FULL else 'mend it'} and run the same command again",
+        alone=True,
+    )
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
 LOST = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe", "NCCL error")
 
 

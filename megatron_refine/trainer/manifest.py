@@ -4,44 +4,96 @@ A folder is written under a temporary name and renamed when COMPLETE. One withou
 in the way.
 """
 
+import contextlib
 import hashlib
 import json
+import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
-from megatron_refine.files import fingerprint, sync, write
+from megatron_refine.config import ConfigError, ModelConfig
+from megatron_refine.files import TornError, fingerprint, numbered, read, read_json, sync, write
+from megatron_refine.models import family
 from megatron_refine.trainer.errors import CheckpointError, DamagedError
 
 MANIFEST, COMPLETE, LATEST = "manifest.json", "COMPLETE", "latest"
-TEMPORARY = ".incomplete-"
+STEP, TEMPORARY = "step_", ".incomplete-"
+UNFINISHED = re.compile(rf"{re.escape(TEMPORARY)}(old-|.+-[0-9]+-)?{STEP}[0-9]+")  # an attempt's name ends in a number
 WEIGHTS_ONLY = "weights_only"  # key of the manifest of a converted checkpoint, which has no optimizer
 ORIGIN = "hf"  # folder in a checkpoint: what a model came with (configuration, tokenizer), to go back with it
 
 
 def step_folder(root: Path, step: int) -> Path:
-    return root / f"step_{step:07d}"
+    return root / f"{STEP}{step:07d}"
 
 
 def complete_folders(root: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
-    return sorted(path.parent for path in root.glob(f"step_*/{COMPLETE}"))
+    """Complete checkpoints of a run, oldest first: of our own folders those with a marker."""
+    return [path for step, path in numbered(root, STEP) if (path / COMPLETE).is_file() and not _renamed(path, step)]
+
+
+def unfinished_folders(root: Path) -> list[Path]:
+    """What attempts at a run left behind when they were killed in a save."""
+    found = (path for path in root.iterdir() if UNFINISHED.fullmatch(path.name))
+    return [path for path in found if path.is_dir() and not path.is_symlink()]
+
+
+def _renamed(folder: Path, step: int) -> bool:
+    """Whether the folder is somebody's copy of another step."""
+    with contextlib.suppress(OSError, TornError, TypeError, KeyError):
+        manifest = read_json(folder / MANIFEST)
+        return bool(manifest["step"] != step and not manifest.get(WEIGHTS_ONLY))
+    return False
 
 
 def payload(folder: Path) -> list[str]:
-    """The files that a manifest lists, sorted, relative to the folder."""
-    files = (p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-    return sorted(name for name in files if name not in (MANIFEST, COMPLETE))
+    """The files that a manifest lists, sorted, relative to the folder. Raises CheckpointError where one is a link."""
+    entries = [path for path in folder.rglob("*") if path.is_symlink() or path.is_file()]
+    for path in sorted(path for path in entries if path.is_symlink()):
+        raise CheckpointError(
+            f"{path}: a link, which may lead out of the checkpoint; copy the folder with what its links name (cp -rL)"
+        )
+    names = (path.relative_to(folder).as_posix() for path in entries)
+    return sorted(name for name in names if name not in (MANIFEST, COMPLETE))
+
+
+def hashes(folder: Path, share: int = 0, shares: int = 1) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of every `shares`-th file, which is brought to the disk before: the marker vouches for it."""
+    names = payload(folder)[share::shares]
+    for path in {*(folder / name for name in names), *((folder / name).parent for name in names)}:
+        sync(path)
+    return {name: fingerprint(folder / name) for name in names}
 
 
 def seal(folder: Path, final: Path, contents: dict[str, Any]) -> None:
     """Complete a run's checkpoint, rename the folder to its final name, point `latest` to it."""
     complete(folder, contents)
-    if final.exists():  # an older attempt at this step, about to be replaced by its equal
-        shutil.rmtree(final)
+    _make_way(final, contents["step"])
     folder.rename(final)
     sync(final.parent)
     write(final.parent / LATEST, final.name)
+
+
+def discard(folder: Path) -> None:
+    """Remove a checkpoint. When killed in it, no half of one is left under its name."""
+    doomed = folder.with_name(f"{TEMPORARY}old-{folder.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def _make_way(final: Path, step: int) -> None:
+    """An older attempt at this step, complete or not, is replaced by its equal; a stranger's link, file or copy under
+    the name is set aside."""
+    if not os.path.lexists(final):
+        return
+    copied = (final / COMPLETE).is_file() and _renamed(final, step)
+    if final.is_dir() and not final.is_symlink() and not copied:
+        return discard(final)
+    names = (final.with_name(f"{final.name}.aside{number or ''}") for number in range(1000))
+    final.rename(next(name for name in names if not os.path.lexists(name)))
 
 
 def complete(folder: Path, contents: dict[str, Any]) -> None:
@@ -52,18 +104,39 @@ def complete(folder: Path, contents: dict[str, Any]) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a complete checkpoint. Raises CheckpointError where there is none, DamagedError where it was
-    altered."""
+    """The manifest of a complete checkpoint. Raises CheckpointError where there is none or it says nothing sensible,
+    DamagedError where it was altered."""
     try:
-        text, marker = (folder / MANIFEST).read_text(encoding="utf-8"), (folder / COMPLETE).read_text(encoding="utf-8")
+        text, marker = read(folder / MANIFEST), read(folder / COMPLETE)
     except OSError as error:
         raise CheckpointError(f"{folder}: not a complete checkpoint: {error.strerror}: {error.filename}") from None
-    except UnicodeDecodeError:
-        raise DamagedError(f"{folder / MANIFEST}: damaged: not text; {_remedy(folder)}") from None
+    except TornError as error:
+        raise DamagedError(f"{str(error).split(';')[0]}; {_remedy(folder)}") from None
     if hashlib.sha256(text.encode()).hexdigest() != marker.strip():
         raise DamagedError(f"{folder / MANIFEST}: damaged: does not match {COMPLETE}; {_remedy(folder)}")
-    contents: dict[str, Any] = json.loads(text)
+    contents: dict[str, Any] = {}
+    with contextlib.suppress(ValueError, RecursionError):
+        contents = json.loads(text)
+    wanted = {"step": int, "model": dict, "layout": list, "files": dict}
+    if not isinstance(contents, dict) or any(not isinstance(contents.get(key), t) for key, t in wanted.items()):
+        raise CheckpointError(f"{folder / MANIFEST}: not that of a checkpoint (it lacks one of {', '.join(wanted)})")
+    for name, entry in contents["files"].items():
+        if not isinstance(entry, dict) or not {"size", "sha256"} <= entry.keys():
+            raise CheckpointError(f"{folder / MANIFEST}: {name}: no size or sha256; take the checkpoint anew")
     return contents
+
+
+def model_in(folder: Path, manifest: dict[str, Any]) -> ModelConfig:
+    """The model that a manifest describes. Raises CheckpointError where this version knows no such model."""
+    section = manifest["model"]
+    try:
+        return family.FAMILIES[section["family"]].model_validate(section)
+    except (KeyError, TypeError):
+        known = ", ".join(family.FAMILIES)
+        raise CheckpointError(f"{folder}: model.family is {section.get('family')!r}; known are {known}") from None
+    except (ConfigError, ValueError) as error:
+        cause = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{folder / MANIFEST}: model: {cause}") from None
 
 
 def check_files(folder: Path, expected: dict[str, dict[str, Any]], share: int = 0, shares: int = 1) -> None:

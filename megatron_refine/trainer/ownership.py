@@ -6,16 +6,15 @@ folder by a token in the file OWNER; what it writes later it writes under a lock
 
 import contextlib
 import fcntl
-import json
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from megatron_refine import launcher
-from megatron_refine.files import write_json
+from megatron_refine.files import TornError, read_json, write_json
 from megatron_refine.trainer.errors import FencedError
 
 OWNER, LOCK = "OWNER", ".lock"
@@ -45,10 +44,17 @@ class Ownership:
         """Of the attempt, fit for a file's name and different from every other attempt's."""
         return "-".join(str(self.token[key]) for key in ("job", "restart", "host", "pid") if self.token[key] != "")
 
-    def claim(self) -> None:
-        """From now on no earlier attempt writes. Raises FencedError where a later one of this job is there."""
+    def claim(self, say: Callable[[str], object] = lambda line: None) -> None:
+        """From now on no earlier attempt writes. Raises FencedError where a later one of this job is there, OSError.
+
+        An OWNER that a power cut tore is passed over, and `say` is told: those whose claim it was are gone.
+        """
         with self._locked():
-            other = self._owner()
+            try:
+                other = self._read()
+            except TornError as error:
+                say(f"{str(error).split(';')[0]}; passed over: this attempt claims the folder")
+                other = None
             same = other and self.token["job"] and other["job"] == self.token["job"]
             if other and same and other["restart"] > self.token["restart"]:
                 raise self._fenced(other)
@@ -72,8 +78,17 @@ class Ownership:
             yield
 
     def _owner(self) -> dict[str, Any] | None:
+        """Who has claimed the folder; None where nobody can be read."""
+        with contextlib.suppress(TornError):
+            return self._read()
+        return None
+
+    def _read(self) -> dict[str, Any] | None:
+        """The content of OWNER, None without it. Raises TornError where it is no token."""
         with contextlib.suppress(FileNotFoundError):
-            found: dict[str, Any] = json.loads((self.folder / OWNER).read_text(encoding="utf-8"))
+            found: dict[str, Any] = read_json(self.folder / OWNER)
+            if not isinstance(found, dict) or not self.token.keys() <= found.keys():
+                raise TornError(f"{self.folder / OWNER}: damaged: no token; delete it")
             return found
         return None
 
@@ -105,6 +120,6 @@ class Ownership:
 
 def _describe(token: dict[str, Any] | None) -> str:
     if token is None:
-        return "someone who removed OWNER"
+        return "someone who removed OWNER or damaged it"
     job = f"job {token['job']}, restart {token['restart']}, " if token["job"] else ""
     return f"{job}process {token['pid']} on {token['host']}"
