@@ -101,7 +101,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
             rows.append({**json.loads(line)})
         except (ValueError, TypeError, RecursionError):
             if number < len(lines) - 1 or lines[-1]:
-                raise TornError(f"{path}:{number}: damaged: not a JSON object; remove this line") from None
+                raise TornError(f"{path}:{number}: not a row: damaged, no JSON object; remove this line") from None
     return rows
 
 

@@ -4,7 +4,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,30 @@ def loaded_saved_continued(config: Config, source: Path) -> Any:
     return step(part(2, step), 2, refine=False), adam_steps(step), vars(progress)
 
 
+def each_loaded(jobs: dict[str, tuple[Config, Path]]) -> Any:
+    """On a rank: `loaded_saved_continued` of one job after the other."""
+    return {name: loaded_saved_continued(config, source) for name, (config, source) in jobs.items()}
+
+
+def without_cp(folder: Path) -> None:
+    """Give a checkpoint the manifest that checkpoints had before theirs named cp."""
+    reseal(folder, lambda manifest: manifest["layout"].pop())
+
+
+def reseal(folder: Path, change: Callable[[Any], object]) -> None:
+    """Change a checkpoint's manifest, which then is a valid one again."""
+    from megatron_refine.trainer.manifest import complete, hashes, read_manifest
+
+    manifest = read_manifest(folder) | {"files": hashes(folder)}
+    change(manifest)
+    complete(folder, manifest)
+
+
+def all_plain(folders: list[Path]) -> list[dict[str, torch.Tensor]]:
+    """On a rank: `plain` of each."""
+    return [plain(folder) for folder in folders]
+
+
 def plain(folder: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint, whole, in one process."""
     from megatron_refine import platform
@@ -85,24 +109,41 @@ def saved(ranks: Any, tmp_path_factory: Any) -> Any:
     return folder / "run/checkpoints/step_0000002", metrics
 
 
-def test_resharding_changes_no_bit_and_the_run_goes_on(ranks: Any, tmp_path: Path, saved: Any) -> None:
-    """tp2 with sp -> tp1 -> dp2 -> pp2, each loaded from the one before."""
-    source, uninterrupted = saved
-    first = ranks(1, plain, folder=source)[0]
+def test_every_single_change_of_the_layout_and_back_changes_no_bit(ranks: Any, tmp_path: Path, saved: Any) -> None:
+    """tp2 with sp -> one rank -> tp2, dp2, pp2, cp2, each from the one rank -> one rank, from each; the run goes on.
+
+    The one rank's first manifest is as those were that named no cp.
+    """
+    first, uninterrupted = saved
+    folders = [first]
+
+    def launch(world: int, jobs: dict[str, tuple[str, Path]]) -> dict[str, Path]:
+        configs = {
+            name: (config_at(layout, tmp_path / name, "train.micro_batch_size=1"), source)
+            for name, (layout, source) in jobs.items()
+        }
+        for found in ranks(world, each_loaded, jobs=configs):
+            for name, (metrics, counters, progress) in found.items():
+                assert progress == {"step": 2, "consumed_samples": 8, "data": "rows"}
+                assert counters == {3}, name
+                for key in ("train/ntp_loss", "train/grad_norm"):  # fp32 sums in another order
+                    assert metrics[key] == pytest.approx(uninterrupted[key], rel=1e-5), (name, key)
+        written = {name: Path(config.run.dir) / "checkpoints/step_0000002" for name, (config, _) in configs.items()}
+        folders.extend(written.values())
+        return written
+
+    one = launch(1, {"one": ("tp1", first)})["one"]
+    without_cp(one)
+    two = launch(2, {layout: (layout, one) for layout in ("tp2", "dp2", "pp2", "cp2")})
+    launch(1, {f"back from {layout}": ("tp1", source) for layout, source in two.items()})
+
+    expected, *others = ranks(1, all_plain, folders=folders)[0]
     for kind in ("param", "exp_avg", "exp_avg_sq"):
-        found = [t for name, t in first.items() if f".{kind}." in name]
+        found = [t for name, t in expected.items() if f".{kind}." in name]
         assert len(found) == 11 and all(t.abs().sum() > 0 for t in found), kind  # layers are stacked
-    for layout, (world, _) in LAYOUTS.items():
-        config = config_at(layout, tmp_path / layout, "train.micro_batch_size=1")
-        for metrics, counters, progress in ranks(world, loaded_saved_continued, config=config, source=source):
-            assert progress == {"step": 2, "consumed_samples": 8, "data": "rows"}
-            assert counters == {3}, layout
-            for key in ("train/ntp_loss", "train/grad_norm"):  # fp32 sums in another order
-                assert metrics[key] == pytest.approx(uninterrupted[key], rel=1e-5), (layout, key)
-        source = Path(config.run.dir) / "checkpoints/step_0000002"
-        tensors = ranks(1, plain, folder=source)[0]
-        assert tensors.keys() == first.keys(), layout
-        assert [name for name in first if not tensors[name].equal(first[name])] == [], layout
+    for folder, tensors in zip(folders[1:], others, strict=True):
+        assert tensors.keys() == expected.keys(), folder
+        assert [name for name in expected if not tensors[name].equal(expected[name])] == [], folder
 
 
 @pytest.mark.parametrize("model", ["delta_net", "gated_delta_net", "lact"])
