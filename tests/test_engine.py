@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import json
 import os
+import pickle
 import socket
 import stat
 import threading
@@ -37,7 +38,7 @@ Answer = Callable[[str, Any], tuple[int, Any]]
 
 @pytest.fixture
 def scripted() -> Iterator[Callable[[Answer], str]]:
-    """`scripted(answer)`: the URL of a server that answers a path and a body as the function says."""
+    """`scripted(answer)`: the URL of a server that answers a path and a body as the function says (bytes: no JSON)."""
     servers: list[ThreadingHTTPServer] = []
 
     def start(answer: Answer) -> str:
@@ -46,9 +47,10 @@ def scripted() -> Iterator[Callable[[Answer], str]]:
                 body = self.rfile.read(int(self.headers.get("content-length", 0)))
                 status, content = answer(self.path, json.loads(body or b"null"))
                 self.send_response(status)
-                self.send_header("content-type", "application/json")
+                raw = isinstance(content, bytes)
+                self.send_header("content-type", "application/octet-stream" if raw else "application/json")
                 self.end_headers()
-                self.wfile.write(json.dumps(content).encode())
+                self.wfile.write(content if raw else json.dumps(content).encode())
 
             do_GET = do_OPTIONS = do_POST
 
@@ -86,6 +88,22 @@ def test_a_call_that_fails_is_one_line(answer: Answer, message: str, scripted: A
     url = scripted(answer)
     with pytest.raises(ServerError, match=f"^{url}/flush_cache: {message}$"):
         Client(url, 0.5).post("/flush_cache")
+
+
+def test_an_answer_that_is_not_json_is_an_error_and_never_unpickled(scripted: Any, tmp_path: Path) -> None:
+    class Touch:
+        def __reduce__(self) -> Any:
+            return Path.touch, (tmp_path / "pwned",)
+
+    client = Client(scripted(lambda path, body: (200, pickle.dumps([Touch()]))), 5.0)
+    calls: list[Callable[[], Any]] = [
+        lambda: client.get("/server_info"), lambda: client.post("/weights_checker", action="checksum"),
+        lambda: client.generate(input_ids=[[1]]), lambda: client.post("/update_weights_from_distributed"),
+    ]  # fmt: skip
+    for call in calls:
+        with pytest.raises(ServerError, match="answers with application/octet-stream where JSON is due"):
+            call()
+    assert not (tmp_path / "pwned").exists()
 
 
 def test_a_server_that_is_not_there() -> None:

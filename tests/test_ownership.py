@@ -1,5 +1,6 @@
 """Who may write into a run's folder, and how a run ends that may not, or that hangs."""
 
+import fcntl
 import functools
 import json
 import os
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from megatron_refine.trainer import ownership
 from megatron_refine.trainer.errors import FencedError
 from megatron_refine.trainer.manifest import complete_folders
 from megatron_refine.trainer.ownership import Ownership, attempt_token
@@ -52,6 +54,77 @@ def test_an_earlier_restart_of_the_same_job_cannot_claim(tmp_path: Path) -> None
     with pytest.raises(FencedError, match=r"job 7, restart 2, .*has taken over; this attempt \(job 7, restart 1"):
         attempt(tmp_path, job="7", restart=1).claim()
     attempt(tmp_path, job="6", restart=0).claim()  # another job may: someone started it on purpose
+
+
+def test_a_second_attempt_of_the_same_job_and_restart_takes_over(tmp_path: Path) -> None:
+    """A script that starts the trainer twice; and without a job any attempt takes over from any."""
+    first, second = attempt(tmp_path, job="7", restart=1, pid=1), attempt(tmp_path, job="7", restart=1, pid=2)
+    first.claim()
+    second.claim()
+    assert first.lost() and not second.lost()
+    attempt(tmp_path, job="7", restart=2).claim()
+    attempt(tmp_path, job="", restart=0).claim()
+    last = attempt(tmp_path, job="", restart=1, pid=3)
+    last.claim()
+    attempt(tmp_path, job="", restart=0, pid=4).claim()
+    assert last.lost()
+
+
+def test_a_lock_that_is_held_elsewhere_is_not_waited_for_forever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ownership, "LOCK_SECONDS", 0.2)
+    owner = attempt(tmp_path)
+    owner.claim()
+    with (tmp_path / ".lock").open("w", encoding="utf-8") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        start = time.monotonic()
+        with pytest.raises(FencedError, match=r"\.lock: another process has held it for 0 s; end that one"):
+            owner.claim()
+        with pytest.raises(FencedError), owner.held():
+            raise AssertionError("written")
+        assert 0.4 <= time.monotonic() - start < 5
+    with owner.held():  # given back
+        pass
+    with owner.held():  # and given back by itself
+        pass
+
+
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(file: Any, how: int) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(ownership.fcntl, "flock", flock)
+    first, second = attempt(tmp_path, pid=1), attempt(tmp_path, pid=2)
+    first.claim()
+    second.claim()
+    with second.held(), pytest.raises(FencedError):
+        first.check()
+
+
+def test_the_token_of_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "3")
+    token = attempt_token()
+    assert (token["job"], token["restart"], token["pid"]) == ("12", 3, os.getpid())
+    monkeypatch.delenv("SLURM_RESTART_COUNT")
+    assert attempt_token()["restart"] == 0
+    assert Ownership(Path(), token).name == f"12-3-{token['host']}-{os.getpid()}"
+    assert Ownership(Path(), token | {"job": ""}).name.startswith("3-")
+
+
+@pytest.mark.parametrize("content", ["", "\0\0", "{", "[]", '{"job": "7"}'])
+def test_an_owner_that_was_torn(tmp_path: Path, content: str) -> None:
+    """A claim passes over it; an attempt that finds its own torn writes nothing more."""
+    owner, said = attempt(tmp_path), list[str]()
+    owner.claim(said.append)
+    assert said == []
+    (tmp_path / "OWNER").write_text(content, encoding="utf-8")
+    assert owner.lost()
+    with pytest.raises(FencedError, match="damaged it has taken over"):
+        owner.check()
+    attempt(tmp_path, pid=2).claim(said.append)
+    assert len(said) == 1 and said[0].startswith(f"{tmp_path}/OWNER: damaged: ")
 
 
 def test_without_its_mark_an_attempt_does_not_write(tmp_path: Path) -> None:

@@ -207,7 +207,7 @@ def test_all_that_we_write_passes_and_the_list_holds_no_more(
     monkeypatch.setattr(pickles, "IN_SAVED", in_saved)
     for folder in real.values():
         check_pickles(folder, files(folder))
-    assert IN_METADATA - in_metadata.names == {("torch", "float64"), ("pathlib", "PosixPath")}  # of old conversions
+    assert IN_METADATA - in_metadata.names == {("torch", "float64"), ("pathlib._local", "PosixPath")}
     assert IN_SAVED - in_saved.names == {("torch", "DoubleStorage")}
 
 

@@ -1,4 +1,7 @@
-"""HTTP calls to one SGLang server (0.5.23). Every call has a deadline; every failure is a ServerError."""
+"""HTTP calls to one SGLang server (0.5.23). Every call has a deadline; every failure is a ServerError.
+
+Both sides speak JSON, and weights travel as bytes of tensors in a broadcast: no answer is ever unpickled.
+"""
 
 from typing import Any
 
@@ -7,6 +10,7 @@ import httpx
 from megatron_refine.engine.errors import ServerError
 
 HEALTH_TIMEOUT = 5.0  # seconds
+IN_WORDS = ("/flush_cache",)  # the one endpoint that answers with a sentence
 
 
 class Client:
@@ -65,11 +69,14 @@ class Client:
         deadline = httpx.USE_CLIENT_DEFAULT if timeout is None else timeout
         try:
             response = self._http.request(method, path, timeout=deadline, **arguments)
-            answer = response.json() if "json" in response.headers.get("content-type", "") else response.text
-        except (httpx.HTTPError, ValueError) as error:
+            kind = response.headers.get("content-type", "")
+            answer = response.json() if "json" in kind else response.text
+        except (httpx.HTTPError, ValueError, RecursionError) as error:
             raise ServerError(f"{self.url}{path}: {_cause(error)}") from None
         if response.status_code != 200:
             raise ServerError(f"{self.url}{path}: {response.status_code}: {_message(answer)}")
+        if "json" not in kind and path not in IN_WORDS:
+            raise ServerError(f"{self.url}{path}: answers with {kind or 'no content type'} where JSON is due")
         if isinstance(answer, dict) and answer.get("success") is False:
             raise ServerError(f"{self.url}{path}: {_message(answer)}")
         return answer

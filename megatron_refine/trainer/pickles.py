@@ -17,7 +17,8 @@ from megatron_refine.trainer.errors import CheckpointError
 METADATA, CONFIG = ".metadata", "metadata.json"
 _DTYPES = {"float64": "Double", "float32": "Float", "float16": "Half", "bfloat16": "BFloat16"}
 IN_METADATA = frozenset(
-    {("torch", "Size"), ("torch.serialization", "_get_layout"), ("pathlib", "PosixPath")}  # of old conversions
+    {("torch", "Size"), ("torch.serialization", "_get_layout")}
+    | {("pathlib", "PosixPath"), ("pathlib._local", "PosixPath")}  # of conversions; the second is Python 3.13's name
     | {("torch.distributed.checkpoint.filesystem", "_StorageInfo")}
     | {("torch", dtype) for dtype in _DTYPES}
     | {("torch.distributed.checkpoint.metadata", name) for name in (

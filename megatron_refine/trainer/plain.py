@@ -88,7 +88,7 @@ class _Into(DefaultLoadPlanner):
 def write_plain(folder: Path, specs: dict[str, Spec], produce: Callable[[str], Tensor]) -> None:
     """Write the weights that `produce(name)` gives, one at a time, as a checkpoint for any layout."""
     try:
-        save({}, storage_writer=FileSystemWriter(str(folder)), planner=_OneByOne(specs, produce), no_dist=True)
+        save({}, storage_writer=FileSystemWriter(folder), planner=_OneByOne(specs, produce), no_dist=True)
     except CheckpointException as error:  # what was raised inside, `produce` included
         raise error.failures[0][0] from None
     torch.save({}, folder / "common.pt")  # what all ranks have in common: nothing
