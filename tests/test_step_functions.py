@@ -3,9 +3,13 @@
 import math
 import statistics
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_refine.config import ConfigError
@@ -198,12 +202,62 @@ def test_advantages_equal_the_loop(shape: tuple[int, int, int]) -> None:
             assert mine.tolist() == pytest.approx(normalized(group.tolist(), eps), rel=1e-12)  # fp64
 
 
+@pytest.mark.parametrize("shape", [(1, 8, 1), (1, 6, 1), (1, 2, 3), (2, 4, 5)])
+@pytest.mark.parametrize("ulps", [0, 1, 3])
+def test_rewards_equal_up_to_rounding_teach_nothing(shape: tuple[int, int, int], ulps: int) -> None:
+    """The mean of equal rewards that are no binary fraction is an ulp off; equal rewards may be some apart."""
+    for value in (0.1, 0.3, 0.7, -0.6, 1.9, 1e-3, 0.0):
+        rewards = torch.full(shape, value)
+        rewards.view(-1)[0] *= 1 + ulps * 2.0**-23
+        assert not advantages(rewards).any(), value
+        assert zero_variance_groups(rewards).tolist() == [1.0] * shape[0]
+        rewards.view(-1)[0] += 2e-6 * max(abs(value), 1e-3)  # no rounding: the first group teaches
+        share = 0.0 if shape[2] == 1 else 1 - 1 / shape[1]
+        assert zero_variance_groups(rewards).tolist() == [share] + [1.0] * (shape[0] - 1)
+        first = advantages(rewards)[0] if shape[2] == 1 else advantages(rewards)[0, 0]
+        assert first.all(), value
+
+
 def test_groups_without_variance_teach_nothing() -> None:
     rewards = torch.tensor([[[0.3, 0.3], [0.3, 0.3]], [[0.3, 0.3], [0.1, 0.4]]])
     assert not advantages(rewards)[0].any() and not advantages(rewards)[1, 0].any()
     assert zero_variance_groups(rewards).tolist() == [1, 0.5]
     assert zero_variance_groups(rewards[..., :1]).tolist() == [1, 0]  # one rollout: the group is the sequence
     assert not advantages(rewards[..., :1])[0].any()
+    alone = rewards[:, :1, :1]  # a group of one keeps its reward, and so it teaches
+    assert advantages(alone, 0.0).equal(alone) and zero_variance_groups(alone).tolist() == [0, 0]
+    broken = torch.tensor([[[math.nan, 0.3], [math.inf, math.inf]]])  # no group without variance
+    assert advantages(broken).isnan().all() and zero_variance_groups(broken).tolist() == [0]
+
+
+@pytest.mark.parametrize("case", range(6))
+def test_equals_the_official_code(case: int) -> None:
+    """Of unpadded rows: tests/golden/README.md. fp32, sums of up to 16 products in another order."""
+    from megatron_refine.step.refine import _continuations
+
+    stored = load_file(Path(__file__).parent / "golden/official_step/values.safetensors")
+    own = {name.removeprefix(f"case{case}."): t for name, t in stored.items() if name.startswith(f"case{case}.")}
+    length, k = own["tokens"].shape[1], own["rollouts"].shape[-1]
+    for mode in SELECTIONS:
+        found = select_positions(
+            own["entropy"], torch.full((len(own["tokens"]),), length), own[f"u.{mode}"],
+            selection=mode, rollout_len=k, margin=20, temperature=1.0,
+        )  # fmt: skip
+        assert found.equal(own[f"positions.{mode}"]), mode
+    rows: Any = SimpleNamespace(take=lambda index, sequences: own["hidden"][sequences, index])
+    truth, h_true = _continuations(own["tokens"], rows, own["positions.argmin"], k)
+    assert truth.equal(own["truth"]) and h_true.equal(own["h_true"])
+    close: dict[str, Any] = {"rtol": 1e-5, "atol": 5e-7}
+    for name, reward in {"cosine": cosine, "binary": binary, "hybrid": hybrid}.items():
+        earned = reward(own["rollouts"], truth, own["h_pred"], h_true)
+        torch.testing.assert_close(earned, own[f"reward.{name}"], **close)
+    earned = own["reward.hybrid"]
+    torch.testing.assert_close(advantages(earned), own["advantage.hybrid"], rtol=1e-3, atol=1e-5)  # near-equal groups
+    logprobs = own["logprobs"].requires_grad_()
+    terms = policy_terms(logprobs, own["old_logprobs"], own["advantage.hybrid"], 0.2, 0.2, 3.0)
+    torch.testing.assert_close(terms.loss.mean()[None], own["loss"], **close)
+    (gradient,) = torch.autograd.grad(terms.loss.mean(), logprobs)
+    torch.testing.assert_close(gradient, own["grad.logprobs"], **close)
 
 
 def scalar_term(logp: Tensor, old: float, advantage: float, clip: tuple[float, float, float]) -> tuple[Tensor, bool]:

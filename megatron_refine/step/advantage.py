@@ -1,22 +1,38 @@
 """GRPO's group-relative advantage (arXiv 2402.03300, section 4.1; groups as in REFINE's official code)."""
 
+import torch
 from torch import Tensor
+
+# Rewards are computed in fp32. The cosines of rollouts that all repeat the text are 1, up to two such steps apart; with
+# eps = 1e-6 their rounding would still give advantages of 0.2. Any wider spread is taken for real.
+ROUNDING = 4 * torch.finfo(torch.float32).eps
 
 
 def advantages(rewards: Tensor, eps: float = 1e-6) -> Tensor:
-    """(R - mean) / (std + eps) over a group, std unbiased: [B, c, n] -> [B, c, n].
+    """(R - mean) / (std + eps) over a group, std unbiased; exactly 0 where `_equal`: [B, c, n] -> [B, c, n].
 
     With one rollout a position (n = 1) the group is the c positions of a sequence; with more, the n rollouts of a
     position. A group of one keeps its reward (mean 0, std 1).
     """
-    group = rewards.flatten(1) if rewards.shape[2] == 1 else rewards
+    group = _groups(rewards)
     if group.shape[-1] == 1:
         return rewards / (1 + eps)
-    centred = group - group.mean(-1, keepdim=True)
-    return (centred / (group.std(-1, keepdim=True) + eps)).view(rewards.shape)
+    scaled = (group - group.mean(-1, keepdim=True)) / (group.std(-1, keepdim=True) + eps)
+    return scaled.masked_fill(_equal(group)[..., None], 0).view(rewards.shape)
 
 
 def zero_variance_groups(rewards: Tensor) -> Tensor:
-    """Groups whose rewards are all equal, per sequence: they teach nothing. [B, c, n] -> [B] share in [0, 1]."""
-    group = rewards.flatten(1)[:, None] if rewards.shape[2] == 1 else rewards
-    return (group == group[..., :1]).all(-1).float().mean(-1)
+    """Share of groups whose advantages are 0 for want of a spread, per sequence: [B, c, n] -> [B] in [0, 1]."""
+    return _equal(_groups(rewards)).float().mean(-1)
+
+
+def _groups(rewards: Tensor) -> Tensor:
+    """[B, c, n] -> [B, groups, members]."""
+    return rewards.flatten(1)[:, None] if rewards.shape[2] == 1 else rewards
+
+
+def _equal(group: Tensor) -> Tensor:
+    """Groups of several whose rewards differ by no more than the rounding of the largest: [B, g, m] -> [B, g] bool."""
+    low, high = group.aminmax(dim=-1)
+    largest = torch.maximum(low.abs(), high.abs())
+    return (high - low <= ROUNDING * largest) & (group.shape[-1] > 1)
