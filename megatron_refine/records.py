@@ -31,7 +31,9 @@ class Rollouts:
     """What an engine wrote at the selected positions."""
 
     tokens: Tensor  # [B, c, n, k] int64
-    logprobs: Tensor  # [B, c, n, k] fp32, the engine's own: to see how far it is from the trainer, never as old ones
+    # [B, c, n, k] fp32, the engine's own, at the temperature of the draw (1 for greedy ones): to see how far it is from
+    # the trainer, never as old ones
+    logprobs: Tensor
     weight_version: int
 
 
@@ -41,7 +43,7 @@ class Experience:
 
     positions: Tensor  # [B, c] int64
     tokens: Tensor  # [B, c, n, k] int64
-    old_logprobs: Tensor  # [B, c, n, k] fp32, from the training kernels
+    old_logprobs: Tensor  # [B, c, n, k] fp32, from the training kernels, at the temperature of the draw
     advantages: Tensor  # [B, c, n] fp32
     weights: Tensor  # [B, c, n, k] fp32, of tokens in the loss, for the engine's mismatch; 0: masked
     usable: Tensor  # [B] bool: false for rows too short for c positions

@@ -38,7 +38,7 @@ def lane_config(folder: Path, model: str, *overrides: str) -> Config:
         "model": MODELS[model],
         "data": {"seq_length": 192},
         "train": {"precision": "fp32", "global_batch_size": 4, "micro_batch_size": 4, "steps": 4},
-        "refine": {"num_chunks": 4, "num_rollouts": 2, "rollout_len": 5},
+        "refine": {"num_chunks": 4, "num_rollouts": 2, "rollout_len": 5, "rollout_temperature": 0.8},
         "eval": {"sequences": 0},
         "engine": {
             "kind": "sglang", "python": str(PYTHON), "args": SERVER_ARGS, "request_timeout": 60.0, "sync_timeout": 60.0,
@@ -95,7 +95,9 @@ def hash_of(text: str) -> int:
     return zlib.crc32(text.encode())
 
 
-def trainer_logprobs(folder: str, model: str, weights: str, sequences: list[list[int]]) -> list[list[float]]:
+def trainer_logprobs(
+    folder: str, model: str, weights: str, sequences: list[list[int]], temperature: float = 1.0
+) -> list[list[float]]:
     """On a rank: log-probability of every token from the second on, by the trainer with the weights of a folder."""
     from megatron_refine.convert.source import HFSource
     from megatron_refine.trainer import parity
@@ -104,7 +106,11 @@ def trainer_logprobs(folder: str, model: str, weights: str, sequences: list[list
     with trainer(lane_config(Path(folder), model)) as (engine, module):
         parity.load(module, HFSource(Path(weights)), engine.ranks)
         with torch.no_grad():
-            return [score_pass(module, torch.tensor([tokens])).logprobs[0, :-1].tolist() for tokens in sequences]
+            whole = [torch.tensor([tokens]) for tokens in sequences]
+            return [
+                score_pass(module, tokens, torch.full(tokens.shape, temperature)).logprobs[0, :-1].tolist()
+                for tokens in whole
+            ]
 
 
 def random_prompt(length: int, seed: int = 0) -> list[int]:

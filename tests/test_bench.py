@@ -37,7 +37,7 @@ def gradients(config: Config, official: bool) -> Any:
 def test_the_official_scheme_gives_the_gradient_of_the_fused_update(model: str, ranks: Zygote, tmp_path: Path) -> None:
     """Rows of full length and forked states: the same draws, rewards and loss. fp64: products in another order; Muon's
     steps amplify their rounding."""
-    config = parity.small_config(tmp_path, model=model)
+    config = parity.small_config(tmp_path, "refine.rollout_temperature=0.7", model=model)
     fused, official = (ranks(1, gradients, config=config, official=official)[0] for official in (False, True))
     assert max(parity.relative(official, fused).values()) < (1e-7 if "muon" in model else 1e-10)
 
@@ -57,7 +57,8 @@ def written(config: Config) -> Any:
 
 @pytest.mark.parametrize("model", short(["delta_net", "lact"], lambda model: model == "lact"))
 def test_the_official_scheme_writes_the_same_rollouts(model: str, ranks: Zygote, tmp_path: Path) -> None:
-    native, official = ranks(1, written, config=parity.small_config(tmp_path, model=model))[0]
+    config = parity.small_config(tmp_path, "refine.rollout_temperature=0.7", model=model)
+    native, official = ranks(1, written, config=config)[0]
     assert native.positions.equal(official.positions) and native.tokens.equal(official.tokens)
     for name in ("old_logprobs", "advantages"):
         torch.testing.assert_close(getattr(official, name), getattr(native, name), rtol=1e-9, atol=1e-9)

@@ -2,6 +2,7 @@
 
 Logits, log-probabilities and every parameter's gradient, in fp64 and fp32, at tp = 1, 2 and 4, sequence parallelism on
 and off, with activation recomputation, for the packed pass (two-pass update) and for main + branch pass (fused update).
+Branches are scored at the temperature that they were drawn at, the main stream at 1; the slow way divides its logits.
 """
 
 import functools
@@ -34,8 +35,9 @@ LAYOUTS = {
 }
 
 
-def separate(model: Any, b: Any, e: Any) -> tuple[Any, Any]:
-    """Log-probabilities of the main stream and of the branches, from one forward a prefix."""
+def separate(model: Any, b: Any, e: Any, temperature: float = 1.0) -> tuple[Any, Any]:
+    """Log-probabilities of the main stream and of the branches, from one forward a prefix and whole logits; tp 1."""
+    from megatron_refine.models.layout import Branches
     from megatron_refine.trainer import forward
 
     main = forward.main_pass(model, b.tokens).scores.logprobs[:, :-1]
@@ -43,25 +45,27 @@ def separate(model: Any, b: Any, e: Any) -> tuple[Any, Any]:
     for i, j, r in torch.cartesian_prod(*(torch.arange(s) for s in e.tokens.shape[:3])).tolist():
         p = int(e.positions[i, j])
         text = torch.cat([b.tokens[i, :p], e.tokens[i, j, r]])[None]
-        found.append(forward.main_pass(model, text).scores.logprobs[0, p - 1 : -1])
+        rows = forward._rows(model, text, Branches(main_len=text.shape[1])).local[p - 1 : -1, 0]
+        logprobs = (forward.unwrap(model).logits(rows) / temperature).log_softmax(-1)
+        found.append(logprobs.gather(1, e.tokens[i, j, r][:, None])[:, 0])
     return main, torch.stack(found).view(e.tokens.shape)
 
 
-def packed(model: Any, b: Any, e: Any) -> tuple[Any, Any]:
+def packed(model: Any, b: Any, e: Any, temperature: float = 1.0) -> tuple[Any, Any]:
     from megatron_refine.step.refine import _flat
     from megatron_refine.trainer import forward
 
-    return forward.packed_pass(model, b.tokens, e.tokens, *_flat(e.positions))  # type: ignore[return-value]
+    return forward.packed_pass(model, b.tokens, e.tokens, *_flat(e.positions), temperature)  # type: ignore[return-value]
 
 
-def fused(model: Any, b: Any, e: Any) -> tuple[Any, Any]:
+def fused(model: Any, b: Any, e: Any, temperature: float = 1.0) -> tuple[Any, Any]:
     from megatron_refine.step.refine import _flat
     from megatron_refine.trainer import forward
 
     sequences, positions = _flat(e.positions)
     main = forward.main_pass(model, b.tokens)
     states = main.states(sequences, positions)
-    branch = forward.branch_pass(model, forward.Forked(e.tokens, main.rows, sequences, positions, states))
+    branch = forward.branch_pass(model, forward.Forked(e.tokens, main.rows, sequences, positions, states, temperature))
     return main.scores.logprobs[:, :-1], branch.logprobs
 
 
@@ -77,7 +81,7 @@ def run(config: Config, dtype: torch.dtype, names: list[str]) -> dict[str, Any]:
     b, e, results = batch(3), experience(3, dtype), {}
     for name in names:
         model.zero_grad_buffer()
-        main, branch = PASSES[name](model, b, e)
+        main, branch = PASSES[name](model, b, e, TEMPERATURES[dtype])
         terms = policy_terms(branch, e.old_logprobs, e.advantages, 0.2, 0.2, 3.0)
         loss = next_token_sums(main, b.lengths)[0] / 100 + terms.loss.sum()
         (loss * config.parallel.cp).backward()  # as Megatron's schedule does: its reduction divides by dp * cp
@@ -100,6 +104,7 @@ def reference(ranks: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[
 
 # fp64: a few hundred roundings of 1e-16 each; fp32: 1e-7 each, and the same sums in another order
 TOLERANCES = {torch.float64: (1e-10, 1e-10), torch.float32: (2e-5, 1e-4)}
+TEMPERATURES = {torch.float64: 0.7, torch.float32: 1.0}
 
 
 FAMILIES = ("delta_net", "gated_delta_net", "lact", "lact muon")

@@ -31,9 +31,9 @@ NAMES = list(AXES)
 PAIRS = [(a, b) for i, a in enumerate(NAMES) for b in NAMES[i + 1 :] if (a, b) != ("tp2", "tp2sp")]
 LAYOUTS = {a: (2, AXES[a]) for a in NAMES} | {f"{a} {b}": (4, AXES[a] + AXES[b]) for a, b in PAIRS}
 # Adam's first step is about lr * sign(gradient) above eps: a large eps keeps rounding noise from deciding signs
-SETTINGS = ["optimizer.eps=1e-2", "optimizer.clip_grad=1000.0"]
+SETTINGS = ["optimizer.eps=1e-2", "optimizer.clip_grad=1000.0", "refine.rollout_temperature=0.8"]
 KEYS = ("train/loss", "train/ntp_loss", "train/nsp_loss", "train/grad_norm", "train/ratio_mean", "rollout/reward_mean",
-        "rollout/entropy_mean")  # fmt: skip
+        "rollout/entropy_mean", "rollout/logprob_gap_max")  # fmt: skip
 
 
 def steps(config: Config) -> dict[str, Any]:
@@ -93,7 +93,7 @@ def compare(results: list[Any], reference: Any) -> None:
                 if sample in all_drawn:  # of the reference's first micro-batch
                     assert positions.equal(all_drawn[sample][0]) and tokens.equal(all_drawn[sample][1]), (mode, sample)
             for key in KEYS:  # fp32 sums in another order
-                assert metrics[key] == pytest.approx(expected[key], rel=2e-5, abs=1e-6), (mode, key)
+                assert metrics[key] == pytest.approx(expected[key], rel=2e-5, abs=5e-6), (mode, key)
             worst = max(relative(gradients, expected_gradients).items(), key=lambda item: item[1])
             assert worst[1] < 1e-4, (mode, worst)
             worst = max(relative(parameters, expected_parameters).items(), key=lambda item: item[1])

@@ -25,6 +25,7 @@ from tests.test_branches import separate
 from tests.test_step import GradientsOnly
 
 NAN, INF = math.nan, math.inf
+TEMPERATURE = 0.8
 NOISE, MASK, CAP = 0.5, 0.45, 1.2  # 59% of the rollouts have no gap above MASK; a third of their ratios exceed CAP
 
 
@@ -93,7 +94,7 @@ class Noisy:
 
 def noisy_config(folder: Path, *overrides: str) -> Config:
     limits = [f"engine.importance_cap={CAP}", f"engine.mask_gap={MASK}", "engine.stop_gap=1.0"]
-    return small_config(folder, *limits, *overrides)
+    return small_config(folder, f"refine.rollout_temperature={TEMPERATURE}", *limits, *overrides)
 
 
 def noisy_step(config: Config, lost: tuple[int, ...] = ()) -> tuple[Any, Batch, list[Any]]:
@@ -131,7 +132,7 @@ def slow(config: Config) -> Any:
     step.model.zero_grad_buffer()
     ntp, nsp, targets, tokens, rollouts, weights, gaps = torch.tensor(0.0).double(), 0.0, 0, 0, 0, [], []
     for (micro, e), written in zip(explored, step.engine.written, strict=True):
-        main, branch = separate(step.model, micro, e)
+        main, branch = separate(step.model, micro, e, TEMPERATURE)
         for i, length in enumerate(micro.lengths.tolist()):
             ntp, targets = ntp - main[i, : length - 1].sum(), targets + length - 1
             for j, r in itertools.product(range(4), range(2)) if length > 10 else ():

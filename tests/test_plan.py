@@ -10,7 +10,7 @@ from megatron_refine.config import Config, load
 from megatron_refine.estimate.flops import step_flops
 from megatron_refine.estimate.hardware import Hardware
 from megatron_refine.estimate.layouts import layout_of, layouts
-from megatron_refine.estimate.plan import plan, summary, throughput
+from megatron_refine.estimate.plan import plan, summary, throughput, times
 from megatron_refine.estimate.timing import collective_seconds, step_time
 from megatron_refine.estimate.traffic import Traffic
 from megatron_refine.models.family import FAMILIES
@@ -63,8 +63,8 @@ def test_a_pipeline_waits_at_both_ends() -> None:
 def test_layouts_fit_and_are_ranked() -> None:
     config, hardware = large(), Hardware()
     found, refused = layouts(config, 64, hardware)
-    times = [layout.time.total[1] for layout in found]
-    assert times == sorted(times) and all(layout.fits(hardware) for layout in found)
+    slowest = [layout.time.total[1] for layout in found]
+    assert slowest == sorted(slowest) and all(layout.fits(hardware) for layout in found)
     assert any(layout.name == layout_of(config, 64, hardware).name for layout in found)
     assert len({layout.name for layout in found}) == len(found)
     small = layouts(config, 64, Hardware(memory_bytes=24e9))
@@ -73,10 +73,44 @@ def test_layouts_fit_and_are_ranked() -> None:
 
 
 def test_throughput_is_tokens_over_seconds() -> None:
-    layout = layout_of(large(), 64, Hardware())
-    (fast, _), (high, low) = throughput(layout, 64, Hardware())
-    assert fast == pytest.approx(128 * 16384 / layout.time.total[0] / 64)
-    assert 0.1 < low < high < 0.6  # Hardware.fast less what is no matmul
+    """By hand: 128 sequences of 16384 tokens; MFU by the FLOPs of the step that it is, over the peak of all GPUs."""
+    for overrides, kind in (([], "refine"), (["refine.enabled=false"], "ntp"), (["train.precision=fp32"], "refine")):
+        config = large(*overrides)
+        layout = layout_of(config, 64, Hardware())
+        rates, shares = throughput(layout, 64, Hardware())
+        peak = 64 * (67e12 if overrides == ["train.precision=fp32"] else 989e12)
+        flops = getattr(step_flops(config), kind)
+        for i, seconds in enumerate(layout.time.total):
+            assert rates[i] == pytest.approx(128 * 16384 / seconds / 64)
+            assert shares[i] == pytest.approx(flops / seconds / peak)
+        assert layout.time.total[0] < layout.time.total[1]
+    work = step_flops(large())
+    assert work.refine == work.score + work.rollout + work.rescore + work.update > 1.01 * work.ntp
+
+
+def test_times_are_numbers_of_the_layout() -> None:
+    """Every number that the plan shows: seconds a stage, their sum, the ratio, and GPU-hours of all GPUs."""
+    layout = layout_of(large("refine.start_step=7"), 64, Hardware())
+    time, lines = layout.time, times(layout, 64, Hardware()).splitlines()
+    shown = {line[:42].strip(): tuple(map(number, line[42:].split())) for line in lines[1:]}
+    near = {"rel": 6e-3}  # three digits
+    for name, seconds in time.stages.items():
+        assert shown[f"{name}, s"] == pytest.approx(seconds, **near), name
+    total = [sum(stage[i] for stage in time.stages.values()) for i in (0, 1)]
+    assert shown["REFINE step, s"] == pytest.approx(tuple(total), **near) and shown["NTP step, s"] == pytest.approx(
+        time.ntp, **near
+    )
+    assert shown["REFINE / NTP"] == pytest.approx([total[i] / time.ntp[i] for i in (0, 1)], abs=6e-3)
+    hours = [100 * seconds * 64 / 3600 for seconds in total]  # 100 steps on 64 GPUs
+    assert shown["GPU-hours of 100 steps"] == pytest.approx(hours, **near)
+    assert f"{hours[0]:,.3g} to {hours[1]:,.3g} GPU-hours" in summary(layout.config, 64, Hardware())
+    rates, shares = throughput(layout, 64, Hardware())
+    assert shown["tokens/s a GPU"] == pytest.approx(rates, abs=0.6)
+    assert shown["MFU"] == pytest.approx([100 * share for share in shares], abs=0.6)
+
+
+def number(word: str) -> float:
+    return float(word.rstrip("%").replace(",", ""))
 
 
 def test_the_plan_names_everything() -> None:

@@ -123,12 +123,13 @@ def test_draws_follow_the_softmax_at_any_layout(temperature: float, ranks: Zygot
     counts = torch.bincount(first["tokens"], minlength=VOCAB)
     assert len(counts) == VOCAB  # no id of the padding
     assert chi_square(counts, DRAWS * (logits[0] / temperature).softmax(-1)) > SIGNIFICANCE
-    truth = logits[:1].log_softmax(-1).expand(DRAWS, -1).gather(1, first["tokens"][:, None])[:, 0]
+    scaled = logits[:1] / temperature
+    truth = scaled.log_softmax(-1).expand(DRAWS, -1).gather(1, first["tokens"][:, None])[:, 0]
     cumulative = (logits / temperature).softmax(-1).cumsum(-1)
     uniforms = random.uniform(6, torch.arange(ROWS))
     assert torch.equal(first["spread"], (cumulative <= uniforms[:, None]).sum(-1))
     for other in results:
-        torch.testing.assert_close(other["logprobs"], truth, **EXACT)  # at temperature 1 whatever that of the draw
+        torch.testing.assert_close(other["logprobs"], truth, **EXACT)  # at that of the draw
         for name in ("tokens", "spread", "ends"):
             assert torch.equal(other[name], first[name])
     assert first["ends"].tolist() == [[0] * ROWS, [VOCAB - 1] * ROWS]

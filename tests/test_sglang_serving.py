@@ -24,15 +24,15 @@ class Served:
     server: Server
     model: str
     weights: Path
-    score: Callable[[list[list[int]]], list[list[float]]]
+    score: Callable[..., list[list[float]]]
 
     def generate(self, prompts: list[list[int]], **body: Any) -> list[dict[str, Any]]:
         body = {"sampling_params": SAMPLING, "return_logprob": True} | body
         return self.server.client.generate(input_ids=prompts, **body)
 
-    def gap(self, prompts: list[list[int]], answers: list[dict[str, Any]]) -> float:
+    def gap(self, prompts: list[list[int]], answers: list[dict[str, Any]], temperature: float = 1.0) -> float:
         """Largest difference in nats between the answers' log-probabilities and the trainer's."""
-        ours = self.score([p + a["output_ids"] for p, a in zip(prompts, answers, strict=True)])
+        ours = self.score([p + a["output_ids"] for p, a in zip(prompts, answers, strict=True)], temperature)
         return lane.largest_gap(ours, prompts, answers)
 
 
@@ -43,9 +43,9 @@ def served(request: pytest.FixtureRequest, ranks: Zygote, tmp_path_factory: pyte
     ranks(1, lane.export, folder=str(folder), model=model, target=str(folder / "hf"))
     weights = folder / "hf/weights"
 
-    def score(sequences: list[list[int]]) -> list[list[float]]:
+    def score(sequences: list[list[int]], temperature: float = 1.0) -> list[list[float]]:
         arguments = {"folder": str(folder), "model": model, "weights": str(weights), "sequences": sequences}
-        return ranks(1, lane.trainer_logprobs, **arguments)[0]
+        return ranks(1, lane.trainer_logprobs, **arguments, temperature=temperature)[0]
 
     from megatron_refine.engine.fleet import Fleet
 
@@ -71,10 +71,16 @@ def test_scores_of_a_prompt(served: Served) -> None:
     assert max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) < lane.TOLERANCE
 
 
-def test_logprobs_are_of_temperature_one(served: Served) -> None:
+@pytest.mark.parametrize("temperature", [2.5, 0.5, 0.0])
+def test_logprobs_are_of_the_temperature_of_the_draw(served: Served, temperature: float) -> None:
+    """Those of what it writes, greedily at 1; those of the prompt at 1."""
     prompts = [lane.random_prompt(n, seed=2) for n in (5, 90)]
-    answers = served.generate(prompts, sampling_params=SAMPLING | {"temperature": 2.5})
-    assert served.gap(prompts, answers) < lane.TOLERANCE
+    sampling = SAMPLING | {"temperature": temperature}
+    answers = served.generate(prompts, sampling_params=sampling, logprob_start_len=0)
+    assert served.gap(prompts, answers, temperature or 1.0) < lane.TOLERANCE
+    for prompt, answer in zip(prompts, answers, strict=True):
+        theirs = [entry[0] for entry in answer["meta_info"]["input_token_logprobs"][1:]]
+        assert theirs == pytest.approx(served.score([prompt])[0], abs=lane.TOLERANCE)
 
 
 def test_a_finished_request_is_continued_from_its_state(served: Served) -> None:

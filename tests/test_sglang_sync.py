@@ -54,14 +54,14 @@ def gaps_of_rollouts(engine: Any, model: Any, step: int = 0) -> list[float]:
 
     found = batch(4, 192, vocab=509)
     positions = torch.tensor([[10, 63, 64, 150], [1, 2, 65, 180], [20, 20, 21, 130], [5, 70, 128, 187]])
-    request = RolloutRequest(found.tokens, positions, found.sample_ids, 2, 5, 1.0, 1, step, None)
+    request = RolloutRequest(found.tokens, positions, found.sample_ids, 2, 5, 0.8, 1, step, None)
     rollouts = engine.rollout(request)
     gaps = []
     for i in range(4):
         for j, p in enumerate(positions[i].tolist()):
             written = rollouts.tokens[i, j]  # [n, k]
             whole = torch.cat([found.tokens[i, :p].expand(2, -1), written], 1)
-            ours = score_pass(model, whole).logprobs[:, p - 1 : p + 4]
+            ours = score_pass(model, whole, torch.full(whole.shape, 0.8)).logprobs[:, p - 1 : p + 4]
             gaps.append((ours - rollouts.logprobs[i, j]).abs())
     everything = torch.stack(gaps)
     return [float(everything.mean()), float(everything.max())]

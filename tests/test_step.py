@@ -105,8 +105,9 @@ def test_native_rollouts_agree_with_the_trainer(ranks: Any, tmp_path: Path, layo
     for _, tokens, gap, greedy in ranks(world, rollouts, config=config, temperature=0.0):
         assert tokens[:, :, 0].equal(greedy) and tokens[:, :, 1].equal(greedy)
         assert gap.max() < 1e-5  # fp32 log-probabilities of size 5, summed in another order
-    for _, _, gap, _ in ranks(world, rollouts, config=config, temperature=1.0):
-        assert gap.max() < 1e-5
+    for temperature in (1.0, 0.5):
+        for _, _, gap, _ in ranks(world, rollouts, config=config, temperature=temperature):
+            assert gap.max() < 1e-5 / temperature
 
 
 def test_rollouts_are_the_same_at_every_layout(ranks: Any, tmp_path: Path) -> None:

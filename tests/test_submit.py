@@ -216,7 +216,7 @@ def test_engine_nodes_follow_those_that_train(tmp_path: Path) -> None:
         (["--nodes", "0"], "--nodes=0: must be 1 or more"),
         (["--nodes", "3"], r"train\.global_batch_size=4 is no multiple of"),
         (["--engine-nodes", "1"], r"--engine-nodes=1: engine\.kind is native; set it to sglang"),
-        (["--engine-nodes", "1", "engine.kind=sglang", "engine.urls=[http://a:1]"], "engine.python is missing"),
+        (["--engine-nodes", "1", "engine.kind=sglang", "engine.urls=[http://a:1]"], "engine.urls names servers that"),
         (["optimizer.lrr=1"], r"optimizer\.lrr: unknown key; did you mean optimizer\.lr\?"),
     ],
 )

@@ -26,7 +26,7 @@ LAYOUTS = {
     "tp2 sp pp2": (4, ["parallel.tp=2", "parallel.sp=true", "parallel.pp=2"]),
 }
 # Adam's first step is about lr * sign(gradient) above eps: a large eps keeps rounding noise from deciding signs
-SETTINGS = ["optimizer.eps=1e-2", "optimizer.clip_grad=1000.0"]
+SETTINGS = ["optimizer.eps=1e-2", "optimizer.clip_grad=1000.0", "refine.rollout_temperature=1.3"]
 
 
 def four_sequences() -> Batch:

@@ -111,12 +111,15 @@ class OfficialStep(RefineStep):
 
     def _rescore(self, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """[R, T] -> log-probabilities [R, k] of what follows each prefix, and the hidden states after it [R, k, h]."""
-        with unpadded(self.model, lengths + self.config.refine.rollout_len):
-            main = forward.main_pass(self.model, tokens)
-        main.handles.clear()
-        after = lengths[:, None] + torch.arange(self.config.refine.rollout_len, device=lengths.device)
+        c = self.config.refine
+        with unpadded(self.model, lengths + c.rollout_len):
+            rows, handles = forward.prefill(self.model, tokens)
+        handles.clear()
+        at = torch.full(tokens.shape, head.scored_at(c.rollout_temperature), device=tokens.device, dtype=torch.float64)
+        scores = forward.score_main(rows, tokens, at)
+        after = lengths[:, None] + torch.arange(c.rollout_len, device=lengths.device)
         row = torch.arange(len(tokens), device=lengths.device)[:, None]
-        return main.scores.logprobs[row, after - 1], main.rows.take(after, row)
+        return scores.logprobs[row, after - 1], rows.take(after, row)
 
     def _policy_items(self, batch: Batch, record: Experience, count: float) -> Iterator[Prefixes]:
         n = self.config.refine.num_rollouts

@@ -170,7 +170,7 @@ class Refine(Section):
     temperature: float = Field(1.0, gt=0, description="of the selection's softmax")
     margin: int = Field(20, ge=1, description="tokens at either end where no rollout starts")
     reward: str = Field("cosine", description="cosine, binary, hybrid or an import path module:function")
-    rollout_temperature: float = Field(1.0, ge=0, description="of the rollouts; 0: greedy")
+    rollout_temperature: float = Field(1.0, ge=0, description="of the rollouts and of their probabilities; 0: greedy")
     advantage_eps: float = Field(1e-6, gt=0, description="added to the group's standard deviation")
     ntp_coef: float = Field(1.0, ge=0)
     nsp_coef: float = Field(0.2, ge=0)

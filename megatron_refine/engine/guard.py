@@ -15,7 +15,7 @@ from megatron_refine.config import Config
 from megatron_refine.engine.checksum import checksum
 from megatron_refine.engine.errors import ServerError
 from megatron_refine.engine.server import Server
-from megatron_refine.trainer import forward
+from megatron_refine.trainer import forward, head
 
 PROMPT, CONTINUATION = 70, 6  # tokens: past a chunk of the kernels, and some of decoding
 BY_ROWS = ("o_proj.weight", "down_proj.weight")  # cut along their columns over a server's tp
@@ -62,7 +62,10 @@ def compare_checksums(url: str, found: Sums, expected: Sums) -> None:
 
 
 def ask_probe(server: Server, config: Config, label: str) -> tuple[list[int], list[float]]:
-    """The probe's tokens and their log-probabilities, from the second token on. Raises ServerError."""
+    """The probe's tokens and their log-probabilities, from the second token on. Raises ServerError.
+
+    A server scores a prompt at temperature 1, what it wrote at that of the rollouts.
+    """
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(0, config.model.vocab_size, (PROMPT,), generator=generator).tolist()
     sampling = {"max_new_tokens": CONTINUATION, "temperature": config.refine.rollout_temperature, "ignore_eos": True}
@@ -89,7 +92,9 @@ def check_probes(model: nn.Module, config: Config, answers: list[tuple[str, list
     Raises ServerError, on all ranks alike, where the mean gap of a server exceeds engine.probe_gap.
     """
     tokens = torch.tensor([tokens for _, tokens, _ in answers], device=platform.device())
-    ours = forward.score_pass(model, tokens).logprobs[:, :-1].cpu()
+    at = torch.ones(tokens.shape, dtype=torch.float64, device=tokens.device)
+    at[:, PROMPT - 1 :] = head.scored_at(config.refine.rollout_temperature)  # rows that predict the continuation
+    ours = forward.score_pass(model, tokens, at).logprobs[:, :-1].cpu()
     limit = config.engine.probe_gap or DEFAULT_GAP[config.train.precision]
     for (url, _, theirs), own in zip(answers, ours, strict=True):
         gap = float((own - torch.tensor(theirs, dtype=own.dtype)).abs().mean())

@@ -99,8 +99,8 @@ def environment(engine: Engine) -> dict[str, str]:
         name: value for name, value in os.environ.items()
         if name not in NOT_INHERITED and not name.startswith(("TORCHELASTIC_", "SLURM_"))
     }  # fmt: skip
-    # log-probabilities at temperature 1, whatever a rollout was drawn at
-    kept |= {"SGLANG_RETURN_ORIGINAL_LOGPROB": "1", "HF_HUB_OFFLINE": "1"}
+    # log-probabilities at the temperature that a token was drawn at, as the trainer's; not at 1
+    kept |= {"SGLANG_RETURN_ORIGINAL_LOGPROB": "0", "HF_HUB_OFFLINE": "1"}
     if not platform.has_gpu():
         kept |= {"SGLANG_USE_CPU_ENGINE": "1"} | CPU_MEMORY
         if engine.tp > 1:  # without it SGLang wants a NUMA node for each

@@ -39,10 +39,10 @@ class Job:
         engine = self.config.engine
         if self.engine_nodes and engine.kind != "sglang":
             raise ConfigError(f"--engine-nodes={self.engine_nodes}: engine.kind is {engine.kind}; set it to sglang")
-        if self.engine_nodes and not engine.python:
-            raise ConfigError("--engine-nodes: engine.python is missing: name the interpreter that has SGLang")
         if self.engine_nodes and engine.urls:
             raise ConfigError("--engine-nodes: engine.urls names servers that run already; leave out one of the two")
+        if self.engine_nodes and not engine.python:
+            raise ConfigError("--engine-nodes: engine.python is missing: name the interpreter that has SGLang")
         for text in (f"run.dir={self.run_dir}", f"--name={self.name}", *map(_folder, self.points)):
             if re.search(r"[\\\n\r]", text):
                 raise ConfigError(f"{text!r}: a job cannot have a backslash or a new line in it; choose another")

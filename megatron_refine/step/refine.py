@@ -33,7 +33,7 @@ class Outputs:
     """What the loss is computed from. In the graph of the pass that made it."""
 
     main_logprobs: Tensor  # [B, T-1]
-    branch_logprobs: Tensor | None = None  # [B, c, n, k]; None: next-token prediction only
+    branch_logprobs: Tensor | None = None  # [B, c, n, k], as Experience's old ones; None: next-token prediction only
     experience: Experience | None = None
 
 
@@ -113,6 +113,7 @@ class RefineStep:
         self, batches: list[Batch], step: int, keep_graph: bool, temperature: float | None = None
     ) -> list[tuple[Explored, Outputs]]:
         """`explore` of micro-batches that pass through the pipeline stages one behind the other."""
+        temperature = self.config.refine.rollout_temperature if temperature is None else temperature
         with self.clock("score"), torch.set_grad_enabled(keep_graph):
             mains = forward.main_passes(self.model, [batch.tokens for batch in batches])
         written, positions = list[Rollouts](), list[Tensor]()
@@ -125,7 +126,7 @@ class RefineStep:
             with self.clock("rollout"), torch.no_grad():
                 rollouts = self.engine.rollout(self._request(batch, positions[-1], fork, step, temperature))
             written.append(rollouts)
-            forks.append(forward.Forked(rollouts.tokens, main.rows, sequences, starts, fork.states))
+            forks.append(forward.Forked(rollouts.tokens, main.rows, sequences, starts, fork.states, temperature))
         with self.clock("rescore"), torch.set_grad_enabled(keep_graph):
             branches = forward.branch_passes(self.model, forks)
         found = zip(batches, positions, mains, written, branches, strict=True)
@@ -159,10 +160,9 @@ class RefineStep:
         )  # fmt: skip
 
     def _request(
-        self, batch: Batch, positions: Tensor, fork: Fork, step: int, temperature: float | None
+        self, batch: Batch, positions: Tensor, fork: Fork, step: int, temperature: float
     ) -> RolloutRequest:
         c = self.config.refine
-        temperature = c.rollout_temperature if temperature is None else temperature
         return RolloutRequest(
             batch.tokens, positions, batch.sample_ids, c.num_rollouts, c.rollout_len, temperature,
             self.config.run.seed, step, fork,
@@ -180,7 +180,8 @@ class RefineStep:
     def _packed(self, model: nn.Module, item: Item) -> Any:
         e = item.experience
         assert e is not None
-        output = forward.packed_pass(model, item.batch.tokens, e.tokens, *_flat(e.positions))
+        temperature = self.config.refine.rollout_temperature
+        output = forward.packed_pass(model, item.batch.tokens, e.tokens, *_flat(e.positions), temperature)
         return Outputs(*output, e) if isinstance(output, tuple) else output
 
     def _update(

@@ -4,6 +4,8 @@ Position convention, everywhere: p is the number of main tokens before a branch.
 is read from main row p-1, that of token j > 0 from branch row j-1. All k tokens are fed, so that branch row j is the
 hidden state after token j.
 
+Branch tokens are scored at the temperature that they were drawn at, main tokens at 1: row p-1 has targets of both.
+
 Context parallel ranks hold a part of a pass's rows each (trainer/rows.py). Passes without gradient cross pipeline
 stages by themselves (trainer/pipeline.py); `ntp_pass` and `packed_pass` run in Megatron's schedules.
 """
@@ -51,12 +53,13 @@ class Forked:
     sequences: Tensor  # [P]
     positions: Tensor  # [P]
     states: dict[int, Any]  # of the P positions, by layer
+    temperature: float = 1.0  # that the tokens were drawn at; 0: greedily
 
 
 @dataclass(frozen=True)
 class BranchPass:
     hidden: Tensor  # [B, c, n, k, hidden], no gradient
-    logprobs: Tensor  # [B, c, n, k]
+    logprobs: Tensor  # [B, c, n, k], `head.scored_at` the temperature
 
 
 def main_pass(model: nn.Module, tokens: Tensor) -> MainPass:
@@ -84,10 +87,13 @@ def prefill(model: nn.Module, tokens: Tensor, link: Link | None = None) -> tuple
     return rows, handles
 
 
-def score_pass(model: nn.Module, tokens: Tensor) -> head.Scores:
-    """tokens [B, T] -> the scores of `main_pass`, without what its handles pin of every layer."""
+def score_pass(model: nn.Module, tokens: Tensor, temperature: Tensor | None = None) -> head.Scores:
+    """tokens [B, T] -> the scores of `main_pass`, without what its handles pin of every layer.
+
+    temperature: [B, T] of the rows' distributions; None: 1.
+    """
     rows = _rows(model, tokens, Branches(main_len=tokens.shape[1]))
-    return _on_all_stages(rows, partial(score_main, rows, tokens), tokens.shape)
+    return _on_all_stages(rows, partial(score_main, rows, tokens, temperature), tokens.shape)
 
 
 def ntp_pass(model: nn.Module, tokens: Tensor) -> Any:
@@ -98,10 +104,11 @@ def ntp_pass(model: nn.Module, tokens: Tensor) -> Any:
     return {"logprobs": score_main(Rows(unwrap(model), output["rows"]), tokens).logprobs[:, :-1]}
 
 
-def score_main(rows: Rows, tokens: Tensor) -> head.Scores:
-    """Scores [B, T] of each next token of tokens [B, T], on the last stage."""
-    shape = tokens.T.shape
-    flat = score(rows.model, [rows.span(shape[0])], F.pad(tokens[:, 1:], (0, 1)).T.flatten())
+def score_main(rows: Rows, tokens: Tensor, temperature: Tensor | None = None) -> head.Scores:
+    """Scores [B, T] of each next token of tokens [B, T], on the last stage; temperature as for `score_pass`."""
+    shape, targets = tokens.T.shape, F.pad(tokens[:, 1:], (0, 1)).T.flatten()
+    at = None if temperature is None else temperature.T.flatten()
+    flat = score(rows.model, [rows.span(shape[0])], targets, at)
     return head.Scores(*(value.unflatten(0, shape).T for value in vars(flat).values()))
 
 
@@ -128,7 +135,7 @@ def _score_branches(forked: Forked, rows: Rows) -> BranchPass:
 
     def scores() -> head.Scores:
         pieces = _branch_pieces(forked.main, rows, 0, tokens, forked.sequences, forked.positions)
-        return score(rows.model, pieces, _branch_targets(tokens))
+        return score(rows.model, pieces, _branch_targets(tokens), _temperatures(0, tokens, forked.temperature))
 
     logprobs = _on_all_stages(rows, scores, torch.Size([tokens.numel()])).logprobs
     sequence = torch.arange(len(tokens), device=tokens.device)[:, None]
@@ -137,11 +144,11 @@ def _score_branches(forked: Forked, rows: Rows) -> BranchPass:
 
 
 def packed_pass(
-    model: nn.Module, tokens: Tensor, branches: Tensor, sequences: Tensor, positions: Tensor
+    model: nn.Module, tokens: Tensor, branches: Tensor, sequences: Tensor, positions: Tensor, temperature: float = 1.0
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Main and branch rows in one forward.
 
-    Args: tokens [B, T]; branches [B, c, n, k]; sequences, positions [P].
+    Args: tokens [B, T]; branches [B, c, n, k], drawn at `temperature`; sequences, positions [P].
     Returns: log-probabilities [B, T-1] of the main stream and [B, c, n, k] of the branches; before the last pipeline
     stage, the hidden rows that Megatron's schedule sends on.
     """
@@ -157,8 +164,9 @@ def packed_pass(
     rows = Rows(unwrap(model), output["rows"])
     pieces = [rows.span(main_len - 1), *_branch_pieces(rows, rows, main_len, branches, sequences, positions)]
     targets = torch.cat([tokens[:, 1:].T.flatten(), _branch_targets(branches)])
-    scored = score(rows.model, pieces, targets).logprobs
-    main, forked = scored.split([targets.numel() - branches.numel(), branches.numel()])
+    count = targets.numel() - branches.numel()
+    scored = score(rows.model, pieces, targets, _temperatures(count, branches, temperature)).logprobs
+    main, forked = scored.split([count, branches.numel()])
     return main.view(-1, batch).T, _by_branch(forked, branches.shape)
 
 
@@ -193,6 +201,15 @@ def _branch_pieces(
 def _branch_targets(tokens: Tensor) -> Tensor:
     """Branch tokens [B, c, n, k] in the order of `_branch_pieces`."""
     return torch.cat([tokens[..., 0].flatten(), tokens[..., 1:].flatten()])
+
+
+def _temperatures(main: int, branches: Tensor, temperature: float) -> Tensor | None:
+    """Of `main` targets of the main stream, then of those of the branches; None: 1 for all."""
+    value = head.scored_at(temperature)
+    if value == 1:
+        return None
+    ones = torch.ones(main, dtype=torch.float64, device=branches.device)
+    return torch.cat([ones, ones.new_full((branches.numel(),), value)])
 
 
 def _by_branch(values: Tensor, shape: torch.Size) -> Tensor:

@@ -27,19 +27,31 @@ class Scores:
     correct: Tensor  # [R] bool: the target has the highest logit
 
 
-def score(model: RefineModel, rows: Tensor, targets: Tensor) -> Scores:
-    """Log-probability of `targets` [R] after `rows` [R, hidden], and the entropy of the whole distribution."""
+def scored_at(temperature: float) -> float:
+    """The temperature at which tokens are scored that were drawn at `temperature`: the same, but 1 for greedy ones."""
+    return temperature or 1.0
+
+
+def score(model: RefineModel, rows: Tensor, targets: Tensor, temperature: Tensor | None = None) -> Scores:
+    """Log-probability of `targets` [R] after `rows` [R, hidden], and the entropy of the whole distribution.
+
+    temperature: [R] of each row's distribution; None: 1.
+    """
     weight = model.shared_embedding_or_output_weight()
     size = max(1, CHUNK_ELEMENTS // weight.shape[0])
-    chunks = zip(rows.split(size), targets.split(size), strict=True)
     group = model.pg_collection.tp
 
-    def chunk_scores(chunk: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return _VocabParallelScores.apply(model.logits(chunk), wanted, group)
+    def chunk_scores(chunk: Tensor, wanted: Tensor, at: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        return _VocabParallelScores.apply(model.logits(chunk, at), wanted, group)
 
     if len(rows) <= size:  # one chunk: keeping it stays within the bound
-        return Scores(*chunk_scores(rows, targets))
-    parts = [checkpoint(chunk_scores, *pair, use_reentrant=False, preserve_rng_state=False) for pair in chunks]
+        return Scores(*chunk_scores(rows, targets, temperature))
+    chunks = rows.split(size)
+    at = [None] * len(chunks) if temperature is None else temperature.split(size)
+    parts = [
+        checkpoint(chunk_scores, *given, use_reentrant=False, preserve_rng_state=False)
+        for given in zip(chunks, targets.split(size), at, strict=True)
+    ]
     return Scores(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
@@ -79,27 +91,26 @@ def sample(model: RefineModel, rows: Tensor, uniform: Tensor, temperature: float
 
     Sums run in fp64, in the order of the ids whatever tp is, so that a layout changes a draw only where rounding of a
     logit does. Temperature 0 takes the highest logit, the lowest id of equal ones.
-    Returns: tokens [R], their log-probabilities [R] at temperature 1.
+    Returns: tokens [R], their log-probabilities [R], `scored_at` the temperature.
     """
     logits, group = model.logits(rows), model.pg_collection.tp
     rank = group.rank()
     highest, first = logits.max(-1)  # the first of equal ones
-    shifted = (logits - highest[:, None]).double()
-    cumulative = (shifted / (temperature or 1.0)).exp().cumsum(-1)
-    plain = cumulative[:, -1] if temperature == 1 else shifted.exp().sum(-1)
-    mine = torch.stack([highest.double(), cumulative[:, -1], plain])
-    tops, sums, plain_sums = _gather(mine, group).unbind(1)  # of each rank's logits, [tp, R]
+    shifted = (logits - highest[:, None]).double() / scored_at(temperature)
+    cumulative = shifted.exp().cumsum(-1)
+    mine = torch.stack([highest.double() / scored_at(temperature), cumulative[:, -1]])
+    tops, sums = _gather(mine, group).unbind(1)  # of each rank's logits, [tp, R]
     offsets = tops - tops.amax(0)  # of each rank's highest logit below the highest of all
+    scales = offsets.exp()
     if temperature == 0:
         owner, index = (offsets == 0).int().argmax(0), first
     else:
-        scales = (offsets / temperature).exp()
         owner, index = _invert_cdf(cumulative * scales[rank, :, None], sums * scales, uniform.double(), rank)
     drawn = shifted.gather(1, index[:, None])[:, 0] + offsets[rank]
     token = (index + rank * logits.shape[1]).clamp(max=model.real_vocab - 1)
     candidates = _gather(torch.stack([token.double(), drawn]), group)  # ids are exact in fp64
     token, drawn = candidates[owner, :, torch.arange(len(owner), device=owner.device)].unbind(-1)
-    total = (plain_sums * offsets.exp()).sum(0)
+    total = (sums * scales).sum(0)
     return token.long(), (drawn - total.log()).to(logits.dtype)
 
 

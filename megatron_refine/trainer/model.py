@@ -53,11 +53,16 @@ class RefineModel(GPTModel):
             rows = copy_to_tensor_model_parallel_region(hidden_states, group=self.pg_collection.tp)
         return {"rows": rows}
 
-    def logits(self, rows: Tensor) -> Tensor:
-        """Complete rows [R, hidden] -> this rank's logits [R, V/tp], at least fp32; padding ids at a very low value."""
+    def logits(self, rows: Tensor, temperature: Tensor | None = None) -> Tensor:
+        """Complete rows [R, hidden] -> this rank's logits [R, V/tp], at least fp32; padding ids at a very low value.
+
+        temperature [R] divides them: in their precision, not in that of the rows.
+        """
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         logits = self.output_layer(rows[:, None], weight=weight)[0][:, 0]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if temperature is not None:
+            logits = logits / temperature[:, None].to(logits.dtype)
         real = self.real_vocab - self.pg_collection.tp.rank() * logits.shape[1]
         if real < logits.shape[1]:
             padding = torch.arange(logits.shape[1], device=logits.device) >= real

@@ -76,17 +76,20 @@ class Rows:
         return self.local, (start, start + len(self.local))
 
 
-def score(model: RefineModel, pieces: Sequence[Held], targets: Tensor) -> head.Scores:
+def score(
+    model: RefineModel, pieces: Sequence[Held], targets: Tensor, temperature: Tensor | None = None
+) -> head.Scores:
     """Scores of `targets` [N], one for each row of the pieces in turn, on all context parallel ranks.
 
-    Each rank computes the whole loss from them; a row's gradient goes to the rank that holds it.
+    temperature: [N] of the rows' distributions; None: 1. Each rank computes the whole loss from them; a row's gradient goes to the rank that holds it.
     """
     rows = torch.cat([piece.rows for piece in pieces])
     if all(piece.places is None for piece in pieces):
-        return head.score(model, rows, targets)
+        return head.score(model, rows, targets, temperature)
     whole = _joined(pieces)
     assert whole.places is not None
-    found = head.score(model, rows, targets[whole.places])
+    at = None if temperature is None else temperature[whole.places]
+    found = head.score(model, rows, targets[whole.places], at)
     columns = [found.logprobs, found.entropy, found.correct.to(found.logprobs.dtype)]
     logprobs, entropy, correct = everywhere(model, torch.stack(columns, 1), whole).unbind(1)
     return head.Scores(logprobs, entropy.detach(), correct > 0)
