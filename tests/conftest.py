@@ -1,7 +1,11 @@
 """Fixtures of all tests."""
 
+import json
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
 
@@ -10,6 +14,8 @@ import pytest  # noqa: E402
 from tests import sglang_lane, slurm_cluster  # noqa: E402
 from tests.zygote import Zygote  # noqa: E402
 
+Answer = Callable[[str, Any], tuple[int, Any]]
+
 
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Zygote]:
@@ -17,6 +23,36 @@ def ranks() -> Iterator[Zygote]:
     zygote = Zygote()
     yield zygote
     zygote.close()
+
+
+@pytest.fixture
+def scripted() -> Iterator[Callable[[Answer], str]]:
+    """`scripted(answer)`: the URL of a server that answers a path and a body as the function says (bytes: no JSON)."""
+    servers: list[ThreadingHTTPServer] = []
+
+    def start(answer: Answer) -> str:
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers.get("content-length", 0)))
+                status, content = answer(self.path, json.loads(body or b"null"))
+                self.send_response(status)
+                raw = isinstance(content, bytes)
+                self.send_header("content-type", "application/octet-stream" if raw else "application/json")
+                self.end_headers()
+                self.wfile.write(content if raw else json.dumps(content).encode())
+
+            do_GET = do_OPTIONS = do_POST
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        servers.append(ThreadingHTTPServer(("127.0.0.1", 0), Handler))
+        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{servers[-1].server_port}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

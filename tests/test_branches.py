@@ -9,6 +9,7 @@ import functools
 import itertools
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -180,13 +181,27 @@ def test_branch_logits_equal_separate_forwards(ranks: Any, tmp_path: Path, layou
     assert max(ranks(world, logits, config=config)) < 2e-5  # fp32, of max(1, largest logit)
 
 
-def detached(config: Config) -> tuple[str, float]:
-    """On a rank: what the guard says of detached states, and how wrong their gradients would be."""
+def detached(config: Config) -> tuple[str, float, int]:
+    """On a rank: what the guard says of detached states, how wrong their gradients would be, and of how many tensors it
+    lets one pass that is detached alone."""
     from megatron_refine.trainer import forward
 
     model, _ = build(config, torch.float64)
     b, e = batch(3), experience(3, torch.float64)
-    message = ""
+    message, missed = "", 0
+    main = forward.main_pass(model, b.tokens)
+    states = main.states(torch.arange(3), torch.tensor([10, 70, 100]))
+    everything = {layer: state.tensors() for layer, state in states.items()}
+    forward._check_graph(states)
+    for layer, i in [(layer, i) for layer, tensors in everything.items() for i in range(len(tensors))]:
+        one = {name: list(tensors) for name, tensors in everything.items()}
+        one[layer][i] = one[layer][i].detach()
+        given = {name: SimpleNamespace(tensors=lambda tensors=tensors: tensors) for name, tensors in one.items()}
+        try:
+            forward._check_graph(given)
+            missed += 1
+        except AssertionError:
+            pass
 
     def gradients(detach: bool) -> Any:
         nonlocal message
@@ -206,12 +221,12 @@ def detached(config: Config) -> tuple[str, float]:
         return full_gradients(model)
 
     errors = relative(gradients(True), gradients(False))
-    return message, max(errors.values())
+    return message, max(errors.values()), missed
 
 
 def test_detached_states_are_refused_and_would_be_wrong(ranks: Any, tmp_path: Path) -> None:
-    message, error = ranks(1, detached, config=small_config(tmp_path))[0]
-    assert "detached" in message
+    message, error, missed = ranks(1, detached, config=small_config(tmp_path))[0]
+    assert "detached" in message and not missed
     assert error > 0.1  # so the gradient tests above would see it
 
 

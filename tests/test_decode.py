@@ -31,14 +31,14 @@ def replayed(run: Any) -> Any:
 
 
 def decoded(config: Config) -> Any:
-    """On a rank: rollouts of three micro-batches, plain and recorded, and the number of recordings; or None."""
+    """On a rank: rollouts of four micro-batches, plain and recorded, and the number of recordings; or None."""
     from megatron_refine.engine import decode
     from megatron_refine.trainer import forward
 
     model, _ = parity.build(config, torch.float64)
     platform.record = replayed
     graphs, results = decode.DecodeGraphs(model), []
-    for seed, chunks in ((0, 4), (1, 4), (2, 3)):
+    for seed, chunks, temperature in ((0, 4, 0.7), (1, 4, 0.7), (2, 3, 0.7), (1, 4, 1.5)):
         b, generator = parity.batch(2, seed=seed), torch.Generator().manual_seed(seed)
         positions = torch.randint(6, 180, (2, chunks), generator=generator)
         sequences = torch.arange(2).repeat_interleave(chunks)
@@ -48,19 +48,20 @@ def decoded(config: Config) -> Any:
             states = main.states(sequences, positions.flatten())
         if not decode.recordable(states):
             return None
-        given = states, hidden, torch.rand(5, 2 * chunks, generator=generator, dtype=torch.float64), 0.7
+        given = states, hidden, torch.rand(5, 2 * chunks, generator=generator, dtype=torch.float64), temperature
         results.append((decode.decode(model, *given), graphs(*given)))
     return results, len(graphs._recorded)
 
 
 @pytest.mark.parametrize("model", ["delta_net", "gated_delta_net"])
 def test_recorded_decoding_gives_the_same_rollouts(model: str, ranks: Zygote, tmp_path: Path) -> None:
-    """Later requests of a shape replay the first one's recording; results of earlier ones stay as they were."""
+    """Later requests of a shape and temperature replay the first one's recording; earlier results stay as they were."""
     results, recordings = ranks(1, decoded, config=parity.small_config(tmp_path, model=model))[0]
-    assert recordings == 2
+    assert recordings == 3
     for plain, recorded in results:
         assert all(a.equal(b) for a, b in zip(plain, recorded, strict=True))
     assert not results[0][1][0].equal(results[1][1][0])
+    assert not results[1][1][0].equal(results[3][1][0])  # the same draws at another temperature
 
 
 def test_states_with_positions_are_not_recorded(ranks: Zygote, tmp_path: Path) -> None:

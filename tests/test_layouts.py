@@ -84,6 +84,25 @@ def test_more_branch_rows_than_main_rows(ranks: Zygote, tmp_path: Path) -> None:
     compare(ranks(2, steps, config=small_config(tmp_path, *many, "parallel.cp=2")), expected)
 
 
+def odd_steps(config: Config) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
+    """On a rank: a REFINE step and one on next tokens alone, of 191 main rows and 15 branch rows; the weights then."""
+    step = make_step(config, torch.float32, optimizer=True)
+    whole = batch(4, length=191)
+    return [step(whole, 0, refine=True), step(whole, 1, refine=False)], full_parameters(step.model)
+
+
+def test_rows_that_no_layout_divides(ranks: Zygote, tmp_path: Path) -> None:
+    """Each pass is padded to the ranks that it is cut over, on its way through the pipeline too."""
+    odd = [*SETTINGS, "data.seq_length=191", "refine.num_chunks=3", "refine.num_rollouts=1", "update.mode=two_pass"]
+    expected, weights = ranks(1, odd_steps, config=small_config(tmp_path, *odd))[0]
+    for axes in (AXES["cp2"] + AXES["pp2"], AXES["tp2sp"] + AXES["pp2"]):
+        for found, own in ranks(4, odd_steps, config=small_config(tmp_path, *odd, *axes)):
+            for mine, theirs in zip(found, expected, strict=True):
+                for key in (key for key in KEYS if key in theirs):
+                    assert mine[key] == pytest.approx(theirs[key], rel=2e-5, abs=5e-6), key
+            assert max(relative(own, weights).values()) < 1e-5
+
+
 def compare(results: list[Any], reference: Any) -> None:
     """Each rank's steps with those of a single rank."""
     for result in results:

@@ -5,6 +5,7 @@ The engines here are the native one with a known error added to its log-probabil
 
 import itertools
 import math
+import statistics
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,19 @@ def gradients(config: Config) -> Any:
     return step(b, 0, refine=True), full_gradients(step.model)
 
 
+@torch.no_grad()
+def reward(model: Any, text: Tensor, position: int, written: Tensor) -> float:
+    """The mean cosine of the states after each token that was written and after each that is really there."""
+    from megatron_refine.trainer import forward
+
+    def states(tokens: Tensor) -> Tensor:
+        return forward._rows(model, tokens[None], forward.Branches(main_len=len(tokens))).local[position:, 0]
+
+    true, own = states(text[: position + 5]), states(torch.cat([text[:position], written]))
+    products, lengths = (own * true).sum(-1), own.norm(dim=-1) * true.norm(dim=-1)
+    return float((products / lengths).mean())
+
+
 def slow(config: Config) -> Any:
     """On a rank: what `gradients` returns, by the definition: a forward a prefix, a loop over rollout tokens."""
     from megatron_refine.trainer.gradients import finalize_gradients
@@ -131,12 +145,19 @@ def slow(config: Config) -> Any:
     step(b, 0, refine=True)
     step.model.zero_grad_buffer()
     ntp, nsp, targets, tokens, rollouts, weights, gaps = torch.tensor(0.0).double(), 0.0, 0, 0, 0, [], []
+    earned: list[float] = []
     for (micro, e), written in zip(explored, step.engine.written, strict=True):
         main, branch = separate(step.model, micro, e, TEMPERATURE)
         for i, length in enumerate(micro.lengths.tolist()):
             ntp, targets = ntp - main[i, : length - 1].sum(), targets + length - 1
             for j, r in itertools.product(range(4), range(2)) if length > 10 else ():
+                rewards = [
+                    reward(step.model, micro.tokens[i], int(e.positions[i, j]), e.tokens[i, j, m]) for m in (0, 1)
+                ]
                 new, advantage = branch[i, j, r], float(e.advantages[i, j, r])
+                expected = (rewards[r] - sum(rewards) / 2) / (statistics.stdev(rewards) + 1e-6)
+                assert advantage == pytest.approx(expected, rel=1e-4)  # rewards are fp32
+                earned.append(rewards[r])
                 apart = (new.detach() - written.logprobs[i, j, r]).tolist()
                 gaps, tokens, rollouts = gaps + [abs(d) for d in apart], tokens + 5, rollouts + 1
                 if max(abs(d) for d in apart) <= MASK:
@@ -149,7 +170,8 @@ def slow(config: Config) -> Any:
     finalize_gradients([step.model])
     metrics = {
         "train/ntp_loss": float(ntp / targets), "train/nsp_loss": float(nsp / tokens),
-        "train/ratio_mean": 1.0, "train/clip_fraction": 0.0,
+        "train/ratio_mean": 1.0, "train/clip_fraction": 0.0, "rollout/reward_mean": statistics.mean(earned),
+        "rollout/reward_std": statistics.pstdev(earned), "rollout/zero_variance_groups": 0.0,
         "rollout/masked_fraction": 1 - len(weights) / tokens, "rollout/importance_mean": sum(weights) / len(weights),
         "rollout/logprob_gap_mean": sum(gaps) / tokens, "rollout/logprob_gap_max": max(gaps),
     }  # fmt: skip
@@ -179,7 +201,7 @@ def test_weighted_steps_give_the_gradient_of_the_definition(
     for metrics, found in ranks(world, gradients, config=noisy_config(tmp_path, f"update.mode={mode}", *layout)):
         assert max(relative(found, expected_gradients).values()) < 1e-10  # fp64: the same sums in another order
         for key, value in expected.items():
-            assert metrics[key] == pytest.approx(value, rel=1e-10, abs=1e-12), key
+            assert metrics[key] == pytest.approx(value, rel=1e-5 if "reward" in key else 1e-10, abs=1e-12), key
 
 
 def lost_rollouts(config: Config) -> Any:

@@ -12,7 +12,7 @@ from megatron_refine.estimate.hardware import Hardware
 from megatron_refine.estimate.layouts import layout_of, layouts
 from megatron_refine.estimate.plan import plan, summary, throughput, times
 from megatron_refine.estimate.timing import collective_seconds, step_time
-from megatron_refine.estimate.traffic import Traffic
+from megatron_refine.estimate.traffic import Traffic, step_traffic
 from megatron_refine.models.family import FAMILIES
 
 ROOT = Path(__file__).parents[1]
@@ -119,6 +119,18 @@ def test_the_plan_names_everything() -> None:
                   "GPU-hours of 100 steps", "tp reduce_scatter", "dp all_gather", "<- this configuration", "left out: ",
                   "a GPU of an SGLang server, tp 8: weights 1.57 GiB"):  # fmt: skip
         assert words in text, words
+    layout = layout_of(large(), 64, Hardware())
+    (part,) = (part for part in plan(large(), 64, Hardware()).split("\n\n") if part.startswith("collectives of a rank"))
+    rows = {line[:42].strip(): tuple(map(number, line[42:].split())) for line in part.splitlines()[1:]}
+    found = step_traffic(large(), layout.dp, True)
+    assert rows.keys() == {f"{x.axis} {x.op}" for x in found} and sum(row[2] for row in rows.values()) == pytest.approx(
+        layout.time.stages["collectives"][0], abs=5e-3
+    )
+    for (axis, op), (calls, size, _) in ((name.split(), row) for name, row in rows.items()):
+        mine = [x for x in found if (x.axis, x.op) == (axis, op)]
+        assert calls == sum(x.calls for x in mine) and size == pytest.approx(
+            sum(x.size for x in mine) / 2**30, abs=6e-4
+        )
     assert "DOES NOT FIT" in plan(large("parallel.tp=1", "parallel.sp=false"), 32, Hardware())
     assert "GPU-hours" in summary(large(), 64, Hardware())
 

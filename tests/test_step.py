@@ -119,6 +119,52 @@ def test_rollouts_are_the_same_at_every_layout(ranks: Any, tmp_path: Path) -> No
             assert positions.equal(one[0]) and tokens.equal(one[1])
 
 
+def what_is_drawn(config: Config) -> Any:
+    """On a rank: of the same sequences at two steps, the numbers that select and draw; positions and tokens."""
+    from megatron_refine.engine.native import NativeEngine
+    from megatron_refine.step import refine
+
+    step, found = make_step(config, torch.float32), []
+    decode, select = NativeEngine._decode, refine.select_positions
+
+    def decoded(self: Any, fork: Any, draws: torch.Tensor, temperature: float) -> Any:
+        found[-1]["draws"] = draws
+        return decode(self, fork, draws, temperature)
+
+    def selected(entropy: torch.Tensor, lengths: torch.Tensor, uniform: torch.Tensor, **rest: Any) -> torch.Tensor:
+        found[-1]["uniform"] = uniform
+        return select(entropy, lengths, uniform, **rest)
+
+    NativeEngine._decode, refine.select_positions = decoded, selected  # type: ignore[method-assign, assignment]
+    for number in (3, 4):
+        found.append({})
+        with torch.no_grad():
+            e = step.explore(batch(4, seed=1), number, keep_graph=False)[0].experience
+        found[-1] |= {"positions": e.positions, "tokens": e.tokens}
+    return found
+
+
+def test_every_draw_is_a_function_of_its_place_in_the_run(ranks: Any, tmp_path: Path) -> None:
+    """Pinned: of seed, stream, step, sample and chunk; of seed, stream, step, sample, position, rollout and token.
+
+    The rollouts of a sequence are counted over all of its chunks: two may start at one position.
+    """
+    from megatron_refine.trainer.random import uniform
+
+    overrides = ["run.seed=5", "refine.selection=argmax", "refine.margin=90"]  # 90 .. 102: positions coincide
+    first, second = ranks(1, what_is_drawn, config=small_config(tmp_path, *overrides))[0]
+    for step, found in ((3, first), (4, second)):
+        draws, positions = found["draws"].view(5, 4, 4, 2), found["positions"]
+        for b, j in torch.cartesian_prod(torch.arange(4), torch.arange(4)).tolist():
+            assert found["uniform"][b, j] == uniform(5, 0, step, 100 + b, j)
+            for r, t in ((0, 0), (1, 0), (1, 4)):
+                assert draws[t, b, j, r] == uniform(5, 1, step, 100 + b, int(positions[b, j]), 2 * j + r, t)
+    assert first["positions"].equal(second["positions"])  # by argmax
+    assert not first["tokens"].equal(second["tokens"])
+    assert int(first["positions"][0, 0]) == int(first["positions"][0, 1])
+    assert not first["tokens"][0, 0].equal(first["tokens"][0, 1])
+
+
 def count_passes(config: Config) -> dict[str, list[int]]:
     """On a rank: (forward, backward) passes of the model in a step of each kind."""
     from megatron_refine.trainer.model import unwrap
@@ -158,9 +204,9 @@ def first_loss(config: Config) -> list[dict[str, float]]:
     return [step(batch(4, seed=i), i, refine=True) for i in range(3)]
 
 
-@pytest.mark.parametrize("layout", ["tp1", "tp2 sp"])
+@pytest.mark.parametrize("layout", ["tp1", "tp2 sp", "pp2"])
 def test_bf16_follows_fp32(ranks: Any, tmp_path: Path, layout: str) -> None:
-    world, overrides = LAYOUTS[layout]
+    world, overrides = (LAYOUTS | {"pp2": (2, ["parallel.pp=2"])})[layout]
     low = ranks(world, first_loss, config=small_config(tmp_path, "train.precision=bf16", *overrides))[0]
     full = ranks(world, first_loss, config=small_config(tmp_path, *overrides))[0]
     for a, b in zip(low, full, strict=True):

@@ -79,6 +79,48 @@ def test_an_update_is_the_same_at_every_layout(ranks: Any, reference: Any, tmp_p
             assert worst[1] < 1e-5, (kind, worst)
 
 
+def clipped(config: Config) -> tuple[float, float, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """On a rank, after two clipped steps: the gradient's norm, the reported one, weights by torch's AdamW on whole
+    tensors, and by the optimizer."""
+    from megatron_refine.step.refine import RefineStep
+    from megatron_refine.trainer.optimizer import Updater
+    from tests.test_step import GradientsOnly
+
+    found, o = [], config.optimizer
+    model, ranks = build(config, torch.float32)
+    updater, b = Updater(config, model, ranks), four_sequences()
+    real = RefineStep(config, model, None, updater, ranks)  # type: ignore[arg-type]
+    plain = RefineStep(config, model, None, GradientsOnly(model, ranks), ranks)  # type: ignore[arg-type]
+    weights = {name: p.clone().requires_grad_() for name, p in full_parameters(model).items()}
+    vectors = [p for p in weights.values() if p.dim() == 1]
+    matrices = [p for p in weights.values() if p.dim() > 1]
+    groups = [{"params": matrices, "weight_decay": o.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    adam = torch.optim.AdamW(groups, betas=(o.beta1, o.beta2), eps=o.eps)
+    for i in range(2):
+        plain(b, i, refine=False)
+        gradients = full_gradients(model)
+        for name, p in weights.items():
+            p.grad = gradients[name].clone()
+        norm = float(torch.nn.utils.clip_grad_norm_(weights.values(), o.clip_grad))
+        for group in adam.param_groups:
+            group["lr"] = updater.lr
+        adam.step()
+        found.append((norm, real(b, i, refine=False)["train/grad_norm"]))
+        assert found[-1][0] > 3 * o.clip_grad
+    return *found[-1], {n: p.detach() for n, p in weights.items()}, full_parameters(model)
+
+
+@pytest.mark.parametrize("layout", ["tp2 sp", "pp2"])
+def test_a_clipped_step_is_adamws(ranks: Any, tmp_path: Path, layout: str) -> None:
+    """With an eps above the clipped gradient, so that its length decides the step; the norm is that of all ranks."""
+    world, overrides = LAYOUTS[layout]
+    settings = ["optimizer.eps=1e-2", "optimizer.clip_grad=0.1", "optimizer.weight_decay=0.3", "optimizer.beta2=0.9"]
+    config = small_config(tmp_path, *settings, *overrides)
+    for norm, reported, expected, found in ranks(world, clipped, config=config):
+        assert reported == pytest.approx(norm, rel=2e-5)
+        assert max(relative(found, expected).values()) < 1e-6  # fp32; a step that is not clipped moves them by 1e-2
+
+
 def buckets(config: Config) -> list[int]:
     model, _ = build(config, torch.float32)
     return [len(buffer.buckets) for buffer in model.buffers]

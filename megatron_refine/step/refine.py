@@ -159,9 +159,7 @@ class RefineStep:
             selection=c.selection, rollout_len=c.rollout_len, margin=c.margin, temperature=c.temperature,
         )  # fmt: skip
 
-    def _request(
-        self, batch: Batch, positions: Tensor, fork: Fork, step: int, temperature: float
-    ) -> RolloutRequest:
+    def _request(self, batch: Batch, positions: Tensor, fork: Fork, step: int, temperature: float) -> RolloutRequest:
         c = self.config.refine
         return RolloutRequest(
             batch.tokens, positions, batch.sample_ids, c.num_rollouts, c.rollout_len, temperature,

@@ -81,7 +81,8 @@ def score(
 ) -> head.Scores:
     """Scores of `targets` [N], one for each row of the pieces in turn, on all context parallel ranks.
 
-    temperature: [N] of the rows' distributions; None: 1. Each rank computes the whole loss from them; a row's gradient goes to the rank that holds it.
+    temperature: [N] of the rows' distributions; None: 1. Each rank computes the whole loss from the scores; a row's
+    gradient goes to the rank that holds it.
     """
     rows = torch.cat([piece.rows for piece in pieces])
     if all(piece.places is None for piece in pieces):

@@ -1,0 +1,209 @@
+"""What servers are asked and told, and what is made of their answers. Servers here are scripted ones."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_refine.config import Config
+from megatron_refine.engine import guard, weight_sync
+from megatron_refine.engine.client import Client
+from megatron_refine.engine.collect import Collector
+from megatron_refine.engine.errors import ServerError
+from megatron_refine.engine.server import Server
+from megatron_refine.records import RolloutRequest
+from tests.conftest import Answer
+from tests.parity import small_config
+from tests.zygote import Zygote
+
+
+def test_two_buckets_in_turn_share_no_memory() -> None:
+    """While one travels the next is made; the memory of the one before it is free again."""
+    memory = weight_sync.SendMemory()
+    first, second = memory.join([torch.full((8,), 1.0)]), memory.join([torch.full((6,), 2.0)])
+    assert first.view(torch.float32).tolist() == [1.0] * 8 and second.view(torch.float32).tolist() == [2.0] * 6
+    third = memory.join([torch.full((8,), 3.0)])
+    assert third.data_ptr() == first.data_ptr() and second.view(torch.float32).tolist() == [2.0] * 6
+
+
+def test_what_a_server_is_told_of_new_weights_and_in_which_order(scripted: Any, tmp_path: Path) -> None:
+    """A state of the old weights outlives no sync: retracted and flushed before, flushed after the announcement."""
+    told: list[tuple[str, Any]] = []
+    url = scripted(lambda path, body: told.append((path, body)) or (200, {}))
+    server = Server(Client(url, 5.0), 1, tmp_path)
+    weight_sync.pause(server, 5.0)
+    weight_sync.begin(server, 5.0)
+    weight_sync.end(server, 5.0)
+    weight_sync.load_folder(server, tmp_path, 5.0)
+    weight_sync.resume(server, "v", 5.0)
+    assert told == [
+        ("/pause_generation", {"mode": "retract"}), ("/flush_cache", {}),
+        ("/begin_weight_update", {}), ("/end_weight_update", {}),
+        ("/update_weights_from_disk", {"model_path": str(tmp_path), "load_format": "auto", "flush_cache": True}),
+        ("/update_weight_version", {"new_version": "v", "abort_all_requests": False}), ("/flush_cache", {}),
+        ("/continue_generation", {}),
+    ]  # fmt: skip
+
+
+def test_an_update_that_was_left_open_is_closed_first(scripted: Any, tmp_path: Path) -> None:
+    told: list[str] = []
+
+    def answer(path: str, body: Any) -> tuple[int, Any]:
+        told.append(path)
+        return (400, "open") if told == ["/begin_weight_update"] else (200, {})
+
+    server = Server(Client(scripted(answer), 5.0), 1, tmp_path)
+    weight_sync.begin(server, 5.0)
+    assert told == ["/begin_weight_update", "/end_weight_update", "/begin_weight_update"]
+    server.has_sessions = False  # an older server
+    weight_sync.begin(server, 5.0)
+    weight_sync.end(server, 5.0)
+    assert len(told) == 3
+
+
+def generated(label: str, tokens: int = 3) -> dict[str, Any]:
+    meta = {"weight_version": label, "prompt_tokens": 1, "cached_tokens": 0, "finish_reason": None}
+    return {"output_ids": [5] * tokens, "meta_info": meta | {"output_token_logprobs": [[-1.0, 5, None]] * tokens}}
+
+
+def request(rollouts: int = 1) -> RolloutRequest:
+    tokens, positions = torch.arange(40).view(2, 20), torch.tensor([[9, 4, 9], [2, 1, 17]])
+    return RolloutRequest(tokens, positions, torch.tensor([10, 11]), rollouts, 3, 1.0, 1, 0, None)
+
+
+@pytest.mark.parametrize("rollouts", [1, 2])
+def test_prefixes_of_a_sequence_go_out_in_order_to_one_server(rollouts: int, scripted: Any) -> None:
+    asked: dict[int, list[list[int]]] = {0: [], 1: []}
+
+    def server(number: int) -> Answer:
+        def answer(path: str, body: Any) -> tuple[int, Any]:
+            asked[number].append([len(prompt) for prompt in body["input_ids"]])
+            assert all(prompt[0] == 20 * number for prompt in body["input_ids"])
+            return 200, [generated("v") for _ in body["input_ids"]]
+
+        return answer
+
+    clients = [Client(scripted(server(number)), 5.0) for number in range(2)]
+    collector = Collector(request(rollouts), "v", 8)
+    collector.run(clients)
+    if rollouts == 1:
+        assert asked == {0: [[4], [9], [9]], 1: [[1], [2], [17]]}
+    else:  # all but the last token ahead, once for equal positions
+        assert asked == {0: [[3], [4, 4], [8], [9, 9], [9, 9]], 1: [[1, 1], [1], [2, 2], [16], [17, 17]]}
+    tokens, logprobs = collector.tensors()
+    assert tokens.shape == logprobs.shape == (2, 3, rollouts, 3)
+
+
+def test_what_a_server_is_asked(scripted: Any) -> None:
+    """The whole distribution at the temperature, whatever the served folder's generation_config.json says; states are
+    found under the version alone."""
+    bodies: list[Any] = []
+
+    def answer(path: str, body: Any) -> tuple[int, Any]:
+        bodies.append(body)
+        return 200, [generated("v") for _ in body["input_ids"]]
+
+    asked = dataclasses.replace(request(2), temperature=0.7)
+    Collector(asked, "v", 1).run([Client(scripted(answer), 5.0)])
+    assert all(body.pop("extra_key") == "v" and body.pop("return_logprob") is True for body in bodies)
+    ahead = [body["input_ids"] for body in bodies if body["sampling_params"] == {"max_new_tokens": 0}]
+    drawn = [body["sampling_params"] for body in bodies if body["input_ids"] not in ahead]
+    whole = {"top_p": 1.0, "top_k": -1, "min_p": 0.0}
+    assert drawn == [{"max_new_tokens": 3, "temperature": 0.7, "ignore_eos": True} | whole] * 6
+    assert sorted(len(prompts[0]) for prompts in ahead) == [1, 3, 8, 16]
+
+
+def test_rollouts_are_those_of_their_place(scripted: Any) -> None:
+    """A server answers with the length of the prefix and the number of the rollout; no log-probability is NaN."""
+
+    def answer(path: str, body: Any) -> tuple[int, Any]:
+        found = [generated("v") for _ in body["input_ids"]]
+        for n, (one, prompt) in enumerate(zip(found, body["input_ids"], strict=True)):
+            one["output_ids"] = [prompt[0], len(prompt), n]
+            one["meta_info"] |= {"output_token_logprobs": [[-1.0, 5, None], [None, 5, None], [-n - 2.0, 5, None]]}
+            one["meta_info"] |= {"prompt_tokens": len(prompt), "cached_tokens": len(prompt) - 1}
+        return 200, found
+
+    collector = Collector(request(2), "v", 8)
+    collector.run([Client(scripted(answer), 5.0)])
+    tokens, logprobs = collector.tensors()
+    starts = torch.tensor([[9, 4, 9], [2, 1, 17]])
+    for n in range(2):
+        assert tokens[:, :, n, 0].tolist() == [[0] * 3, [20] * 3]  # the first token of the sequence
+        assert tokens[:, :, n, 1].equal(starts) and (tokens[:, :, n, 2] == n).all()
+        assert (logprobs[:, :, n, 0] == -1).all() and (logprobs[:, :, n, 2] == -n - 2).all()
+    assert logprobs[..., 1].isnan().all()
+    prompts = 2 * (9 + 4 + 9 + 2 + 1 + 17) + 3 + 8 + 1 + 16
+    assert (collector.prompt_tokens, collector.cached_tokens) == (prompts, prompts - 12 - 4)
+
+
+def probes(config: Config) -> dict[str, str]:
+    """On a rank: what `check_probes` says of servers that are right, off in the mean, and not finite; and on whose
+    side a probe is scored at which temperature."""
+    from megatron_refine.trainer import forward
+    from tests.parity import build
+
+    model, _ = build(config, torch.float32)
+    asked: list[Any] = []
+
+    class Asked:
+        url = "http://a:1"
+
+        def generate(self, **body: Any) -> Any:
+            asked.append(body)
+            meta = {"input_token_logprobs": [[None, 0, None]] * 70, "output_token_logprobs": [[-1.0, 0, None]] * 6}
+            return [{"output_ids": list(range(6)), "meta_info": meta | {"weight_version": "v"}}]
+
+    server: Any = Server(Asked(), 1, Path())  # type: ignore[arg-type]
+    tokens, _ = guard.ask_probe(server, config, "v")
+    own, found = torch.tensor([tokens]), {"asked": str(sorted(asked[0].items()))}
+    with torch.no_grad():
+        rows = forward._rows(model, own, forward.Branches(main_len=76)).local[:-1, 0]
+        logits = forward.unwrap(model).logits(rows)
+        logits[69:] /= config.refine.rollout_temperature
+        right = logits.log_softmax(-1).gather(1, own[0, 1:, None])[:, 0]
+        for name, wrong in (("right", 0.0), ("off", 2e-3), ("below", 5e-4), ("nan", float("nan"))):
+            theirs = (right + wrong).tolist()
+            try:
+                guard.check_probes(model, config, [("u", tokens, right.tolist()), ("v", tokens, theirs)])
+                found[name] = ""
+            except ServerError as error:
+                found[name] = str(error)
+    return found
+
+
+def test_a_probe_that_is_off_or_not_finite_is_refused(ranks: Zygote, tmp_path: Path) -> None:
+    """Its prompt is scored at temperature 1, what the server wrote at that of the rollouts."""
+    config = small_config(tmp_path, "refine.rollout_temperature=0.5")
+    found = ranks(1, probes, config=config)[0]
+    assert found["right"] == found["below"] == ""
+    assert found["off"].startswith("v: the probe's log-probabilities are 0.002 nats") and "above 0.001" in found["off"]
+    assert found["nan"].startswith("v: the probe's log-probabilities are nan nats")
+    for words in ("'extra_key', 'v'", "'temperature': 0.5", "'max_new_tokens': 6", "('logprob_start_len', 0)"):
+        assert words in found["asked"], words
+
+
+def test_a_collector_keeps_what_it_has(scripted: Any) -> None:
+    seen: list[int] = []
+
+    def answer(path: str, body: Any) -> tuple[int, Any]:
+        seen.append(len(body["input_ids"][0]))
+        return (200, [generated("v")]) if len(seen) != 3 else (500, "lost")
+
+    collector, clients = Collector(request(), "v", 1), [Client(scripted(answer), 5.0)]
+    with pytest.raises(ServerError, match="500: lost"):
+        collector.run(clients)
+    collector.run(clients)
+    assert seen == [4, 9, 9, 1, 2, 17, 9]
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [(generated("other"), "serves weights 'other', not 'v'"), (generated("v", tokens=2), "2 of 3 tokens")],
+)
+def test_answers_of_other_weights_or_cut_short_are_refused(bad: Any, message: str, scripted: Any) -> None:
+    client = Client(scripted(lambda path, body: (200, [bad])), 5.0)
+    with pytest.raises(ServerError, match=message):
+        Collector(request(), "v", 1).run([client])
