@@ -96,6 +96,17 @@ def test_the_api_key_is_not_on_the_command_line(tmp_path: Path, monkeypatch: pyt
     assert words[words.index("--host") + 1] == "127.0.0.1"
 
 
+def test_the_command_line_of_a_server(tmp_path: Path) -> None:
+    config = lane_config(tmp_path, "engine.tp=2", "run.seed=11", "engine.args=[--more, this]")
+    words = command(config, tmp_path / "weights", 30007, tmp_path)
+    options = dict(itertools.pairwise(words))
+    expected = {"--model-path": f"{tmp_path}/weights", "--port": "30007", "--tp": "2", "--random-seed": "11",
+                "--dtype": "float32", "-m": "sglang.launch_server", "--more": "this"}  # fmt: skip
+    assert expected.items() <= options.items() and words[-2:] == ["--more", "this"]
+    low = command(lane_config(tmp_path, "train.precision=bf16"), tmp_path, 30007, tmp_path)
+    assert dict(itertools.pairwise(low))["--dtype"] == "bfloat16"
+
+
 def lane_config(folder: Path, *overrides: str) -> Any:
     """The lane's configuration, where SGLang need not be installed."""
     python = folder / "python"
@@ -271,4 +282,7 @@ def test_a_launched_program_that_ends_is_reported_with_its_error(said: list[str]
     fleet = Fleet(small_config(tmp_path, "engine.kind=sglang", f"engine.python={python}"), tmp_path / "logs")
     with pytest.raises(ServerError, match=rf"ended while starting: {shown} \(.*sglang_0.1.log\)"):
         fleet.start(tmp_path)
-    assert fleet.servers[0].state is State.DEAD
+    assert fleet.servers[0].state is State.DEAD and fleet.restarts == 0
+    with pytest.raises(ServerError, match="ended while starting"):
+        fleet.start(tmp_path)
+    assert fleet.restarts == 1

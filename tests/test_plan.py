@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_refine.config import Config, load
+from megatron_refine.estimate import estimate
 from megatron_refine.estimate.flops import step_flops
 from megatron_refine.estimate.hardware import Hardware
 from megatron_refine.estimate.layouts import layout_of, layouts
@@ -38,6 +39,41 @@ def test_alpha_and_beta_by_hand() -> None:
     assert seconds("dp", "reduce_scatter") == pytest.approx(10 * 3e-4 + 9e9 * 3 / 4 / 25e9)
     assert seconds("dp", "reduce_scatter", dp=2) == pytest.approx(10 * 1e-5 + 9e9 / 2 / 225e9)  # 4 x 2: one node
     assert seconds("pp", "send") == pytest.approx(10 * 1e-4 + 9e9 / 25e9)
+
+
+def test_a_group_lies_where_its_ranks_do() -> None:
+    """tp 2, cp 4, dp 2, pp 2: eight ranks of a node hold tp and cp; a gradient's group is dp and cp together."""
+    hardware = Hardware(reached_bandwidth=1, node_latency=1e-9, network_latency=1e-9)
+    config = large("parallel.tp=2", "parallel.cp=4", "parallel.pp=2", "train.micro_batch_size=1")
+
+    def seconds(axis: str, op: str) -> float:
+        return collective_seconds(config, 2, hardware, Traffic("update", axis, op, 1, 9e9))
+
+    assert seconds("cp", "all_to_all") == pytest.approx(9e9 * 3 / 4 / 450e9, rel=1e-4)
+    assert seconds("dp", "all_gather") == pytest.approx(9e9 * 7 / 8 / 50e9, rel=1e-4)
+    assert seconds("pp", "broadcast") == pytest.approx(9e9 / 50e9, rel=1e-4)
+
+
+def test_servers_and_decoding_by_hand() -> None:
+    """The weights go over the network once a step; a token of all branches reads this rank's weights once, or starts
+    25 kernels a layer, whatever takes longer."""
+    slow = Hardware(reached_bandwidth=0.5, launch=1e-3)
+    parameters = estimate(large(), 64).parameters
+    served = step_time(large("engine.kind=sglang", "engine.urls=['http://a:1']"), 16, slow)
+    assert served.stages["sync"] == pytest.approx((parameters * 2 / 25e9, 3 * parameters * 2 / 25e9))
+    assert "rollout" not in served.stages
+    micros = 128 // 16
+    for graphs, launch in (("false", 1e-3), ("true", 1e-4)):
+        found = step_time(large(f"engine.cuda_graphs={graphs}"), 16, slow).stages["rollout"]
+        starting = 25 * 32 * launch
+        assert found[0] == pytest.approx(micros * 5 * starting / 2)
+        assert found[1] - 2 * found[0] == pytest.approx(micros * 5 * parameters * 2 / 4 / 3.35e12, rel=0.01)
+
+
+def test_what_fits_by_hand() -> None:
+    layout = layout_of(large(), 64, Hardware())
+    for share, fits in ((1.001, True), (0.999, False)):
+        assert layout.fits(Hardware(memory_bytes=share * layout.memory.total / 0.9, usable=0.9)) == fits
 
 
 def test_an_ideal_machine_takes_the_flops_over_its_peak() -> None:

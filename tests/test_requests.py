@@ -63,6 +63,53 @@ def test_an_update_that_was_left_open_is_closed_first(scripted: Any, tmp_path: P
     assert len(told) == 3
 
 
+def test_every_rank_of_every_server_has_its_place_in_the_update_group(
+    scripted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """We are rank 0, the servers' tp ranks follow one another. The group itself is joined in test_sglang_sync.py."""
+    asked: dict[str, Any] = {}
+    joined: list[Any] = []
+
+    class Store:
+        port = 4711
+
+        def __init__(self, address: str, seconds: float):
+            joined.append((address, seconds))
+
+        def join(self, name: str, world: int) -> None:
+            joined.append((name, world))
+
+    monkeypatch.setattr(weight_sync.platform, "GroupStore", Store)
+    urls = [scripted(lambda path, body, i=i: asked.update({f"{path} {i}": body}) or (200, {})) for i in range(3)]
+    servers = [Server(Client(url, 5.0), tp, tmp_path) for url, tp in zip(urls, (2, 1, 4), strict=True)]
+    weight_sync.UpdateGroup("name", servers, "host", 3.0)
+    assert joined == [("host", 3.0), ("name", 8)]
+    for i, offset in enumerate((1, 3, 4)):
+        body = asked[f"/init_weights_update_group {i}"]
+        assert (body["rank_offset"], body["world_size"], body["group_name"]) == (offset, 8, "name")
+        assert (body["master_address"], body["master_port"], body["backend"]) == ("host", 4711, "gloo")
+
+
+def test_checksums_are_compared_rank_by_rank_and_name_by_name(scripted: Any, tmp_path: Path) -> None:
+    ranks = [{"parallelism_info": [{"tp_rank": r}], "checksums": {"a": f"a{r}", "b": f"b{r}"}} for r in (1, 0)]
+    server = Server(Client(scripted(lambda path, body: (200, {"ranks": ranks})), 5.0), 2, tmp_path)
+    found = guard.server_checksums(server, 5.0)
+    assert found == {"a": ["a0", "a1"], "b": ["b0", "b1"]}
+    guard.compare_checksums("u", found, dict(found))
+    for wrong, name in (({"a": ["a1", "a0"], "b": found["b"]}, "a"), (found | {"c": ["c0", "c1"]}, "c")):
+        with pytest.raises(ServerError, match=f"^u: 1 of {len(wrong)} tensors are not the trainer's: {name}$"):
+            guard.compare_checksums("u", found, wrong)
+    with pytest.raises(ServerError, match="^u: 1 of 1 tensors are not the trainer's: b$"):
+        guard.compare_checksums("u", found, {"a": found["a"]})
+
+
+def test_a_server_answers_every_prompt(scripted: Any) -> None:
+    for answers in ([{}], [{}, {}, {}], {}):
+        url = scripted(lambda path, body, answers=answers: (200, answers))
+        with pytest.raises(ServerError, match="2 prompts, another number of answers"):
+            Client(url, 5.0).generate(input_ids=[[1], [2]])
+
+
 def generated(label: str, tokens: int = 3) -> dict[str, Any]:
     meta = {"weight_version": label, "prompt_tokens": 1, "cached_tokens": 0, "finish_reason": None}
     return {"output_ids": [5] * tokens, "meta_info": meta | {"output_token_logprobs": [[-1.0, 5, None]] * tokens}}
@@ -71,6 +118,21 @@ def generated(label: str, tokens: int = 3) -> dict[str, Any]:
 def request(rollouts: int = 1) -> RolloutRequest:
     tokens, positions = torch.arange(40).view(2, 20), torch.tensor([[9, 4, 9], [2, 1, 17]])
     return RolloutRequest(tokens, positions, torch.tensor([10, 11]), rollouts, 3, 1.0, 1, 0, None)
+
+
+def test_sequences_are_shared_out_by_their_samples(scripted: Any) -> None:
+    """The same server for a sample at every step: its cache has the sequence's states."""
+    asked: dict[int, set[int]] = {0: set(), 1: set(), 2: set()}
+
+    def server(number: int) -> Answer:
+        def answer(path: str, body: Any) -> tuple[int, Any]:
+            asked[number] |= {prompt[0] for prompt in body["input_ids"]}
+            return 200, [generated("v") for _ in body["input_ids"]]
+
+        return answer
+
+    Collector(request(), "v", 8).run([Client(scripted(server(number)), 5.0) for number in range(3)])
+    assert asked == {10 % 3: {0}, 11 % 3: {20}, 0: set()}
 
 
 @pytest.mark.parametrize("rollouts", [1, 2])
