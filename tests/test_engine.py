@@ -8,6 +8,7 @@ import pickle
 import socket
 import stat
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
