@@ -4,8 +4,10 @@ A reader finds the old content or the new one, after a crash or a power cut too.
 once: the last rename wins.
 """
 
+import contextlib
 import hashlib
 import json
+import locale
 import os
 import re
 import shutil
@@ -143,7 +145,14 @@ def sync(path: Path) -> None:
 
 
 def speak_utf8() -> None:
-    """Let stdout and stderr take every character: UTF-8 into files and pipes; what a terminal lacks is escaped."""
+    """Let stdout and stderr take every character: UTF-8 into files and pipes; what a terminal lacks is escaped.
+
+    Libraries open their own files in the locale's encoding: where that is another one, they get a locale of UTF-8.
+    """
+    if locale.getencoding().replace("-", "").lower() != "utf8":
+        os.environ["PYTHONUTF8"] = "1"  # of processes to come
+        with contextlib.suppress(locale.Error):
+            locale.setlocale(locale.LC_CTYPE, "C.UTF-8")
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors="backslashreplace")

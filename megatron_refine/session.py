@@ -11,6 +11,7 @@ from torch import nn
 
 from megatron_refine import platform
 from megatron_refine.config import Config, ConfigError
+from megatron_refine.data.tokenizer import keep_tokenizer
 from megatron_refine.engine.native import NativeEngine
 from megatron_refine.estimate.flops import batch_flops
 from megatron_refine.eval.answers import Answerer
@@ -56,12 +57,12 @@ class Session:
         if self.ranks.is_main:
             with self.owner.held():
                 self.folder = RunFolder(config, self.progress.step, self.phase.total_steps, print)
-                self.folder.keep_tokenizer(self.sources.tokenizer_path)
+                keep_tokenizer(self.sources.tokenizer_path, self.sources.tokenizer, Path(config.run.dir))
 
     def _build(self) -> None:
         config = self.config
         self.ranks = init_parallel(config)
-        self.sources, device = Sources.of(config), platform.device()
+        self.sources, device = Sources.of(config, self._tell), platform.device()
         model = build_model(config, self.ranks)
         self.updater = Updater(config, model, self.ranks)
         self.engine = _engine(config, model, self.ranks, self.say)

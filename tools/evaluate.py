@@ -117,6 +117,7 @@ def main(arguments: list[str]) -> int:
 def run(options: argparse.Namespace) -> str:
     """On each rank: everything that is asked is checked before the weights are read. Returns the tables."""
     from megatron_refine import platform
+    from megatron_refine.data.tokenizer import stated
     from megatron_refine.eval import evaluation, load
     from megatron_refine.eval.results import Results
     from megatron_refine.eval.suite import Request, collect
@@ -130,21 +131,37 @@ def run(options: argparse.Namespace) -> str:
     if evaluation.HELDOUT in options.tasks and not options.heldout:
         raise ConfigError("--tasks heldout: needs --heldout FILE, the documents")
     text = load.text(source, options.tokenizer, options.bos)
+    lines = [stated(text.path, text.tokenizer)]
+    first = platform.global_rank() == 0
     results = Results(
-        options.out, evaluation.identity(source, text, config.train.precision), writes=platform.global_rank() == 0
+        options.out,
+        evaluation.identity(source, text, config.train.precision),
+        writes=first,
+        say=_say if first else _quiet,
     )
     rows = options.examples or None
     wanted = Request(
         names, options.lengths, rows or GENERATED, rows, options.seed, options.data, options.essays
     )  # fmt: skip
-    parts = collect(wanted, text.count, progress=platform.global_rank() == 0)
+    parts = collect(wanted, text.count, progress=first)
     documents = None
     if evaluation.HELDOUT in options.tasks:
         documents = evaluation.read_documents(
-            options.heldout, options.text_column, text, options.heldout_length, rows or GENERATED
+            options.heldout, options.text_column, text, options.heldout_length, rows or GENERATED,
+            say=lines.append,
         )  # fmt: skip
+    for line in lines if first else ():
+        _say(line)
     loaded = load.load(source, config, text)
     return evaluation.evaluate(str(options.model), parts, documents, loaded, results, options.batch_size)[1]
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)  # stdout has the tables
+
+
+def _quiet(line: str) -> None:
+    """Of the other ranks: the first says the same."""
 
 
 def _check(options: argparse.Namespace) -> None:

@@ -24,7 +24,7 @@ def main(arguments: list[str]) -> int:
         config = load(options.config, options.overrides, FAMILIES)
         from megatron_refine.data.prepare import prepare  # late: a wrong configuration is told at once
 
-        prepared = prepare(config)
+        prepared = prepare(config, say=print)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2

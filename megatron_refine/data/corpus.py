@@ -3,17 +3,33 @@
 import hashlib
 import json
 import os
+import stat
+import sys
 import sysconfig
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_refine.config import ConfigError
-from megatron_refine.data.readers import TABLES, read_documents, reading
+from megatron_refine.data.formats import Form, form_of, reading, refusal, shown
+from megatron_refine.data.readers import read_documents
 from megatron_refine.files import digest, write
 
 _NOT_SOURCES = {"site-packages", "dist-packages", "test", "tests", "idlelib"}
 _REMEMBER_FROM = 64 << 20  # bytes; smaller files are hashed at every start
+_NAMED = 8  # files that a line names before it counts the others
+_SPECIAL = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
+
+
+@dataclass
+class _Walk:
+    """What was found below the paths of a corpus."""
+
+    files: list[tuple[str, Path]] = field(default_factory=list)  # (name, where it is)
+    hidden: list[str] = field(default_factory=list)  # files and folders that were passed over
+    again: list[str] = field(default_factory=list)  # files that stand under an earlier name too
+    seen: set[tuple[int, int]] = field(default_factory=set)  # device and number of every file
 
 
 @dataclass(frozen=True)
@@ -22,65 +38,142 @@ class Corpus:
 
     key: str  # the key of the configuration that names the files
     files: tuple[tuple[str, Path], ...]  # (name, where it is)
-    column: str  # text column of jsonl and parquet files
+    column: str  # text column of tables
+    forms: tuple[Form, ...]  # of each file
+    summary: str  # how many files of which kind, and what was passed over; one line
 
     def documents(self) -> Iterator[str]:
         """Every document, in order. Raises ConfigError for a file that cannot be read."""
-        for _, path in self.files:
-            yield from read_documents(path, self.column, self.key)
+        for (_, path), form in zip(self.files, self.forms, strict=True):
+            yield from read_documents(path, self.column, self.key, form)
 
     @property
     def num_documents(self) -> int | None:
         """Documents in all where that is known without reading: a text file is one, a table holds any number."""
-        return None if any(path.suffix in TABLES for _, path in self.files) else len(self.files)
+        return None if any(form.is_table for form in self.forms) else len(self.files)
 
     def fingerprint(self, cache_dir: Path) -> str:
         """Hash of the files' names and contents. Digests of large files are remembered in `cache_dir`."""
         total = hashlib.sha256()
-        for name, path in self.files:
-            total.update(json.dumps([name, _digest(path, cache_dir, self.key)]).encode())
+        for (name, path), form in zip(self.files, self.forms, strict=True):
+            known = [name, _digest(path, cache_dir, self.key), *_unlike_format_1(path, form)]
+            total.update(json.dumps(known).encode())
         return total.hexdigest()
 
 
 def find_corpus(paths: list[str], column: str, key: str) -> Corpus:
-    """The files under `paths`; no paths: the sources of Python's standard library.
+    """The files under `paths`, links followed; no paths: the sources of Python's standard library.
 
-    Raises ConfigError for a path that does not exist and for a folder without files.
+    Raises ConfigError for a path that does not exist, for a folder without files, and for a file, a folder or a link
+    that cannot be read or is neither text nor a table.
     """
-    if not paths:
-        return Corpus(key, tuple(_standard_library()), column)
-    return Corpus(key, tuple(file for path in paths for file in _find(Path(path), key)), column)
+    walk = find_files(paths, key) if paths else _standard_library()
+    forms = tuple(form_of(path, key) for _, path in walk.files)
+    kinds = ", ".join(f"{count:,} {form}" for form, count in Counter(map(str, forms)).most_common())
+    summary = f"{key}: {kinds}" if paths else f"{key}: {kinds} of Python's standard library"
+    if walk.hidden:
+        summary += f"; passed over as hidden: {_some(walk.hidden)}"
+    if walk.again:
+        summary += f"; read again under another name: {_some(walk.again)}"
+    return Corpus(key, tuple(walk.files), column, forms, summary)
 
 
-def _find(path: Path, key: str) -> list[tuple[str, Path]]:
+def find_files(paths: list[str], key: str) -> _Walk:
+    """The files under `paths`, whatever they hold, in order. Raises ConfigError as `find_corpus` does."""
+    walk = _Walk()
+    for path in paths:
+        if not path or "\0" in path:
+            raise ConfigError(f"{key}: {shown(path)!r} is no path; correct it")
+        _find(_native(path), key, walk)
+    return walk
+
+
+def _find(path: Path, key: str, walk: _Walk) -> None:
     with reading(path, key):
-        if not path.exists():
-            raise ConfigError(f"{key}: {path}: no such file or folder; correct the path")
-        if not path.is_dir():
-            return [(path.name, path)]
-    files = _walk(path, key)
-    if not files:
-        raise ConfigError(f"{key}: {path}: the folder holds no files; name one that does")
-    return files
+        if not os.path.lexists(path):
+            raise refusal(path, key, "no such file or folder; correct the path")
+        folder = path.is_dir()
+    if not folder:
+        _check(path, key, walk, path.name)
+        walk.files.append((_utf8(path.name), path))
+        return
+    found = [(_utf8(file.relative_to(path).as_posix()), file) for file in _below(path, key, walk)]
+    if not found:
+        hidden = " but hidden ones" if walk.hidden else ""
+        raise refusal(path, key, f"the folder holds no files{hidden}; name one that does")
+    for name, file in sorted(found):
+        _check(file, key, walk, name)
+        walk.files.append((name, file))
 
 
-def _walk(root: Path, key: str) -> list[tuple[str, Path]]:
-    """Files below `root` by name, without hidden ones. A folder that cannot be listed is an error, not an omission."""
+def _below(root: Path, key: str, walk: _Walk) -> Iterator[Path]:
+    """Files below a folder, without hidden ones. One that cannot be listed is an error, not an omission."""
+    folders: list[tuple[Path, frozenset[tuple[int, int]]]] = [(root, frozenset())]
+    while folders:
+        folder, above = folders.pop()
+        with reading(folder, key):
+            status = folder.stat()
+            entries = list(folder.iterdir())
+        if (own := (status.st_dev, status.st_ino)) in above:
+            raise refusal(folder, key, "is a link to a folder that it stands in; remove it")
+        for path in entries:
+            if path.name.startswith("."):
+                walk.hidden.append(path.relative_to(root).as_posix())
+            elif path.is_dir():
+                folders.append((path, above | {own}))
+            else:
+                yield path
 
-    def fail(error: OSError) -> None:
-        raise error
 
-    found = []
-    with reading(root, key):
-        for folder, subfolders, names in os.walk(root, onerror=fail):
-            subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-            found += [Path(folder, name) for name in names if not name.startswith(".")]
-    return sorted((path.relative_to(root).as_posix(), path) for path in found)
+def _check(path: Path, key: str, walk: _Walk, name: str) -> None:
+    """Raise ConfigError where there is no file behind a name."""
+    if path.is_symlink() and not path.exists():
+        raise refusal(path, key, f"is a link to {shown(os.readlink(path))}, which is not there; restore or remove it")
+    with reading(path, key):
+        status = path.stat()
+    if special := _SPECIAL.get(stat.S_IFMT(status.st_mode)):
+        raise refusal(path, key, f"is {special}, not a file; remove it or name files")
+    if (own := (status.st_dev, status.st_ino)) in walk.seen:
+        walk.again.append(name)
+    walk.seen.add(own)
 
 
-def _standard_library() -> list[tuple[str, Path]]:
+def _some(names: list[str]) -> str:
+    """The first names, and how many more there are."""
+    more = len(names) - _NAMED
+    return ", ".join(map(shown, sorted(names)[:_NAMED])) + (f" and {more:,} more" if more > 0 else "")
+
+
+def _utf8(name: str) -> str:
+    """A file's name as UTF-8 reads it, whatever the locale: a corpus has one fingerprint. Odd bytes are kept."""
+    return name.encode(sys.getfilesystemencoding(), "surrogateescape").decode("utf-8", "surrogateescape")
+
+
+def _native(path: str) -> Path:
+    """A path as the locale's encoding writes it: that of a configuration is UTF-8, as names on the disk are."""
+    try:
+        path.encode(sys.getfilesystemencoding(), "surrogateescape")
+    except UnicodeEncodeError:
+        path = os.fsdecode(path.encode("utf-8", "surrogateescape"))
+    return Path(path)
+
+
+def _unlike_format_1(path: Path, form: Form) -> list[str]:
+    """What the fingerprint says of a file that the first format of rows read otherwise, or not at all."""
+    kind = {".jsonl": "jsonl", ".parquet": "parquet"}.get(path.suffix, "text")
+    same = form.kind == kind and not form.packing and not (form.bom and kind == "text")
+    return [] if same else [f"{form} without BOM"]
+
+
+def _standard_library() -> _Walk:
+    """Links are not followed, and what is no source is not looked at: installations differ in both."""
     root = Path(sysconfig.get_path("stdlib"))
-    return [(name, path) for name, path in _walk(root, "data.paths") if _is_source(Path(name))]
+    found = []
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        paths = [Path(folder, name) for name in names if not name.startswith(".")]
+        found += [(path.relative_to(root).as_posix(), path) for path in paths if _is_source(path.relative_to(root))]
+    return _Walk(sorted(found))
 
 
 def _is_source(name: Path) -> bool:
@@ -96,7 +189,7 @@ def _digest(path: Path, cache_dir: Path, key: str) -> str:
         if status.st_size < _REMEMBER_FROM:
             return digest(path)
     identity = f"{path.absolute()} {status.st_size} {status.st_mtime_ns}"
-    memory = cache_dir / "digests" / hashlib.sha256(identity.encode()).hexdigest()
+    memory = cache_dir / "digests" / hashlib.sha256(identity.encode(errors="surrogateescape")).hexdigest()
     if not memory.exists():
         with reading(path, key):
             found = digest(path)

@@ -1,11 +1,13 @@
 """Examples from tables: a prompt, the answers that count as right, and how many tokens may be written."""
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from megatron_refine.config import ConfigError
 from megatron_refine.data.corpus import find_corpus
+from megatron_refine.data.formats import named, refusal, shown
 from megatron_refine.data.readers import flaw, read_rows
 
 _ENDING = re.compile(r"(_\d+|_train|_test|_valid(ation)?)+$")  # lengths, counts and split at the end of a file's name
@@ -41,9 +43,10 @@ _USUAL = {
 
 
 def read_examples(
-    paths: list[str], columns: Columns, key: str, *, task: str = "", max_new_tokens: int = 128
-) -> list[Example]:
-    """All rows of the .jsonl and .parquet files at `paths` (files or folders), in order; none is left out.
+    paths: list[str], columns: Columns, key: str, *, task: str = "", max_new_tokens: int = 128,
+    say: Callable[[str], None] = lambda _: None,
+) -> list[Example]:  # fmt: skip
+    """All rows of the tables at `paths` (files or folders), in order; none is left out. `say` is told what was read.
 
     task, max_new_tokens: where a row does not say (it has no such column, or null in one of a usual name). An empty
     `task` then is the file's name without lengths: qasper_16384.parquet holds "qasper".
@@ -55,15 +58,17 @@ def read_examples(
     if not paths:
         raise ConfigError(f"{key}: names no files; name .jsonl or .parquet files, or folders of them")
     found: list[Example] = []
-    for _, path in find_corpus(paths, "", key).files:
-        before = len(found)
-        for number, row in enumerate(read_rows(path, key), 1):
-            cells = _Cells(row, f"{key}: {path}: row {number}", columns)
-            name = cells.task() or task or _ENDING.sub("", path.stem) or path.stem
+    corpus = find_corpus(paths, "", key)
+    say(corpus.summary)
+    for (_, path), form in zip(corpus.files, corpus.forms, strict=True):
+        before, stem = len(found), shown(named(path)[0])
+        for number, row in enumerate(read_rows(path, key, form), 1):
+            cells = _Cells(row, f"{key}: {shown(path)}: row {number}", columns)
+            name = cells.task() or task or _ENDING.sub("", stem) or stem
             limit = cells.max_new_tokens() or max_new_tokens
             found.append(Example(name, len(found), cells.prompt(), cells.references(), limit))
         if len(found) == before:
-            raise ConfigError(f"{key}: {path}: holds no rows; fill it or leave it out")
+            raise refusal(path, key, "holds no rows; fill it or leave it out")
     return found
 
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from megatron_refine.data.tokenizer import (
     encode_all,
     find_tokenizer,
     load_tokenizer,
+    stated,
     train_tokenizer,
 )
 from megatron_refine.files import digest, temporary
@@ -63,16 +64,20 @@ class _Sources:
         return [self.train.fingerprint(cache_dir), valid, self.threshold]
 
 
-def prepare(config: Config) -> Prepared:
+def prepare(config: Config, say: Callable[[str], None] = lambda _: None) -> Prepared:
     """The packed rows of `config.data`, written to data.cache_dir unless they are there already.
 
-    Several processes may prepare the same data at once. Raises ConfigError for any input that cannot be used.
+    `say` is told which files are read and which special tokens are taken, a line each. Several processes may prepare
+    the same data at once. Raises ConfigError for any input that cannot be used.
     """
     data, cache_dir = config.data, Path(config.data.cache_dir)
     sources = _find_sources(config)
+    for corpus in filter(None, (sources.train, sources.valid)):
+        say(corpus.summary)
     try:
         identity = sources.identity(cache_dir)
         path, tokenizer = _get_tokenizer(config, sources, _hash(identity[:1] + identity[2:]))
+        say(stated(path, tokenizer))
         rule = RowRule.of(data, bos_id(tokenizer, path) if data.add_bos else None)
         fingerprint = _hash([_FORMAT, identity, digest(path), vars(rule), data.text_column])
         folder = cache_dir / f"rows-{fingerprint[:16]}"

@@ -1,7 +1,7 @@
 """Prompts with their answers as token ids, and batches of them. No prompt is ever cut: it holds the question."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,14 +62,17 @@ class Prompts:
         return 0 if row < 0 else len(self.prompts[row]) + len(self.answers[row]) * answers
 
 
-def read_prompts(config: Config, tokenizer: Tokenizer, bos: int | None) -> Prompts:
+def read_prompts(
+    config: Config, tokenizer: Tokenizer, bos: int | None, say: Callable[[str], None] = lambda _: None
+) -> Prompts:
     """The rows of task.paths. In posttrain prompt and answer fit data.seq_length together, in testtime the prompt.
+    `say` is told what was read.
 
     Raises ConfigError naming the row where one is too long, or a prompt or an answer has no token.
     """
     task, post = config.task, config.train.phase == "posttrain"
     columns = Columns(task.prompt_column, task.answer_column)
-    examples = read_examples(task.paths, columns, "task.paths", max_new_tokens=task.max_new_tokens)
+    examples = read_examples(task.paths, columns, "task.paths", max_new_tokens=task.max_new_tokens, say=say)
     head, tail = ([] if bos is None else [bos]), []
     if post and task.add_eos:
         if tokenizer.eos_id is None:

@@ -1,60 +1,111 @@
-"""Documents of one file: UTF-8 text (the whole file is one document), jsonl or parquet (a row is one)."""
+"""Documents of one file: a text is one document, a row of a table is one. Tables are JSON lines, JSON and parquet."""
 
-import glob
+import io
 import json
-import tempfile
+import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from megatron_refine.config import ConfigError
+from megatron_refine.data.formats import BOM, Form, form_of, opened, reading, refusal, shown
 
-TABLES = (".jsonl", ".parquet")  # suffixes of files of which a row is a document or an example
 _PARQUET_ROWS = 64  # rows decoded at once: documents are long, and a file's own row groups may hold thousands
+_LOOK = 1 << 16  # bytes of a text that are searched for rows
+_CHUNK = 1 << 20  # characters of a JSON file that are read at once
+_BLANKS = re.compile(r"[ \t\r\n]*")
+_NULS = "NUL bytes, as a power cut leaves them"
 
 
-@contextmanager
-def reading(path: Path, key: str) -> Iterator[None]:
-    """Turn a failure of the file system into one line naming the file and the key that named it."""
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or " ".join(str(error).split())
-        raise ConfigError(f"{key}: {path}: cannot be read: {reason}; check its permissions or leave it out") from None
+def read_documents(path: Path, column: str, key: str, form: Form | None = None) -> Iterator[str]:
+    """The documents of `path` in file order; form: what `form_of` says of it, if that is known.
 
-
-def read_documents(path: Path, column: str, key: str) -> Iterator[str]:
-    """The documents of `path` in file order. Raises ConfigError naming the file, and the row or line where it can."""
-    if path.suffix in TABLES:
-        yield from _read_table(path, column, key)
-    else:
-        yield _read_text(path, key)
-
-
-def _read_text(path: Path, key: str) -> str:
-    with reading(path, key):
-        content = path.read_bytes()
-    try:
-        return content.decode()  # not read_text: line ends stay what they are
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"{key}: {path}: not UTF-8 text (byte {error.start}); convert it, or leave it out "
-            f"(tables are known by their names, {' and '.join(TABLES)})"
-        ) from None
-
-
-def read_rows(path: Path, key: str) -> Iterator[dict[str, Any]]:
-    """Rows of a .jsonl or .parquet file in file order, streamed: column -> value, whatever its type.
-
-    Values come as they stand in the file, odd characters too. Raises ConfigError naming the file and, in jsonl, the
-    line, for an unknown suffix and for a file that is broken or cannot be read.
+    Raises ConfigError naming the file, and the row or line where it can.
     """
-    if path.suffix not in TABLES:
-        raise ConfigError(
-            f"{key}: {path}: no table (known by their names: {' and '.join(TABLES)}); convert or rename it"
-        )
-    yield from _jsonl_rows(path, key) if path.suffix == ".jsonl" else _parquet_rows(path, key)
+    form = form or form_of(path, key)
+    if form.is_table:
+        yield from _read_table(path, column, key, form)
+    else:
+        yield _read_text(path, column, key, form)
+
+
+def _read_text(path: Path, column: str, key: str, form: Form) -> str:
+    with opened(path, form, key) as file:
+        content = file.read()
+    if (nul := content.find(b"\0")) >= 0:
+        raise refusal(path, key, f"no text: byte {nul} is NUL (damaged, or a binary file); restore it or leave it out")
+    try:
+        text = content.removeprefix(BOM).decode()  # not read_text: line ends stay what they are
+    except UnicodeDecodeError as error:
+        raise refusal(
+            path, key, f"not UTF-8 text (byte {error.start + len(BOM) * form.bom}); convert it, or leave it out "
+            "(tables are known by their names, .jsonl and .parquet)"
+        ) from None  # fmt: skip
+    if found := _rows_in(text, column, path.suffix.lower()):
+        raise refusal(path, key, f"looks like {found}, not like one document; {_REMEDIES[found]}")
+    return text
+
+
+_REMEDIES = {
+    "JSON lines": "name it .jsonl",
+    "a JSON array of objects": "name it .json",
+    "a table": "convert it to .jsonl or .parquet",
+}
+
+
+def _rows_in(text: str, column: str, suffix: str) -> str:
+    """What a text is in truth where its rows are documents; "" of a text.
+
+    JSON lines: each of the first lines is an object, and there are two or more, or the only one has the column.
+    """
+    if suffix in (".csv", ".tsv"):
+        names = re.split("[,;\t]", text[:_LOOK].partition("\n")[0].rstrip("\r"))
+        return "a table" if column in [name.strip(' "') for name in names] else ""
+    first = text[_BLANKS.match(text).end() :][:1] if text[:1] in "{[ \t\r\n" else ""  # type: ignore[union-attr]
+    if first == "[":
+        value = _loads(text)
+        return "a JSON array of objects" if value and all(isinstance(row, dict) for row in value) else ""
+    lines = list(_first_lines(text)) if first == "{" else []
+    rows = [row for row in map(_loads, lines) if isinstance(row, dict)]
+    if not rows or len(rows) < len(lines):
+        return ""
+    return "JSON lines" if len(rows) > 1 or column in rows[0] else ""
+
+
+def _first_lines(text: str) -> Iterator[str]:
+    """The lines that begin in the first part of a text and are not blank: two at least, of a text that has them."""
+    at = count = 0
+    while at < len(text) and (at < _LOOK or count < 2):
+        end = text.find("\n", at)
+        end = len(text) if end < 0 else end
+        if line := text[at:end].strip():
+            count += 1
+            yield line
+        at = end + 1
+
+
+def _loads(text: str) -> Any:
+    """The JSON value of a text, or None."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def read_rows(path: Path, key: str, form: Form | None = None) -> Iterator[dict[str, Any]]:
+    """Rows of a table in file order, streamed: column -> value, whatever its type.
+
+    Values come as they stand in the file, odd characters too. Raises ConfigError naming the file and, in JSON, the
+    line, for a file that is no table, that is broken or that cannot be read.
+    """
+    form = form or form_of(path, key)
+    if not form.is_table:
+        raise refusal(path, key, "no table (known by their names: .jsonl and .parquet); convert or rename it")
+    if form.kind == "parquet":
+        yield from _parquet_rows(path, key)
+        return
+    with opened(path, form, key) as file:
+        yield from (_jsonl_rows if form.kind == "jsonl" else _json_rows)(file, path, key)
 
 
 def flaw(value: object) -> str:
@@ -70,53 +121,123 @@ def flaw(value: object) -> str:
     return ""
 
 
-def _read_table(path: Path, column: str, key: str) -> Iterator[str]:
-    for number, row in enumerate(read_rows(path, key), 1):
+def _read_table(path: Path, column: str, key: str, form: Form) -> Iterator[str]:
+    where = f"data.text_column={column}: {shown(path)} ({key})"
+    for number, row in enumerate(read_rows(path, key, form), 1):
         if column not in row:
-            raise ConfigError(
-                f"data.text_column={column}: {path} ({key}): row {number} has no such column; it has "
-                f"{', '.join(map(str, row))}"
-            )
+            names = ", ".join(map(str, row)) or "none"
+            raise ConfigError(f"{where}: row {number} has no such column; it has {names}")
         if found := flaw(row[column]):
-            raise ConfigError(
-                f"data.text_column={column}: {path} ({key}): row {number} holds {found}; "
-                "fix the row or name another column"
-            )
+            raise ConfigError(f"{where}: row {number} holds {found}; fix the row or name another column")
         yield row[column]
 
 
-def _jsonl_rows(path: Path, key: str) -> Iterator[dict[str, Any]]:
+def _object(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{type(value).__name__}, not an object")
+    return value
+
+
+def _broken(path: Path, key: str, kind: str, reason: str) -> ConfigError:
+    return refusal(path, key, f"broken {kind} file: {reason}; repair it or leave it out")
+
+
+def _jsonl_rows(lines: IO[bytes], path: Path, key: str) -> Iterator[dict[str, Any]]:
     """Not through `datasets`: it turns text that looks like dates into dates, and drops half surrogate pairs."""
-    with reading(path, key), path.open("rb") as lines:  # bytes: only b"\n" ends a line, U+2028 does not
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
+    for number, line in enumerate(lines, 1):  # bytes: only b"\n" ends a line, U+2028 does not
+        if not line.strip():
+            continue
+        try:
+            if b"\0" in line:
+                raise ValueError(_NULS)
+            row = _object(json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8")))
+        except ValueError as error:
+            raise _broken(path, key, "jsonl", f"line {number}: {error}") from None
+        except RecursionError:
+            raise _broken(path, key, "jsonl", f"line {number}: nested too deeply") from None
+        yield row
+
+
+def _json_rows(file: IO[bytes], path: Path, key: str) -> Iterator[dict[str, Any]]:
+    """Of an array of objects, of one object, or of objects one after another."""
+    values = _Values(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""))
+    try:
+        array = values.next_char() == "["
+        values.at += array
+        while (char := values.next_char()) and char != "]":
+            yield _object(values.value())
+            if array and values.next_char() not in ("", "]"):
+                values.take(",")
+                if values.next_char() == "]":
+                    raise ValueError("a comma before the end of the array")
+        if array:
+            values.take("]")
+        if values.next_char():
+            raise ValueError(f"{values.next_char()!r} where the file should end")
+    except (ValueError, RecursionError) as error:
+        deep = "nested too deeply"
+        reason = deep if isinstance(error, RecursionError) else getattr(error, "msg", None) or str(error)
+        raise _broken(path, key, "json", f"line {values.line}: {reason}") from None
+
+
+class _Values:
+    """JSON values in a stream, decoded one by one: one of them and a chunk are in memory."""
+
+    def __init__(self, stream: io.TextIOWrapper) -> None:
+        self.stream, self.text, self.at, self._passed = stream, "", 0, 1
+        self._decoder = json.JSONDecoder()
+
+    @property
+    def line(self) -> int:
+        """Where the next value begins, from 1."""
+        return self._passed + self.text.count("\n", 0, self.at)
+
+    def next_char(self) -> str:
+        """The next character that is not blank; "" at the end."""
+        while True:
+            self.at = _BLANKS.match(self.text, self.at).end()  # type: ignore[union-attr]
+            if self.at < len(self.text) or not self._more():
+                return self.text[self.at : self.at + 1]
+
+    def take(self, char: str) -> None:
+        if self.next_char() != char:
+            raise ValueError(f"no {char!r} where one should be")
+        self.at += 1
+
+    def value(self) -> Any:
+        self.next_char()
+        while True:
             try:
-                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-                if not isinstance(row, dict):
-                    raise ValueError(f"{type(row).__name__}, not an object")
+                value, self.at = self._decoder.raw_decode(self.text, self.at)
+                return value
             except ValueError as error:
-                reason = f"line {number}: {error}"
-                raise ConfigError(f"{key}: {path}: broken jsonl file: {reason}; repair it or leave it out") from None
-            yield row
+                if "\0" in self.text:
+                    raise ValueError(_NULS) from None
+                if not self._more():
+                    raise error
+
+    def _more(self) -> bool:
+        """Read on; as much again as is held: a long value is not decoded again and again."""
+        self._passed += self.text.count("\n", 0, self.at)
+        self.text, self.at = self.text[self.at :], 0
+        more = self.stream.read(max(_CHUNK, len(self.text)))
+        self.text += more
+        return bool(more)
 
 
 def _parquet_rows(path: Path, key: str) -> Iterator[dict[str, Any]]:
-    """Nothing is copied to disk."""
-    import datasets  # late: takes seconds
-    import pyarrow
+    import pyarrow  # late: takes a moment
+    from pyarrow import parquet
 
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # failures come as exceptions, told in one line below
-    with reading(path, key), tempfile.TemporaryDirectory() as scratch:
+    with reading(path, key), path.open("rb") as file:  # opened here: Arrow takes names for addresses
         try:
-            yield from datasets.load_dataset(
-                "parquet",
-                data_files=glob.escape(str(path.absolute())),
-                split="train",
-                streaming=True,
-                cache_dir=scratch,  # only lock files, yet the default folder may not be writable
-                batch_size=_PARQUET_ROWS,
-            )
-        except (ValueError, pyarrow.ArrowException, datasets.exceptions.DatasetsError) as error:
-            reason = " ".join(str(error).split())
-            raise ConfigError(f"{key}: {path}: broken parquet file: {reason}; repair it or leave it out") from None
+            table = parquet.ParquetFile(file)
+            names = table.schema_arrow.names
+            if twice := {name for name in names if names.count(name) > 1}:
+                raise refusal(path, key, f"has two columns {', '.join(sorted(twice))}; rename one")
+            for batch in table.iter_batches(_PARQUET_ROWS):
+                yield from batch.to_pylist()
+        except (ValueError, OSError, pyarrow.ArrowException) as error:
+            if isinstance(error, ConfigError) or getattr(error, "errno", None):
+                raise
+            raise _broken(path, key, "parquet", " ".join(str(error).split())) from None

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_refine.config import ConfigError
+from megatron_refine.data.special_tokens import SpecialTokens
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
@@ -23,13 +24,20 @@ _LENGTH_DELIMITED = 2  # the wire type of all fields of a ModelProto
 class SentencePieceModel:
     """The tokenizer of a tokenizer.model: its pieces, scores, normalization and spaces as it was trained with."""
 
+    special: SpecialTokens
+    ends: tuple[int, ...]
+
     def __init__(self, path: Path, key: str) -> None:
         """Raises ConfigError, beginning with `key`, where the file is damaged or the library is missing."""
         self._model = _load(path, key)
         self.largest_id: int = self._model.vocab_size() - 1
-        bos, eos = self._model.bos_id(), self._model.eos_id()
-        self.bos_id: int | None = bos if bos >= 0 else None
-        self.eos_id: int | None = eos if eos >= 0 else None
+        own = (self._model.bos_id(), self._model.eos_id(), self._model.pad_id())
+        self.bos_id, self.eos_id, self.pad_id = (i if i >= 0 else None for i in own)
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a piece by its name."""
+        found: int = self._model.piece_to_id(token)
+        return found if self._model.id_to_piece(found) == token else None  # of an unknown name: that of <unk>
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Ids of each text. Control pieces never come from text: "<s>" in a document is three characters.

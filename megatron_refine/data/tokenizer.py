@@ -8,13 +8,16 @@ from typing import Protocol
 import numpy as np
 
 from megatron_refine.config import ConfigError
+from megatron_refine.data.formats import refusal, shown
 from megatron_refine.data.sentencepiece_model import SentencePieceModel
-from megatron_refine.files import write
+from megatron_refine.data.special_tokens import KEPT, SpecialTokens, find_special_tokens
+from megatron_refine.files import copy, write, write_json
 
 BOS, EOS = "<bos>", "<eos>"
 FILES = ("tokenizer.json", "tokenizer.model")  # what a model's folder calls it, the preferred one first
 _BOS_NAMES = (BOS, "<s>", "<|begin_of_text|>", "<|bos|>", "[BOS]")  # what published tokenizers call it
 _EOS_NAMES = (EOS, "</s>", "<|end_of_text|>", "<|endoftext|>", "<|eos|>", "[EOS]")
+_PAD_NAMES = ("<pad>", "<|pad|>", "[PAD]")
 _SMALLEST_BPE = 256 + 2  # every byte, BOS and EOS
 _BATCH_CHARS = 1 << 20  # text encoded at once: bounds memory, keeps the threads busy
 
@@ -23,8 +26,14 @@ class Tokenizer(Protocol):
     """What is asked of a tokenizer. Text never becomes a special token: "<s>" in a document is three characters."""
 
     largest_id: int
+    special: SpecialTokens  # as they are declared, and where
     bos_id: int | None  # None: it has no such token
-    eos_id: int | None
+    eos_id: int | None  # what training appends to an answer
+    pad_id: int | None
+    ends: tuple[int, ...]  # each of them ends an answer
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a token by its name."""
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Ids of each text, without special tokens."""
@@ -36,18 +45,26 @@ class Tokenizer(Protocol):
 class JsonTokenizer:
     """The tokenizer of a tokenizer.json, as the `tokenizers` library reads it."""
 
+    special: SpecialTokens
+    ends: tuple[int, ...]
+
     def __init__(self, path: Path, key: str) -> None:
         from tokenizers import Tokenizer
 
         try:
             self._tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises nothing more specific
-            raise ConfigError(f"{key}: {path}: no valid tokenizer.json: {error}; replace or delete it") from None
+            reason = " ".join(str(error).split())
+            raise refusal(path, key, f"no valid tokenizer.json: {reason}; replace or delete it") from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
         self.largest_id: int = max(self._tokenizer.get_vocab().values(), default=-1)
-        self.bos_id, self.eos_id = self._find(_BOS_NAMES), self._find(_EOS_NAMES)
+        self.bos_id, self.eos_id, self.pad_id = map(self._find, (_BOS_NAMES, _EOS_NAMES, _PAD_NAMES))
+
+    def token_id(self, token: str) -> int | None:
+        found: int | None = self._tokenizer.token_to_id(token)
+        return found
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
@@ -56,8 +73,7 @@ class JsonTokenizer:
         return self._tokenizer.decode(ids, skip_special_tokens=False)
 
     def _find(self, names: Sequence[str]) -> int | None:
-        found = (self._tokenizer.token_to_id(name) for name in names)
-        return next((token for token in found if token is not None), None)
+        return next((token for token in map(self.token_id, names) if token is not None), None)
 
 
 def find_tokenizer(path: Path, key: str) -> Path:
@@ -66,27 +82,44 @@ def find_tokenizer(path: Path, key: str) -> Path:
         for name in FILES:
             if (path / name).is_file():
                 return path / name
-        raise ConfigError(f"{key}: {path}: has neither {' nor '.join(FILES)}; name a tokenizer's file")
+        raise refusal(path, key, f"has neither {' nor '.join(FILES)}; name a tokenizer's file")
     if not path.is_file():
-        raise ConfigError(
-            f"{key}: {path}: no such file; name a {', a '.join(FILES)} or their folder, or leave it empty to train one"
-        )
+        what = f"no such file; name a {', a '.join(FILES)} or their folder, or leave it empty to train one"
+        raise refusal(path, key, what)
     return path
 
 
 def load_tokenizer(path: Path, vocab_size: int, key: str) -> Tokenizer:
     """The tokenizer at `path`, a file or a folder. A name in .json is a tokenizer.json, others a sentencepiece model.
 
-    Raises ConfigError where it is missing, damaged or knows ids >= vocab_size.
+    Its special tokens are the declared ones (special_tokens.py). Raises ConfigError where it is missing, damaged or
+    knows ids >= vocab_size, and where it lacks a declared token.
     """
     path = find_tokenizer(path, key)
     tokenizer = _read(path, key)
-    if tokenizer.largest_id >= vocab_size:
+    largest = max(tokenizer.largest_id, *(i for i in (tokenizer.bos_id, *tokenizer.ends) if i is not None), -1)
+    if largest >= vocab_size:
         raise ConfigError(
-            f"{key}: {path}: has token ids up to {tokenizer.largest_id}, model.vocab_size={vocab_size} allows "
-            f"{vocab_size - 1}; set model.vocab_size={tokenizer.largest_id + 1} or more"
+            f"{key}: {path}: has token ids up to {largest}, model.vocab_size={vocab_size} allows {vocab_size - 1}; "
+            f"set model.vocab_size={largest + 1} or more"
         )
     return tokenizer
+
+
+def stated(path: Path, tokenizer: Tokenizer) -> str:
+    """A line: which tokenizer is taken, and which special tokens from which file."""
+    return f"tokenizer {shown(path)}: {tokenizer.special}"
+
+
+def keep_tokenizer(path: Path, tokenizer: Tokenizer, folder: Path) -> None:
+    """Copy a tokenizer into a run's folder, which then has all that an evaluation of its checkpoints needs.
+
+    The files that declare its special tokens stay behind: what they say is written down. Raises OSError.
+    """
+    write_json(folder / KEPT, tokenizer.special.to_json())
+    name, other = FILES if _is_json(path) else FILES[::-1]
+    copy(path, folder / name)
+    (folder / other).unlink(missing_ok=True)  # of an earlier attempt, which had another tokenizer
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path) -> None:
@@ -122,6 +155,8 @@ def bos_id(tokenizer: Tokenizer, path: Path) -> int:
     if tokenizer.bos_id is not None:
         return tokenizer.bos_id
     names = f"has none of the tokens {', '.join(_BOS_NAMES)}" if _is_json(path) else "has no BOS piece"
+    if (says := tokenizer.special.origin["bos"]) != path.name:
+        names = f"has no BOS token, says {says} beside it"
     raise ConfigError(f"data.add_bos=true: {path} {names}; set data.add_bos=false")
 
 
@@ -143,7 +178,10 @@ def _is_json(path: Path) -> bool:
 
 
 def _read(path: Path, key: str) -> Tokenizer:
-    return JsonTokenizer(path, key) if _is_json(path) else SentencePieceModel(path, key)
+    found = JsonTokenizer(path, key) if _is_json(path) else SentencePieceModel(path, key)
+    special = found.special = find_special_tokens(path, found, key)
+    found.bos_id, found.eos_id, found.pad_id, found.ends = special.bos, special.eos, special.pad, special.ends
+    return found
 
 
 @lru_cache(maxsize=1)

@@ -1,4 +1,4 @@
-"""Answers of a model to prompts: encoded, batched by length, decoded greedily, ended by EOS or a stop string."""
+"""Answers of a model to prompts: encoded, batched by length, decoded greedily, ended by a token or a stop string."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -55,7 +55,7 @@ class Answerer:
         tokens, lengths = padded(prompts, platform.device())
 
         def finished(i: int, written: list[int]) -> bool:
-            if written[-1] == self.tokenizer.eos_id:
+            if written[-1] in self.tokenizer.ends:
                 return True
             stops = questions[i].stops
             return bool(stops) and any(stop in self.tokenizer.decode(written) for stop in stops)
@@ -64,7 +64,7 @@ class Answerer:
         return [self._text(q, ids) for q, ids in zip(questions, written, strict=True)]
 
     def _text(self, question: Question, written: list[int]) -> str:
-        if written[-1] == self.tokenizer.eos_id:
+        if written[-1] in self.tokenizer.ends:
             written = written[:-1]
         text = self.tokenizer.decode(written)
         ends = [text.index(stop) for stop in question.stops if stop in text]

@@ -1,5 +1,6 @@
 """An evaluation from start to end: answers task by task, kept as they come, then scores and tables."""
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,8 +14,8 @@ from megatron_refine.data.tokenizer import encode_all
 from megatron_refine.eval.answers import Answerer
 from megatron_refine.eval.documents import heldout
 from megatron_refine.eval.load import Loaded, Source, Text
-from megatron_refine.eval.results import Results, fingerprint
-from megatron_refine.eval.suite import Part, Score, answers
+from megatron_refine.eval.results import Results
+from megatron_refine.eval.suite import Part, Score, answers, predictions, questions
 from megatron_refine.eval.table import Scored, markdown
 from megatron_refine.files import digest
 from megatron_refine.trainer.manifest import MANIFEST
@@ -24,27 +25,37 @@ HELDOUT = "heldout"
 
 @dataclass(frozen=True)
 class Documents:
-    """Held-out documents: ids [length >= 2] of the first tokens of each, BOS included, and their texts."""
+    """Held-out documents: ids [length >= 2] of the first tokens of each, BOS included."""
 
-    texts: list[str]
     ids: list[list[int]]
 
 
 def identity(source: Source, text: Text, precision: str) -> dict[str, Any]:
-    """What answers depend on beside their prompts."""
+    """What answers depend on beside their questions."""
     files = [source.folder / MANIFEST] if source.is_checkpoint else sorted(source.folder.glob("*.safetensors"))
-    weights = [digest(path)[:16] for path in files]
-    return {"weights": weights, "tokenizer": digest(text.path)[:16], "precision": precision, "bos": text.bos}
+    return {
+        "weights": [digest(path)[:16] for path in files],
+        "model": hashlib.sha256(source.model.model_dump_json().encode()).hexdigest()[:16],
+        "tokenizer": digest(text.path)[:16],
+        "precision": precision,
+        "bos": text.bos,
+        "ends": list(text.tokenizer.ends),
+    }
 
 
-def read_documents(paths: Sequence[str], column: str, text: Text, length: int, count: int) -> Documents:
-    """The first `count` documents of the files, cut after `length` tokens. Raises ConfigError where there is none."""
-    found, head = Documents([], []), [] if text.bos is None else [text.bos]
+def read_documents(
+    paths: Sequence[str], column: str, text: Text, length: int, count: int, say: Callable[[str], None] = lambda _: None
+) -> Documents:
+    """The first `count` documents of the files, cut after `length` tokens; `say` is told which files these are.
+
+    Raises ConfigError where there is no document.
+    """
+    found, head = Documents([]), [] if text.bos is None else [text.bos]
     corpus = find_corpus(list(paths), column, "--heldout")
-    for document, ids in encode_all(text.tokenizer, corpus.documents()):
+    say(corpus.summary)
+    for _, ids in encode_all(text.tokenizer, corpus.documents()):
         row = [*head, *ids[: length - len(head)].tolist()]
         if len(row) > 1:
-            found.texts.append(document)
             found.ids.append(row)
         if len(found.ids) == count:
             return found
@@ -75,25 +86,29 @@ def evaluate(
 
 
 def _answer(part: Part, answerer: Answerer, results: Results) -> Score:
-    inputs = [example.prompt for example in part.examples]
+    """Answers are kept, scores are not: references and metrics may have changed since."""
+    inputs = [results.fingerprint([*vars(question).values()]) for question in questions(part.examples)]
 
     def run(skip: frozenset[int]) -> Any:
         for found in answers(part, answerer, skip):
             yield {place: vars(prediction) for place, prediction in found.items()}
 
-    rows = _resumed(part.label, inputs, results, run)
+    def scored(place: int, row: Mapping[str, Any]) -> Mapping[str, Any]:
+        return vars(predictions([part.examples[place]], [row["prediction"]])[0])
+
+    rows = _resumed(part.label, inputs, results, run, scored)
     return Score.of([row["score"] for row in rows])
 
 
 def _heldout(documents: Documents, loaded: Loaded, results: Results, batch_size: int) -> dict[str, Score]:
     """Loss in nats a token and accuracy: means over tokens, errors by documents (of a ratio, linearized)."""
-    inputs = [f"{len(ids)} {text}" for ids, text in zip(documents.ids, documents.texts, strict=True)]
+    inputs = [results.fingerprint([ids]) for ids in documents.ids]
 
     def run(skip: frozenset[int]) -> Any:
         for found in heldout(loaded.model, loaded.ranks, documents.ids, batch_size, skip):
             yield {place: vars(sums) for place, sums in found.items()}
 
-    rows = _resumed(HELDOUT, inputs, results, run)
+    rows = _resumed(HELDOUT, inputs, results, run, lambda _, row: row)
     tokens = np.array([row["tokens"] for row in rows], np.float64)
     return {key: _ratio(np.array([row[field] for row in rows]), tokens)
             for key, field in (("loss", "loss"), ("accuracy", "correct"))}  # fmt: skip
@@ -107,16 +122,23 @@ def _ratio(sums: np.ndarray, tokens: np.ndarray) -> Score:
 
 
 def _resumed(
-    label: str, inputs: list[str], results: Results, run: Callable[[frozenset[int]], Any]
+    label: str,
+    inputs: list[str],
+    results: Results,
+    run: Callable[[frozenset[int]], Any],
+    renewed: Callable[[int, Mapping[str, Any]], Mapping[str, Any]],
 ) -> list[Mapping[str, Any]]:
-    """The rows of all places, in order: those of earlier attempts, and those that `run` makes of the others."""
-    done: dict[int, Mapping[str, Any]] = dict(results.done(label, inputs))
+    """The rows of all places, in order: those of earlier attempts, `renewed`, and those that `run` makes of others."""
+    done: dict[int, Mapping[str, Any]] = {
+        place: {"place": place, "input": inputs[place], **renewed(place, row)}
+        for place, row in results.done(label, inputs).items()
+    }
     results.start(label, done.values())
     with tqdm(
         total=len(inputs), initial=len(done), desc=label, unit="row", disable=None if results.writes else True
     ) as bar:
         for found in run(frozenset(done)):
-            rows = [{"place": p, "input": fingerprint(inputs[p])} | row for p, row in found.items()]
+            rows = [{"place": p, "input": inputs[p]} | row for p, row in found.items()]
             results.append(label, rows)
             done |= {row["place"]: row for row in rows}
             bar.update(len(rows))

@@ -4,9 +4,10 @@ import re
 from pathlib import Path
 
 from megatron_refine.config import ConfigError
-from megatron_refine.data.corpus import find_corpus
+from megatron_refine.data.corpus import find_files
 from megatron_refine.data.examples import Columns, Example, read_examples
-from megatron_refine.data.readers import TABLES, read_rows
+from megatron_refine.data.formats import named, shown
+from megatron_refine.data.readers import read_rows
 from megatron_refine.eval.tasks import Task
 
 
@@ -29,9 +30,9 @@ def find(task: Task, folder: str, key: str, length: int | None = None) -> Path:
     or a task's name alone; a file named for training is never taken. If no name fits, the first row of every table is
     asked, its columns `task` and `max_seq_length`. Raises ConfigError where no file fits, or several do.
     """
-    tables = [path for _, path in find_corpus([folder], "", key).files if path.suffix in TABLES]
-    tables = [path for path in tables if not path.stem.endswith("_train")]
-    found = [path for path in tables if _named(task, path.stem, length)]
+    tables = [path for _, path in find_files([folder], key).files if named(path)[1].is_table]
+    tables = [path for path in tables if not named(path)[0].endswith("_train")]
+    found = [path for path in tables if _named(task, named(path)[0], length)]
     found = found or [path for path in tables if _holds(task, path, key, length)]
     what = task.name if length is None else f"{task.name} at length {length}"
     if not found:
@@ -40,7 +41,7 @@ def find(task: Task, folder: str, key: str, length: int | None = None) -> Path:
             f"name ({task.name}{'_4096_200_test' if task.sized else '_16384'}.parquet) or its column task"
         )
     if len(found) > 1:
-        names = ", ".join(str(path) for path in found)
+        names = ", ".join(map(shown, found))
         raise ConfigError(f"{key}: {folder}: {len(found)} files of {what}: {names}; name a folder with one of them")
     return found[0]
 
@@ -52,5 +53,10 @@ def _named(task: Task, stem: str, length: int | None) -> bool:
 
 
 def _holds(task: Task, path: Path, key: str, length: int | None) -> bool:
-    row = next(read_rows(path, key), {})
+    try:
+        row = next(read_rows(path, key), {})
+    except ConfigError:
+        if named(path)[1].kind != "json":  # which may hold anything: nobody said that this one is a task's
+            raise
+        return False
     return row.get("task") == task.name and (length is None or row.get("max_seq_length") == length)

@@ -44,7 +44,7 @@ class HeldOut:
         )
 
     def _tokens(self, batch: Batch) -> Tensor:
-        scores = forward.main_pass(self.step.model, batch.tokens).scores
+        scores = forward.score_pass(self.step.model, batch.tokens)
         return _sums(batch, scores.logprobs[:, :-1], scores.correct, scores.entropy)
 
     def _rollouts(self, batch: Batch) -> Tensor:

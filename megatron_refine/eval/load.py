@@ -52,7 +52,7 @@ class Source:
         """`named`, or the tokenizer that came with the model. Raises ConfigError where there is none."""
         if named:
             return Path(named)
-        places: list[Path | None] = [self.folder, self.folder / ORIGIN, self.run]
+        places: list[Path | None] = [self.folder, self.run, self.folder / ORIGIN]  # a run may train with another one
         for path in (place / name for place in places if place for name in FILES):
             if path.exists():
                 return path

@@ -2,12 +2,12 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_refine.config import ConfigError
-from megatron_refine.files import write, write_json
+from megatron_refine.files import TornError, read_json, write, write_json
 
 _IDENTITY, SCORES, TABLE = "evaluation.json", "scores.json", "scores.md"
 
@@ -15,40 +15,61 @@ _IDENTITY, SCORES, TABLE = "evaluation.json", "scores.json", "scores.md"
 class Results:
     """Rows by label, e.g. niah_single_1@4096. Written by one rank, read by all."""
 
-    def __init__(self, folder: Path, identity: Mapping[str, Any], writes: bool):
-        """identity: what the answers depend on beside their prompts (weights, tokenizer, precision).
+    def __init__(
+        self, folder: Path, identity: Mapping[str, Any], writes: bool, say: Callable[[str], None] = lambda _: None
+    ):
+        """identity: what the answers depend on beside their questions (weights, tokenizer, precision). `say` is told
+        what is damaged.
 
         Raises ConfigError where the folder holds the results of another one, or cannot be written.
         """
-        self.folder, self.writes = folder, writes
+        self.folder, self.identity, self.writes, self.say = folder, dict(identity), writes, say
         path = folder / _IDENTITY
-        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else identity
+        known = self._known(path)
         for key in identity.keys() | known.keys():
             if identity.get(key) != known.get(key):
-                raise ConfigError(
-                    f"--out {folder}: holds an evaluation with another {key} ({known.get(key)}, not "
-                    f"{identity.get(key)}); name another folder"
-                )
+                which = f"with another {key} ({known.get(key)}, not {identity.get(key)})"
+                which = which if key in known else f"of an earlier version, which does not say its {key}"
+                raise ConfigError(f"--out {folder}: holds an evaluation {which}; name another folder")
         if writes:
             try:
                 write_json(path, dict(identity))
             except OSError as error:
                 raise ConfigError(f"--out {folder}: cannot be written: {error.strerror}; name another folder") from None
 
-    def done(self, label: str, inputs: list[str]) -> dict[int, dict[str, Any]]:
-        """Rows of earlier attempts by place, those whose input is still that of the place: of other data they are not.
+    def _known(self, path: Path) -> Mapping[str, Any]:
+        """What evaluation.json says; of a damaged one what is asked: each row says by itself what it depends on."""
+        if not path.exists():
+            return self.identity
+        try:
+            known = read_json(path)
+        except TornError:
+            known = None
+        if isinstance(known, dict):
+            return known
+        self.say(f"{path}: damaged; written anew, answers of other weights or settings are asked again")
+        return self.identity
 
-        inputs: the text at each place.
+    def fingerprint(self, question: Sequence[Any]) -> str:
+        """Of all that an answer depends on: equal questions to equal models only are taken for equal."""
+        text = json.dumps([self.identity, *question], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def done(self, label: str, inputs: Sequence[str]) -> dict[int, dict[str, Any]]:
+        """Rows of earlier attempts by place, those whose question is still that of the place: of other data they are
+        not. Damaged lines, as a kill or a power cut leaves them, are passed over.
+
+        inputs: the fingerprint of the question at each place.
         """
         path = self.folder / f"{label}.jsonl"
-        lines = (
-            path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-        )  # what follows the last line's end is torn
-        rows = [json.loads(line) for line in lines]
+        lines = path.read_bytes().splitlines() if path.exists() else []
+        rows = [_row(line) for line in lines]
+        if damaged := sum(row is None for row in rows):
+            self.say(f"{path}: {damaged} damaged lines passed over; their questions are asked again")
         return {
             row["place"]: row
             for row in rows
-            if row["place"] < len(inputs) and row["input"] == fingerprint(inputs[row["place"]])
+            if row and 0 <= row["place"] < len(inputs) and row["input"] == inputs[row["place"]]
         }
 
     def start(self, label: str, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -68,9 +89,14 @@ class Results:
             write(self.folder / TABLE, table + "\n")
 
 
-def fingerprint(text: str) -> str:
-    """Of an input, short: equal inputs only are taken for equal."""
-    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16]
+def _row(line: bytes) -> dict[str, Any] | None:
+    """The row that a line holds; None of a damaged one."""
+    try:
+        row = json.loads(line.decode())
+        said = isinstance(row.get("prediction"), str) or {"tokens", "loss", "correct"} <= row.keys()
+        return row if said and type(row["place"]) is int and isinstance(row["input"], str) else None
+    except (ValueError, AttributeError, KeyError, RecursionError):
+        return None
 
 
 def _line(row: Mapping[str, Any]) -> str:

@@ -150,9 +150,9 @@ class TaskEvaluation:
 
 
 def score_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A line a task of predictions as rows: mean and standard error in percent, and n."""
+    """A line a task of predictions as rows, scored as today: mean and standard error in percent, and n."""
     scores: dict[str, list[float]] = {}
     for row in rows:
-        scores.setdefault(row["task"], []).append(row["score"])
+        scores.setdefault(row["task"], []).append(tasks.of(row["task"]).score(row["prediction"], row["references"]))
     width = max((len(task) for task in scores), default=0)
     return "\n".join(f"{task:<{width}}  {Score.of(found)}  (n {len(found)})" for task, found in scores.items())

@@ -1,5 +1,6 @@
 """What a run learns from: documents, or prompts with answers, with the tokenizer of both."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -9,7 +10,7 @@ import torch
 from megatron_refine.config import Config
 from megatron_refine.data.prepare import Prepared, prepare
 from megatron_refine.data.prompts import Prompts, read_prompts
-from megatron_refine.data.tokenizer import Tokenizer, bos_id, find_tokenizer, load_tokenizer
+from megatron_refine.data.tokenizer import Tokenizer, bos_id, find_tokenizer, load_tokenizer, stated
 from megatron_refine.eval.answers import Answerer
 from megatron_refine.phases.midtrain import MidTraining
 from megatron_refine.phases.posttrain import PostTraining
@@ -40,14 +41,20 @@ class Sources:
     bos: int | None
 
     @classmethod
-    def of(cls, config: Config) -> "Sources":
-        """Read, and where need be write to data.cache_dir. Raises ConfigError for any input that cannot be used."""
+    def of(cls, config: Config, say: Callable[[str], None] = lambda _: None) -> "Sources":
+        """Read, and where need be write to data.cache_dir; `say` is told what is read, in lines.
+
+        Raises ConfigError for any input that cannot be used.
+        """
         midtrain = config.train.phase == "midtrain"
-        documents = prepare(config) if midtrain or config.data.paths else None
+        documents = prepare(config, say) if midtrain or config.data.paths else None
         path = documents.tokenizer if documents else find_tokenizer(Path(config.data.tokenizer), "data.tokenizer")
         tokenizer = load_tokenizer(path, config.model.vocab_size, "data.tokenizer")
+        if not documents:
+            say(stated(path, tokenizer))
         bos = bos_id(tokenizer, path) if config.data.add_bos else None
-        return cls(config, documents, None if midtrain else read_prompts(config, tokenizer, bos), path, tokenizer, bos)
+        prompts = None if midtrain else read_prompts(config, tokenizer, bos, say)
+        return cls(config, documents, prompts, path, tokenizer, bos)
 
     def count_tokens(self, text: str) -> int:
         """Tokens of a prompt, BOS included."""

@@ -1,5 +1,5 @@
-"""The run folder and the screen: config.yaml, metrics.jsonl, samples.json, tokenizer.*, logs/attempt_<n>/train.log,
-report.html."""
+"""The run folder and the screen: config.yaml, metrics.jsonl, samples.json, logs/attempt_<n>/train.log, report.html. The
+tokenizer in it is kept by data/tokenizer.py."""
 
 import contextlib
 import json
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_refine.config import Config
-from megatron_refine.files import Appended, TornError, copy, numbered, read_json, read_rows, write, write_json
+from megatron_refine.files import Appended, TornError, numbered, read_json, read_rows, write, write_json
 from megatron_refine.report.html import write_report
 from megatron_refine.report.metrics import MetricsLog, Row, read
 from megatron_refine.report.screen import comparison, eval_line, step_line
@@ -50,10 +50,6 @@ class RunFolder:
             self.say(eval_line(row))
         if self._wandb:
             self._wandb.log(row, step=row["step"])
-
-    def keep_tokenizer(self, path: Path) -> None:
-        """Copy the tokenizer into the folder, which then has all that an evaluation of its checkpoints needs."""
-        copy(path, self.path / f"tokenizer{path.suffix}")
 
     def keep_progress(self, progress: Mapping[str, Any]) -> None:
         """Where the run stands, for `read_progress`. Atomic."""

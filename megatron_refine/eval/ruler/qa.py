@@ -8,7 +8,7 @@ from random import Random
 from typing import Any
 
 from megatron_refine.config import ConfigError
-from megatron_refine.data.readers import reading
+from megatron_refine.data.formats import reading
 from megatron_refine.eval.ruler.sample import Case, Sample
 
 TEMPLATE = (
