@@ -332,3 +332,45 @@ def test_models_that_cannot_be_loaded(data: Path, ranks: Zygote, tmp_path: Path)
         assert words in end.err and end.err.count("\n") == 1 and not end.out, end.err
         codes[name] = end.code
     assert codes == {"gone": 2, "empty": 4, "damaged": 2}
+
+
+def test_corrected_answers_are_scored_anew(model: Path, data: Path, ranks: Zygote, tmp_path: Path) -> None:
+    """What the model wrote is kept; references are today's. Another limit is another question."""
+    own = tmp_path / "data"
+    own.mkdir()
+
+    def scores(out: str, *more: Any) -> Any:
+        command = arguments(model, own, tmp_path / out, "trec,gov_report")
+        end = ranks(1, evaluate, timeout=120, arguments=command, **dict(more))[0]
+        assert end.code == 0, end.err
+        found = json.loads((tmp_path / out / "scores.json").read_text(encoding="utf-8"))["tasks"]
+        return {label: score["mean"] for label, score in found.items()}, end.err
+
+    def ask(limit: int, task: str = "gov_report", told: Any = None) -> None:
+        """The task's questions; `told`: the answers that the model gave count as right."""
+        rows = [{"prompt": f"{task} {i}?", "answers": ["City"], "max_gen_tokens": limit} for i in range(ROWS)]
+        for row, answer in zip(rows, told or [], strict=bool(told)):
+            row["answers"] = [answer["prediction"]]
+        (own / f"{task}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+    ask(8, "trec")
+    ask(16)
+    kept = ("patch", functools.partial(killed_after, 0))  # a new answer would be the end
+    first, _ = scores("out")
+    ask(16, told=answers(tmp_path / "out")["gov_report"])
+    corrected, _ = scores("out", kept)
+    assert corrected == scores("fresh")[0] and corrected["gov_report"] > 0.9 > first["gov_report"]
+    assert answers(tmp_path / "out") == answers(tmp_path / "fresh")
+    evaluation = tmp_path / "out/evaluation.json"
+    whole = evaluation.read_text(encoding="utf-8")
+    evaluation.write_text("", encoding="utf-8")
+    with (tmp_path / "out/trec.jsonl").open("ab") as file:
+        file.write(bytes(512))
+    again, err = scores("out", kept)
+    assert again == corrected and evaluation.read_text(encoding="utf-8") == whole
+    assert "evaluation.json: damaged; written anew" in err and "trec.jsonl: damaged lines passed over, " in err
+    ask(3)
+    with pytest.raises(RankError, match="killed by SIGKILL"):
+        scores("out", kept)
+    assert scores("out")[0] == scores("short")[0]
+    assert answers(tmp_path / "out") == answers(tmp_path / "short")

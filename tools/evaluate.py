@@ -150,9 +150,9 @@ def run(options: argparse.Namespace) -> str:
             options.heldout, options.text_column, text, options.heldout_length, rows or GENERATED,
             say=lines.append,
         )  # fmt: skip
+    loaded = load.load(source, config, text)
     for line in lines if first else ():
         _say(line)
-    loaded = load.load(source, config, text)
     return evaluation.evaluate(str(options.model), parts, documents, loaded, results, options.batch_size)[1]
 
 

@@ -18,6 +18,7 @@ from megatron_refine.files import digest, write
 
 _NOT_SOURCES = {"site-packages", "dist-packages", "test", "tests", "idlelib"}
 _REMEMBER_FROM = 64 << 20  # bytes; smaller files are hashed at every start
+_DIGEST = 64  # characters
 _NAMED = 8  # files that a line names before it counts the others
 _SPECIAL = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
 
@@ -108,32 +109,41 @@ def _find(path: Path, key: str, walk: _Walk) -> None:
 
 def _below(root: Path, key: str, walk: _Walk) -> Iterator[Path]:
     """Files below a folder, without hidden ones. One that cannot be listed is an error, not an omission."""
-    folders: list[tuple[Path, frozenset[tuple[int, int]]]] = [(root, frozenset())]
+    with reading(root, key):
+        parents = frozenset(_identity(parent) for parent in root.resolve().parents)
+    folders = [(root, parents)]  # each with the folders that it stands in, which a link must not lead to again
     while folders:
         folder, above = folders.pop()
         with reading(folder, key):
-            status = folder.stat()
-            entries = list(folder.iterdir())
-        if (own := (status.st_dev, status.st_ino)) in above:
-            raise refusal(folder, key, "is a link to a folder that it stands in; remove it")
-        for path in entries:
+            own = _identity(folder)
+            if own in above:
+                raise refusal(folder, key, "is a link to a folder that it stands in; remove it")
+            entries = [(path, path.is_dir()) for path in folder.iterdir()]
+        for path, is_folder in entries:
             if path.name.startswith("."):
                 walk.hidden.append(path.relative_to(root).as_posix())
-            elif path.is_dir():
+            elif is_folder:
                 folders.append((path, above | {own}))
             else:
                 yield path
 
 
+def _identity(path: Path) -> tuple[int, int]:
+    """Device and number: the same for all names of a file or folder."""
+    status = path.stat()
+    return status.st_dev, status.st_ino
+
+
 def _check(path: Path, key: str, walk: _Walk, name: str) -> None:
     """Raise ConfigError where there is no file behind a name."""
-    if path.is_symlink() and not path.exists():
-        raise refusal(path, key, f"is a link to {shown(os.readlink(path))}, which is not there; restore or remove it")
     with reading(path, key):
-        status = path.stat()
-    if special := _SPECIAL.get(stat.S_IFMT(status.st_mode)):
+        if path.is_symlink() and not path.exists():
+            target = shown(os.readlink(path))
+            raise refusal(path, key, f"is a link to {target}, which is not there; restore or remove it")
+        special, own = _SPECIAL.get(stat.S_IFMT(path.stat().st_mode)), _identity(path)
+    if special:
         raise refusal(path, key, f"is {special}, not a file; remove it or name files")
-    if (own := (status.st_dev, status.st_ino)) in walk.seen:
+    if own in walk.seen:
         walk.again.append(name)
     walk.seen.add(own)
 
@@ -170,7 +180,7 @@ def _standard_library() -> _Walk:
     root = Path(sysconfig.get_path("stdlib"))
     found = []
     for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        subfolders[:] = [name for name in subfolders if not name.startswith(".") and name not in _NOT_SOURCES]
         paths = [Path(folder, name) for name in names if not name.startswith(".")]
         found += [(path.relative_to(root).as_posix(), path) for path in paths if _is_source(path.relative_to(root))]
     return _Walk(sorted(found))
@@ -188,10 +198,11 @@ def _digest(path: Path, cache_dir: Path, key: str) -> str:
         status = path.stat()
         if status.st_size < _REMEMBER_FROM:
             return digest(path)
-    identity = f"{path.absolute()} {status.st_size} {status.st_mtime_ns}"
+    identity = f"{path.absolute()} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
     memory = cache_dir / "digests" / hashlib.sha256(identity.encode(errors="surrogateescape")).hexdigest()
-    if not memory.exists():
+    known = memory.read_bytes().decode(errors="replace") if memory.exists() else ""
+    if len(known) != _DIGEST:  # a power cut may leave an empty file
         with reading(path, key):
-            found = digest(path)
-        write(memory, found)
-    return memory.read_text(encoding="utf-8")
+            known = digest(path)
+        write(memory, known)
+    return known

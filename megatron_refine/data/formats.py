@@ -129,8 +129,9 @@ def form_of(path: Path, key: str) -> Form:
 def _checked(path: Path, key: str, kind: str, packing: str, head: bytes, end: bytes) -> str:
     """The kind of a file whose name says `kind`: the same, or a parquet file's."""
     if head.startswith(_PARQUET) and (kind == "parquet" or (end == _PARQUET and not packing)):
-        if packing:
-            raise refusal(path, key, f"is a parquet file packed with {packing}; unpack it")
+        if packing or kind in ("jsonl", "json"):
+            how = f" packed with {packing}; unpack it" if packing else f", no {kind} file; name it .parquet"
+            raise refusal(path, key, f"is a parquet file{how}")
         return "parquet"
     for pattern, what, remedy in _OTHERS:
         if re.match(pattern, head):

@@ -33,7 +33,7 @@ def _read_text(path: Path, column: str, key: str, form: Form) -> str:
     with opened(path, form, key) as file:
         content = file.read()
     if (nul := content.find(b"\0")) >= 0:
-        raise refusal(path, key, f"no text: byte {nul} is NUL (damaged, or a binary file); restore it or leave it out")
+        raise refusal(path, key, f"no text: byte {nul} is NUL (damaged, binary or UTF-16); restore it or leave it out")
     try:
         text = content.removeprefix(BOM).decode()  # not read_text: line ends stay what they are
     except UnicodeDecodeError as error:

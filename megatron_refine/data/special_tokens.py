@@ -15,6 +15,7 @@ from megatron_refine.files import TornError, read_json
 
 KEPT = "special_tokens.json"  # what was found, kept beside a copy of the tokenizer; it is asked before all others
 _NAMES, _NUMBERS = ("tokenizer_config.json", "special_tokens_map.json"), ("generation_config.json", "config.json")
+OWN = "the tokenizer itself"
 _ROLES = ("bos", "eos", "pad")
 
 
@@ -38,7 +39,7 @@ class SpecialTokens:
     eos: int | None  # what training appends to an answer
     pad: int | None
     ends: tuple[int, ...]  # each of them ends an answer, eos among them
-    origin: dict[str, str]  # the file that declares each
+    origin: dict[str, str]  # the file that declares each, or OWN
 
     def __str__(self) -> str:
         found = [f"{role.upper()} {self._one(role)}" for role in _ROLES]
@@ -46,8 +47,8 @@ class SpecialTokens:
         return ", ".join(found) + (f"; {', '.join(also)} end answers too" if also else "")
 
     def _one(self, role: str) -> str:
-        value = getattr(self, role)
-        return "none" if value is None else f"{value} ({self.origin[role]})"
+        value, origin = getattr(self, role), self.origin[role]
+        return ("none" if value is None else str(value)) + (f" ({origin})" if origin != OWN else "")
 
     def to_json(self) -> dict[str, Any]:
         """The content of KEPT."""
@@ -93,7 +94,7 @@ def _find(
     for name in _NUMBERS:
         if ids := _numbers(role, name, files[name], path, vocabulary, key):
             return ids[0], name
-    return (None, absent) if absent else (getattr(vocabulary, f"{role}_id"), path.name)
+    return (None, absent) if absent else (getattr(vocabulary, f"{role}_id"), OWN)
 
 
 def _named(token: str, tree: dict[str, Any], vocabulary: Vocabulary) -> int | None:

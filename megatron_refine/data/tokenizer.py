@@ -10,7 +10,7 @@ import numpy as np
 from megatron_refine.config import ConfigError
 from megatron_refine.data.formats import refusal, shown
 from megatron_refine.data.sentencepiece_model import SentencePieceModel
-from megatron_refine.data.special_tokens import KEPT, SpecialTokens, find_special_tokens
+from megatron_refine.data.special_tokens import KEPT, OWN, SpecialTokens, find_special_tokens
 from megatron_refine.files import copy, write, write_json
 
 BOS, EOS = "<bos>", "<eos>"
@@ -155,7 +155,7 @@ def bos_id(tokenizer: Tokenizer, path: Path) -> int:
     if tokenizer.bos_id is not None:
         return tokenizer.bos_id
     names = f"has none of the tokens {', '.join(_BOS_NAMES)}" if _is_json(path) else "has no BOS piece"
-    if (says := tokenizer.special.origin["bos"]) != path.name:
+    if (says := tokenizer.special.origin["bos"]) != OWN:
         names = f"has no BOS token, says {says} beside it"
     raise ConfigError(f"data.add_bos=true: {path} {names}; set data.add_bos=false")
 

@@ -8,7 +8,10 @@ from megatron_refine.data.corpus import find_files
 from megatron_refine.data.examples import Columns, Example, read_examples
 from megatron_refine.data.formats import named, shown
 from megatron_refine.data.readers import read_rows
+from megatron_refine.eval.ruler import qa
 from megatron_refine.eval.tasks import Task
+
+_POOLS = {name for name, _ in qa.FILES.values()}  # hotpotqa.json is no file of the task hotpotqa
 
 
 def read(task: Task, folder: str, key: str, length: int | None = None) -> list[Example]:
@@ -31,7 +34,7 @@ def find(task: Task, folder: str, key: str, length: int | None = None) -> Path:
     asked, its columns `task` and `max_seq_length`. Raises ConfigError where no file fits, or several do.
     """
     tables = [path for _, path in find_files([folder], key).files if named(path)[1].is_table]
-    tables = [path for path in tables if not named(path)[0].endswith("_train")]
+    tables = [path for path in tables if not named(path)[0].endswith("_train") and path.name not in _POOLS]
     found = [path for path in tables if _named(task, named(path)[0], length)]
     found = found or [path for path in tables if _holds(task, path, key, length)]
     what = task.name if length is None else f"{task.name} at length {length}"

@@ -26,7 +26,7 @@ class Results:
         self.folder, self.identity, self.writes, self.say = folder, dict(identity), writes, say
         path = folder / _IDENTITY
         known = self._known(path)
-        for key in identity.keys() | known.keys():
+        for key in {**identity, **known}:
             if identity.get(key) != known.get(key):
                 which = f"with another {key} ({known.get(key)}, not {identity.get(key)})"
                 which = which if key in known else f"of an earlier version, which does not say its {key}"
@@ -65,7 +65,7 @@ class Results:
         lines = path.read_bytes().splitlines() if path.exists() else []
         rows = [_row(line) for line in lines]
         if damaged := sum(row is None for row in rows):
-            self.say(f"{path}: {damaged} damaged lines passed over; their questions are asked again")
+            self.say(f"{path}: damaged lines passed over, their questions are asked again: {damaged}")
         return {
             row["place"]: row
             for row in rows
