@@ -187,6 +187,8 @@ def locale_dependent(node: ast.AST) -> bool:
     if not isinstance(node, ast.Call):
         return False
     name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+    if isinstance(node.func, ast.Attribute) and getattr(node.func.value, "id", "") in ("os", "tarfile"):  # bytes
+        return False
     given = {keyword.arg: keyword.value for keyword in node.keywords}
     if "encoding" in given:
         return False

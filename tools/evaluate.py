@@ -26,41 +26,18 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Score a model on RULER, LongBench and held-out documents.")
     add = parser.add_argument
     add("model", type=path_argument, metavar="MODEL", help="a checkpoint, a run or a model in Hugging Face's format")
-    add(
-        "--tasks",
-        required=True,
-        type=_names,
-        help="names of tasks and groups: niah, ruler, ruler_qa, longbench, heldout",
-    )
+    groups = "niah, ruler, ruler_qa, longbench, heldout"
+    add("--tasks", required=True, type=_names, help=f"names of tasks and groups: {groups}")
     add("--lengths", type=_numbers, default=[4096], help="context lengths of RULER's tasks, in tokens (4096)")
-    add(
-        "--examples",
-        type=int,
-        default=0,
-        help="samples of a generated task and length (500), most rows of a file (all) and documents (500)",
-    )
-    add(
-        "--data",
-        type=text_argument,
-        default="",
-        metavar="DIR",
-        help="folder with the files of ruler_qa, longbench, qa_squad, qa_hotpot",
-    )
-    add(
-        "--essays",
-        type=text_argument,
-        default="",
-        metavar="DIR",
-        help="folder of texts for essay haystacks (a built-in corpus)",
-    )
-    add(
-        "--heldout",
-        type=text_argument,
-        nargs="+",
-        default=[],
-        metavar="FILE",
-        help="documents of the task heldout: text, jsonl, parquet",
-    )
+    most = "samples of a generated task and length (500), most rows of a file (all) and documents (500)"
+    add("--examples", type=int, default=0, help=most)
+    for name, what in (
+        ("data", "folder with the files of ruler_qa, longbench, qa_squad, qa_hotpot"),
+        ("essays", "folder of texts for essay haystacks (a built-in corpus)"),
+    ):
+        add(f"--{name}", type=text_argument, default="", metavar="DIR", help=what)
+    documents = "documents of the task heldout: text, jsonl, parquet"
+    add("--heldout", type=text_argument, nargs="+", default=[], metavar="FILE", help=documents)
     add("--text-column", default="text", help="column of jsonl and parquet documents (text)")
     add("--heldout-length", type=int, default=16384, help="tokens of a document that count (16384)")
     add("--out", required=True, type=path_argument, metavar="DIR", help="folder of answers and scores")
