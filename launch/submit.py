@@ -15,6 +15,7 @@ from megatron_refine.config.load import read_as
 from megatron_refine.estimate.hardware import Hardware
 from megatron_refine.estimate.plan import plan
 from megatron_refine.files import speak_utf8
+from megatron_refine.interrupt import quiet
 from megatron_refine.models.family import FAMILIES
 from megatron_refine.slurm.job import Job
 from megatron_refine.slurm.site import Site
@@ -86,4 +87,4 @@ def build(options: argparse.Namespace) -> Job:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(quiet(main))

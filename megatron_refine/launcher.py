@@ -103,6 +103,11 @@ def check() -> Launch:
     return launch
 
 
+def under_torchrun() -> bool:
+    """Whether torchrun watches this process, and passes signals on in its own way."""
+    return bool(_text("TORCHELASTIC_RUN_ID"))
+
+
 def speaks() -> bool:
     """Whether this process says what is wrong: the first rank for all, and one that does not know its rank."""
     try:

@@ -1,6 +1,7 @@
 """A training run, set up: everything that train.py's loop uses, on every rank."""
 
 import contextlib
+import functools
 import sys
 import time
 from collections.abc import Callable
@@ -17,12 +18,13 @@ from megatron_refine.estimate.flops import batch_flops
 from megatron_refine.eval.answers import Answerer
 from megatron_refine.eval.heldout import HeldOut
 from megatron_refine.eval.suite import TaskEvaluation, score_table
-from megatron_refine.opening import claim
+from megatron_refine.opening import CHECKPOINTS, claim
 from megatron_refine.phases.sources import Sources
 from megatron_refine.phases.testtime import TestTime
 from megatron_refine.records import Batch, RolloutEngine
 from megatron_refine.report.folder import RunFolder, read_progress
 from megatron_refine.step.refine import RefineStep
+from megatron_refine.trainer import resumption
 from megatron_refine.trainer.checkpoint import Checkpoints, Progress
 from megatron_refine.trainer.model import build_model
 from megatron_refine.trainer.optimizer import Updater
@@ -42,21 +44,33 @@ def _engine(config: Config, model: nn.Module, ranks: Ranks, say: Callable[[str],
     return SGLangEngine(config, model, ranks, say)
 
 
+_show = functools.partial(print, flush=True)  # what is said is seen, however the process ends
+
+
 class Session:
     """Data, model, engine, checkpoints and run folder. Construction resumes from where the run stands."""
 
     def __init__(self, config: Config, watch: Watchdog):
         self.config, self.watch = config, watch
         self.folder: RunFolder | None = None
-        self.stop = StopRequest(self._fenced, self._needed)  # before anything long: SIGUSR1 would end the process
+        self.code = 1  # of the command, once it is known
+        self.changes: list[resumption.Change] = []
+        self.stop = StopRequest(
+            self._fenced, self._needed, self._save_due
+        )  # before anything long: SIGUSR1 would end the process
+        self._saved = time.monotonic()  # or begun: when all of the run was last on the disk
         with watch("preparation"):
             self.owner = claim(config)
             self._build()
         with watch("resumption"):
             self.progress = self._resume()
         if self.ranks.is_main:
+            begun = self.progress.step > 0  # what of the training is not as it was before this attempt
+            self.changes = resumption.changes(self._past(), config, self.ranks.world) if begun else []
             with self.owner.held():
-                self.folder = RunFolder(config, self.progress.step, self.phase.total_steps, print)
+                self.folder = RunFolder(config, self.progress.step, self.phase.total_steps, _show)
+                changed = {change.key: [change.new, change.old] for change in self.changes}
+                self.folder.keep_attempt(self.progress.step, self.ranks.world, changed)
                 keep_tokenizer(self.sources.tokenizer_path, self.sources.tokenizer, Path(config.run.dir))
 
     def _build(self) -> None:
@@ -75,7 +89,7 @@ class Session:
         valid = self.sources.documents and self.sources.documents.valid
         self.heldout = HeldOut(self.step, valid, device) if valid and config.eval.sequences else None
         self.tasks = TaskEvaluation(config, self.answerer, self.sources.count_tokens)
-        self.checkpoints = Checkpoints(Path(config.run.dir) / "checkpoints", config, self.ranks, self.owner)
+        self.checkpoints = Checkpoints(Path(config.run.dir) / CHECKPOINTS, config, self.ranks, self.owner)
         self.watch.detail = lambda: self.step.clock.stage
         self.peak_flops = platform.peak_flops() * self.ranks.world
 
@@ -83,12 +97,22 @@ class Session:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self.engine.close()
+        try:
+            self.engine.close()
+        finally:
+            if self.folder:
+                self.folder.close(self.code)
 
     @property
     def used(self) -> str:
         """What the run computes with, in one line."""
         return used(self.config, self.updater.parts)
+
+    @property
+    def resumed(self) -> str:
+        """Where the attempt goes on with other settings, in one line; "" where there is nothing to say."""
+        done = self.progress
+        return resumption.told(done.step, done.consumed_samples, self.changes) if self.changes else ""
 
     @property
     def total_steps(self) -> int:
@@ -103,12 +127,14 @@ class Session:
             kept = read_progress(Path(self.config.run.dir)) if self.config.resets else None
             progress = Progress(**kept) if kept else fresh
         if progress.data != fresh.data:
-            raise ConfigError(
-                f"{self.checkpoints.latest() or self.config.run.dir}: the run was trained on other data (its rows have "
-                "another fingerprint); restore data.*, task.* and model.vocab_size, or choose a new run.dir and start "
-                "it with checkpoint.load"
-            )
+            raise resumption.other_data(self._past(), self.config)
         return progress
+
+    def _past(self) -> resumption.Past:
+        """Of what the attempt goes on from."""
+        loaded = None if self.config.resets else self.checkpoints.loaded
+        run = Path(self.config.run.dir)
+        return resumption.past_of_checkpoint(loaded) if loaded else resumption.past_of_run(run)
 
     def say(self, line: str) -> None:
         if self.folder:
@@ -127,6 +153,12 @@ class Session:
 
     def _fenced(self) -> bool:
         return self.ranks.is_main and self.owner.lost()
+
+    def _save_due(self) -> bool:
+        """Whether more than checkpoint.minutes would be lost if the next step failed. By the main rank's clock."""
+        minutes = 0 if self.config.resets else self.config.checkpoint.minutes
+        at_risk = time.monotonic() - self._saved + self.watch.longest.get("step", 0.0)
+        return self.ranks.is_main and minutes > 0 and at_risk > 60 * minutes
 
     def _needed(self) -> float:
         """Seconds that the next step may take, with evaluation and save, and what is kept in reserve."""
@@ -175,7 +207,7 @@ class Session:
             return {}
         start = time.perf_counter()
         folder = self.checkpoints.save(self.progress, self.updater)
-        seconds = time.perf_counter() - start
+        seconds, self._saved = time.perf_counter() - start, time.monotonic()
         self.say(f"checkpoint {folder} ({seconds:.1f}s)")
         return {"time/checkpoint": seconds}
 

@@ -7,26 +7,34 @@ import ctypes
 import functools
 import multiprocessing
 import signal
+from multiprocessing import resource_tracker
 from multiprocessing.managers import SyncManager
 
 PR_SET_PDEATHSIG = 1  # of prctl(2)
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SHIELDED = (*STOP_SIGNALS, signal.SIGINT)
 
 
 @functools.cache
 def shield_saves() -> None:
     """Start it, once, instead of Megatron.
 
-    Megatron starts it with its first save and keeps it. SLURM signals every process of a job step: it would end, and
-    with it the save that the signal asks for. And a rank that is killed would leave it behind.
+    Megatron starts it with its first save and keeps it. SLURM signals every process of a job step, a terminal and
+    torchrun every process of a rank: it would end, and with it the save that the signal asks for. And a rank that is
+    killed would leave it behind.
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
-    manager.start(_shielded)
+    resource_tracker.ensure_running()  # it unblocks signals when it starts
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, SHIELDED)  # inherited: a signal may come before `_shielded` runs
+    try:
+        manager.start(_shielded)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     filesystem_async._results_queue = manager.Queue()
 
 
 def _shielded() -> None:
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    signal.pthread_sigmask(signal.SIG_BLOCK, SHIELDED)
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

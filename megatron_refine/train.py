@@ -4,8 +4,8 @@
 
 Ranks come from torchrun or SLURM. The same command resumes the run. Exit codes: 0 done, 2 configuration or data,
 3 loss or gradient not finite, 4 checkpoint, 5 engine cannot go on, 6 engine and trainer disagree on the rollouts,
-7 another attempt has taken the run over, 8 a rank was lost or hung, 75 stopped after saving, by a signal or the end of
-the job's time (7, 8 and 75: run again to go on), 1 anything else.
+7 another attempt has taken the run over, 8 a rank was lost or hung, 75 stopped after saving, by Ctrl-C, a signal or the
+end of the job's time (7, 8 and 75: run again to go on), 130 ended at once by Ctrl-C, 1 anything else.
 """
 
 import argparse
@@ -13,12 +13,11 @@ import contextlib
 import sys
 from typing import TYPE_CHECKING, Any
 
-from megatron_refine import config as configuration
-from megatron_refine import launcher
+from megatron_refine import interrupt, launcher
 from megatron_refine.files import speak_utf8
-from megatron_refine.models.family import FAMILIES
 
 if TYPE_CHECKING:
+    from megatron_refine import config as configuration
     from megatron_refine.session import Session
 
 EXIT_CONFIG, EXIT_REQUEUE = 2, 75
@@ -31,11 +30,14 @@ def train(session: "Session") -> int:
     session.say(f"run {config.run.dir}: {config.train.phase} step {session.progress.step}/{last}, "
                 f"{session.ranks.world} ranks, {'fused' if config.fused else 'two-pass'} update")  # fmt: skip
     session.say(session.used)
+    if session.resumed and session.progress.step < last:
+        session.say(session.resumed)
     watch = session.watch
     if session.progress.step == 0:
         with watch("evaluation"):
             metrics: dict[str, Any] = session.evaluate()
         session.record({"step": 0, "consumed_samples": 0} | metrics)
+    session.stop.hear_interrupts()
     while session.progress.step < last:
         refine = config.refine.enabled and session.progress.step >= start
         with watch("step"):
@@ -44,12 +46,12 @@ def train(session: "Session") -> int:
         if _due(step, config.eval.every) or step in (start, last):
             with watch("evaluation"):
                 metrics |= session.evaluate()
-        stop = session.stop.agreed()
-        if _due(step, config.checkpoint.every) or stop or step == last:
+        verdict = session.stop.agreed()
+        if _due(step, config.checkpoint.every) or verdict or step == last:
             with watch("save"):
                 metrics |= session.save()
         session.record(metrics)
-        if stop and step < last:
+        if verdict.stops and step < last:
             session.say(
                 f"stopped by {session.stop.name or 'another rank'} after step {step}: run the same command to go on"
             )
@@ -71,6 +73,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--gpus", type=int, help="world size of the dry run (default: that of the environment)")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override a key of the configuration")
     options = parser.parse_intermixed_args(arguments)
+    from megatron_refine import config as configuration  # late, as all that takes long: Ctrl-C is one line
+    from megatron_refine.models.family import FAMILIES
+
     try:
         config = configuration.load(options.config, options.overrides, FAMILIES)
         world = launcher.read().world
@@ -90,8 +95,9 @@ def main(arguments: list[str] | None = None) -> int:
         return EXIT_CONFIG
 
 
-def _run(config: configuration.Config) -> int:
+def _run(config: "configuration.Config") -> int:
     """`train` with its failures as exit codes, and all that it started ended."""
+    interrupt.listen()  # before threads that would not block its signal
     import torch.distributed as dist
 
     from megatron_refine.exits import ending_of
@@ -104,7 +110,8 @@ def _run(config: configuration.Config) -> int:
     with ending:
         try:
             session = ending.enter_context(Session(config, watch))
-            return train(session)
+            session.code = train(session)
+            return session.code
         except Exception as error:  # said before servers are ended: torchrun gives the ranks little time
             if session:
                 session.note(error)
@@ -112,10 +119,12 @@ def _run(config: configuration.Config) -> int:
             if found is None:
                 raise
             code, line = found
+            if session:
+                session.code = code
             if line:
                 print(line, file=sys.stderr, flush=True)
             return code
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(interrupt.quiet(main))

@@ -18,7 +18,7 @@ FOLDERS = (*PACKAGE, "tools", "launch", "tests")
 # Imports go from a line to the lines above it, never sideways.
 ORDER = (
     {"files", "launcher"},
-    {"records", "config", "platform", "shield"},
+    {"records", "config", "platform", "shield", "interrupt"},
     {"exchange", "installed"},
     {"kernels"},
     {"models"},

@@ -21,6 +21,7 @@ from megatron_refine import config as configuration
 from megatron_refine import launcher
 from megatron_refine.config.paths import path_argument
 from megatron_refine.files import speak_utf8
+from megatron_refine.interrupt import quiet
 from megatron_refine.models.family import FAMILIES
 
 
@@ -79,4 +80,4 @@ def run(options: argparse.Namespace, config: configuration.Config, alone: bool) 
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(quiet(lambda: main(sys.argv[1:])))

@@ -8,6 +8,7 @@ import sys
 
 from megatron_refine.config.paths import path_argument
 from megatron_refine.files import speak_utf8
+from megatron_refine.interrupt import quiet
 
 MOST = 6
 
@@ -54,4 +55,4 @@ def _refuse(line: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(quiet(lambda: main(sys.argv[1:])))

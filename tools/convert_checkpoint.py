@@ -11,6 +11,7 @@ import sys
 from megatron_refine.config import ConfigError
 from megatron_refine.config.paths import path_argument
 from megatron_refine.files import speak_utf8
+from megatron_refine.interrupt import quiet
 
 EXIT_CONFIG, EXIT_CHECKPOINT = 2, 4
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -88,4 +89,4 @@ def run(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(quiet(lambda: main(sys.argv[1:])))

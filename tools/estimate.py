@@ -14,6 +14,7 @@ from megatron_refine import config as configuration
 from megatron_refine.estimate.hardware import read_hardware
 from megatron_refine.estimate.plan import plan
 from megatron_refine.files import speak_utf8
+from megatron_refine.interrupt import quiet
 from megatron_refine.models.family import FAMILIES
 
 
@@ -37,4 +38,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(quiet(main))

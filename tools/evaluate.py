@@ -16,6 +16,7 @@ from megatron_refine import launcher
 from megatron_refine.config import ConfigError
 from megatron_refine.config.paths import path_argument, text_argument
 from megatron_refine.files import speak_utf8
+from megatron_refine.interrupt import quiet
 
 EXIT_CONFIG, EXIT_CHECKPOINT = 2, 4
 GENERATED = 500  # samples of a generated task and length, as RULER's own
@@ -153,4 +154,4 @@ def _check(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(quiet(lambda: main(sys.argv[1:])))

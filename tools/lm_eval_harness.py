@@ -21,6 +21,7 @@ from megatron_refine import launcher
 from megatron_refine.config import ConfigError
 from megatron_refine.config.paths import path_argument, text_argument
 from megatron_refine.files import speak_utf8
+from megatron_refine.interrupt import quiet
 
 EXIT_CONFIG, EXIT_FILES = 2, 4
 
@@ -162,4 +163,4 @@ def evaluate(options: argparse.Namespace, model: Any, manager: Any, names: list[
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(quiet(lambda: main(sys.argv[1:])))

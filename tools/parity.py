@@ -18,6 +18,7 @@ from megatron_refine.config import Config, ConfigError, Data, Eval, Parallel, Re
 from megatron_refine.config.paths import path_argument
 from megatron_refine.convert.fields import CONFIG, model_of, read_config
 from megatron_refine.files import read_json, speak_utf8, write_json
+from megatron_refine.interrupt import quiet
 
 if TYPE_CHECKING:
     from megatron_refine.trainer.parity import Errors
@@ -122,4 +123,4 @@ def describe(e: "Errors") -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(quiet(lambda: main(sys.argv[1:])))

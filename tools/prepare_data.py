@@ -8,6 +8,7 @@ import sys
 
 from megatron_refine.config import ConfigError, load
 from megatron_refine.files import speak_utf8
+from megatron_refine.interrupt import quiet
 
 
 def main(arguments: list[str]) -> int:
@@ -37,4 +38,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(quiet(lambda: main(sys.argv[1:])))

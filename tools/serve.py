@@ -13,6 +13,7 @@ from pathlib import Path
 from megatron_refine import config as configuration
 from megatron_refine import launcher
 from megatron_refine.files import speak_utf8, write_json
+from megatron_refine.interrupt import quiet
 from megatron_refine.models.family import FAMILIES
 
 
@@ -53,4 +54,4 @@ def serve(config: configuration.Config, port: int, folder: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(quiet(main))

@@ -21,6 +21,10 @@ class Run(Section):
     dir: RequiredPath = Field("runs/default", description="config, metrics, checkpoints, logs and report of the run")
     seed: int = Field(1, ge=0, description="seed of the weights, the data order, the selection and the rollouts")
     wandb: Literal["off", "offline", "online"] = Field("off", description="Weights & Biases logging")
+    wandb_project: str = Field("megatron_refine", min_length=1, description="project there")
+    wandb_entity: str = Field("", description="user or team there; empty: the account's own")
+    wandb_group: str = Field("", description="group there, of runs that belong together")
+    wandb_tags: list[str] = Field(default_factory=list, description="tags there")
     timeout_minutes: float = Field(10.0, gt=0, description="deadline of every collective")
     phase_minutes: float = Field(
         120.0, gt=0, description="deadline of every phase: preparation, resumption, a step, an evaluation, a save"
@@ -239,7 +243,12 @@ class Eval(Section):
 
 
 class Checkpoint(Section):
-    every: int = Field(0, ge=0, description="steps between checkpoints; 0: at the end only")
+    every: int = Field(0, ge=0, description="steps between checkpoints; 0: by the clock and at the end only")
+    minutes: float = Field(
+        30.0,
+        ge=0,
+        description="most minutes of training that a crash may lose, a single step aside; 0: not by the clock",
+    )
     keep: int = Field(2, ge=1, description="complete checkpoints kept")
     load: PathText = Field("", description="a checkpoint folder to start from when the run has none of its own")
     fallback: bool = Field(False, description="where the newest checkpoint is damaged, go on from the one before it")

@@ -9,10 +9,12 @@ from typing import Any
 
 from megatron_refine.config import Config
 from megatron_refine.files import Appended, TornError, numbered, read_json, read_rows, write, write_json
+from megatron_refine.report import history
 from megatron_refine.report.html import write_report
 from megatron_refine.report.metrics import MetricsLog, Row, read
 from megatron_refine.report.screen import comparison, eval_line, step_line
 from megatron_refine.report.summary import is_step, milestones, step_times
+from megatron_refine.report.tracking import Tracking
 
 PROGRESS = "progress.json"
 
@@ -23,13 +25,13 @@ class RunFolder:
     def __init__(self, config: Config, done_steps: int, total_steps: int, show: Callable[[str], None]):
         """Raises OSError where the folder cannot be written."""
         self.config, self.path, self.total_steps, self.show = config, Path(config.run.dir), total_steps, show
-        self.attempt, logs = _new_attempt(self.path / "logs")
-        self._log = Appended(logs / "train.log")
+        self.attempt, self._logs = _new_attempt(self.path / "logs")
+        self._log = Appended(self._logs / "train.log")
         write(self.path / "config.yaml", config.to_yaml())
         self.metrics = MetricsLog(self.path / "metrics.jsonl")
         self.metrics.truncate_after(done_steps or -1)  # a run without a checkpoint begins anew, with step 0
         self.predictions = Predictions(self.path / "predictions.jsonl", done_steps)
-        self._wandb = _start_wandb(config)
+        self._tracking = Tracking(config, self.say) if config.run.wandb != "off" else None
 
     def say(self, line: str) -> None:
         """A line on the screen and in the attempt's log."""
@@ -48,8 +50,12 @@ class RunFolder:
             self.say(step_line(row, self.total_steps))
         if "eval/ntp_loss" in row:
             self.say(eval_line(row))
-        if self._wandb:
-            self._wandb.log(row, step=row["step"])
+        if self._tracking:
+            self._tracking.log(row)
+
+    def keep_attempt(self, step: int, ranks: int, changed: Mapping[str, Any]) -> None:
+        """What this attempt is, beside its log: configuration, step, layout, versions; `changed` of the training."""
+        history.keep(self._logs, self.config, step, ranks, changed)
 
     def keep_progress(self, progress: Mapping[str, Any]) -> None:
         """Where the run stands, for `read_progress`. Atomic."""
@@ -64,8 +70,11 @@ class RunFolder:
         rows = read(self.metrics.path)
         self.say(comparison(milestones(rows), step_times(rows)))
         self.say(f"report {write_report(self.path)}")
-        if self._wandb:
-            self._wandb.finish()
+
+    def close(self, code: int) -> None:
+        """The end of the attempt, whatever ended it, by the command's exit code."""
+        if self._tracking:
+            self._tracking.finish(code)
 
 
 class Predictions:
@@ -111,12 +120,3 @@ def _new_attempt(logs: Path) -> tuple[int, Path]:
 
 def _line(row: Mapping[str, Any]) -> str:
     return json.dumps(row) + "\n"
-
-
-def _start_wandb(config: Config) -> Any:
-    if config.run.wandb == "off":
-        return None
-    import wandb
-
-    return wandb.init(project="megatron_refine", name=Path(config.run.dir).name, dir=config.run.dir,
-                      mode=config.run.wandb, config=config.model_dump(), resume="allow")  # fmt: skip

@@ -41,6 +41,7 @@ from megatron_refine.trainer.optimizer import Updater
 from megatron_refine.trainer.ownership import Ownership
 from megatron_refine.trainer.parallel import Ranks
 from megatron_refine.trainer.pickles import check_pickles
+from megatron_refine.trainer.resumption import restore
 
 _KINDS: tuple[type[CheckpointError], ...] = (DamagedError, FencedError)  # told apart across ranks
 # the one format of the distributed optimizer that loads at any tp, pp, cp and dp
@@ -62,6 +63,11 @@ class Checkpoints:
     def __init__(self, root: Path, config: Config, ranks: Ranks, owner: Ownership | None = None):
         self.root, self.config, self.ranks, self.owner = root, config, ranks, owner
         self._origin: Path | None = None  # the checkpoint whose hf/ folder goes into the next one
+
+    @property
+    def loaded(self) -> Path | None:
+        """The checkpoint that this attempt goes on from, or that it wrote last."""
+        return self._origin
 
     def latest(self) -> Path | None:
         """The newest complete checkpoint."""
@@ -100,6 +106,8 @@ class Checkpoints:
             "step": progress.step,
             "model": self.config.model.model_dump(),
             "layout": self._layout(),
+            "config": self.config.model_dump(serialize_as_any=True),
+            "ranks": self.ranks.world,
             "files": {name: value for part in everyone(files) for name, value in part.items()},
         }
         self._together("complete", final, lambda: self._owned(lambda: self._seal(folder, final, contents)),
@@ -108,7 +116,8 @@ class Checkpoints:
         return final
 
     def load(self, folder: Path, updater: Updater) -> Progress:
-        """Restore weights, optimizer, schedule, random streams, at any layout. Raises CheckpointError on all ranks."""
+        """Restore weights, Adam's state, step of the schedule, random streams, at any layout; settings are those of the
+        configuration. Raises CheckpointError on all ranks."""
         manifest = self._verify(folder)
         if manifest.get(WEIGHTS_ONLY):
             raise CheckpointError(
@@ -137,8 +146,7 @@ class Checkpoints:
     def _restore(self, state: dict[str, Any], updater: Updater) -> Progress:
         """Give the parts what was read for them."""
         _fill(unwrap(updater.model), state["model"])
-        updater.optimizer.load_state_dict(state["optimizer"])
-        updater.scheduler.load_state_dict(state["scheduler"])
+        restore(updater, state["optimizer"], state["scheduler"])
         if "rng" in state:
             platform.set_rng_state(state["rng"])
         return Progress(**state["progress"])

@@ -1,5 +1,9 @@
-"""Between steps the ranks agree whether to go on: SIGTERM, SIGUSR1 and the end of a SLURM job ask for a save."""
+"""Between steps the ranks agree whether to go on, to save, or to save and end.
 
+Ctrl-C, SIGTERM, SIGUSR1 and the end of a SLURM job end the run; a save becomes due by the clock.
+"""
+
+import enum
 import signal
 import threading
 import time
@@ -9,19 +13,28 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-from megatron_refine import launcher, platform
+from megatron_refine import interrupt, launcher, platform
 from megatron_refine.shield import STOP_SIGNALS
 from megatron_refine.trainer.errors import FencedError
 
-_GO_ON, _STOP, _FENCED = 0, 1, 2
+
+class Verdict(enum.IntEnum):
+    """What the ranks do after a step; the highest of theirs counts."""
+
+    GO_ON, SAVE, STOP, FENCED = range(4)
+
+    @property
+    def stops(self) -> bool:
+        return self >= Verdict.STOP
 
 
 class StopRequest:
     """Why this process should stop, if it should."""
 
-    def __init__(self, fenced: Callable[[], bool], needed: Callable[[], float]):
-        """fenced(): whether another attempt has taken over; needed(): seconds that the next step and save may take."""
-        self.name, self.fenced, self.needed = "", fenced, needed
+    def __init__(self, fenced: Callable[[], bool], needed: Callable[[], float], due: Callable[[], bool]):
+        """fenced(): whether another attempt has taken over; needed(): seconds that the next step and save may take;
+        due(): whether it is time for a save."""
+        self.name, self.fenced, self.needed, self.due = "", fenced, needed, due
         self.end = launcher.read().end
         for number in STOP_SIGNALS:
             signal.signal(number, self._note)
@@ -30,25 +43,32 @@ class StopRequest:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
         threading.Thread(target=self._await, daemon=True, name="signals").start()
 
+    def hear_interrupts(self) -> None:
+        """From now on there is something to save: a first Ctrl-C asks to stop."""
+        interrupt.ask_first(lambda: self._note(signal.SIGINT, None))
+
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGTERM and launcher.under_torchrun():
+            interrupt.again()  # what torchrun makes of a second Ctrl-C
         self.name = signal.Signals(number).name
 
     def _await(self) -> None:
         while True:
             self._note(signal.sigwait({signal.SIGUSR1}), None)
 
-    def agreed(self) -> bool:
-        """Whether any rank should stop. Collective: a signal may reach ranks between different steps.
+    def agreed(self) -> Verdict:
+        """What the ranks do now, FENCED aside. Collective: a signal may reach ranks between different steps.
 
         Raises FencedError on every rank where another attempt has taken over.
         """
         if not self.name and time.time() + self.needed() > self.end:
             self.name = "the end of the job's time"
-        verdict = _FENCED if self.fenced() else _STOP if self.name else _GO_ON
-        highest = torch.tensor([float(verdict)], device=platform.device())
+        verdict = Verdict.STOP if self.name else Verdict.SAVE if self.due() else Verdict.GO_ON
+        highest = torch.tensor([float(Verdict.FENCED if self.fenced() else verdict)], device=platform.device())
         dist.all_reduce(highest, op=dist.ReduceOp.MAX)
-        if highest.item() == _FENCED:
+        found = Verdict(int(highest.item()))
+        if found is Verdict.FENCED:
             raise FencedError(
                 "another attempt has taken the run over (OWNER in its folder); this one writes nothing more"
             )
-        return highest.item() >= _STOP
+        return found

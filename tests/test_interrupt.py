@@ -1,0 +1,169 @@
+"""Ctrl-C: a command ends with one line; a run saves first, under torchrun too; what helps with a save is spared."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from megatron_refine.session import Session
+from tests import runs
+
+ROOT = Path(__file__).parents[1]
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "120"}
+
+
+def begin(line: list[str], **settings: Any) -> "subprocess.Popen[str]":
+    """A command in a process group of its own, as a terminal starts it."""
+    return subprocess.Popen(
+        [sys.executable, *line], cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        encoding="utf-8", start_new_session=True, **settings,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "line", [["-m", "megatron_refine.train"], ["tools/prepare_data.py"], ["tools/bench.py", "step"]], ids=" ".join
+)
+def test_a_command_that_is_interrupted_ends_with_one_line(tmp_path: Path, line: list[str]) -> None:
+    """While it reads its configuration, a pipe that nobody fills."""
+    os.mkfifo(tmp_path / "pipe")
+    process = begin([*line, "--config", str(tmp_path / "pipe")])
+    writer = os.open(tmp_path / "pipe", os.O_WRONLY)  # waits until it reads
+    time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.communicate(timeout=20) == ("", "interrupted\n") and process.returncode == 130
+    os.close(writer)
+
+
+def test_every_tool_ends_so() -> None:
+    commands = [*sorted((ROOT / "tools").glob("*.py")), ROOT / "launch/submit.py", ROOT / "megatron_refine/train.py"]
+    silent = [path.name for path in commands if "quiet(" not in path.read_text(encoding="utf-8")]
+    assert silent == ["scaling.py"]  # which says how to go on
+
+
+LISTENER = """
+import hashlib, multiprocessing, os, sys, time
+from megatron_refine import interrupt
+interrupt.listen()
+def helper():
+    os.write(1, b"helper\\n"); time.sleep(1.5); os.write(1, b"helped\\n")
+if sys.argv[1] == "training":
+    interrupt.ask_first(lambda: print("asked", flush=True))
+    process = multiprocessing.get_context("fork").Process(target=helper); process.start()
+os.write(1, b"ready\\n")
+hashlib.pbkdf2_hmac("sha256", b"", b"", 10**10)  # native code, in which no handler of Python's runs
+"""
+
+
+def test_before_training_it_ends_at_once() -> None:
+    process = begin(["-c", LISTENER, "preparation"])
+    assert process.stdout and process.stdout.readline() == "ready\n"
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=10)
+    assert process.returncode == 130 and out == ""
+    assert err == "interrupted before a step was trained: the run is as it was; run the same command to go on\n"
+
+
+def test_the_first_asks_and_the_second_ends() -> None:
+    """Of two that come at once, one counts; a forked helper goes on through all of them."""
+    process = begin(["-c", LISTENER, "training"])
+    assert process.stdout
+    assert {process.stdout.readline() for _ in range(2)} == {"ready\n", "helper\n"}
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.stdout.readline() == "asked\n"
+    os.killpg(process.pid, signal.SIGINT)
+    time.sleep(0.6)
+    assert process.poll() is None
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=10)
+    assert process.returncode == 130 and out == "helped\n"
+    assert [line.split(":")[0] for line in err.splitlines()] == ["Ctrl-C", "ended at once"]
+
+
+def shielded() -> list[str]:
+    """On a rank: what a save's queue still does after signals that come as its process starts."""
+    from multiprocessing import managers
+
+    from megatron_refine.shield import SHIELDED, shield_saves
+
+    started = managers.SyncManager.start
+
+    def signalled(self: Any, *arguments: Any) -> None:
+        started(self, *arguments)
+        for number in SHIELDED:
+            os.kill(self._process.pid, number)
+
+    managers.SyncManager.start = signalled  # type: ignore[method-assign]
+    shield_saves()
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    queue: Any = filesystem_async._results_queue
+    queue.put("result")
+    return [queue.get()]
+
+
+def test_the_process_of_a_saves_results_outlives_every_signal(ranks: Any) -> None:
+    assert ranks(1, shielded) == [["result"]]
+
+
+def test_under_torchrun_both_ranks_save_before_they_end(tmp_path: Path) -> None:
+    """A real torchrun, which passes the signal on to the sessions of its ranks."""
+    config = runs.write_config(tmp_path, tmp_path / "data", train={"steps": 5000}, refine={"enabled": False})
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    process = begin([*torchrun, "-m", "megatron_refine.train", "--config", str(config), *runs.TP2])
+    assert process.stdout
+    for line in process.stdout:
+        if line.startswith("step 2/"):
+            break
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    last = out.splitlines()[-1]
+    assert last.startswith("stopped by SIGINT after step ") and "ended at once" not in err, (out, err)
+    step = int(last.split()[5].rstrip(":"))
+    assert (tmp_path / f"run/checkpoints/step_{step:07d}/COMPLETE").exists()
+    assert process.returncode == 1 and "via Signals.SIGINT, forcefully" not in err
+
+
+def verdicts() -> list[int]:
+    """On a rank: what two ranks agree on after a step, when the clock is due on the first and the second is told to."""
+    from megatron_refine.trainer.signals import StopRequest
+
+    first, found = os.environ["RANK"] == "0", []
+    for due, name in ((False, ""), (True, ""), (True, "SIGINT")):
+        request = StopRequest(lambda: False, lambda: 0.0, lambda due=due: first and due)  # type: ignore[misc]
+        request.name = "" if first else name
+        found.append(int(request.agreed()))
+    return found
+
+
+def test_the_ranks_agree_on_a_save_and_on_an_end(ranks: Any) -> None:
+    from megatron_refine.trainer.signals import Verdict
+
+    assert ranks(2, verdicts) == [[Verdict.GO_ON, Verdict.SAVE, Verdict.STOP]] * 2
+
+
+@pytest.mark.parametrize(
+    ("minutes", "seconds", "step", "main", "resets", "due"),
+    [
+        (30.0, 1799.0, 0.0, True, False, False),
+        (30.0, 1801.0, 0.0, True, False, True),
+        (30.0, 1500.0, 400.0, True, False, True),  # the next step would lose more
+        (0.0, 1e6, 0.0, True, False, False),
+        (30.0, 1e6, 0.0, False, False, False),  # the first rank's clock alone
+        (30.0, 1e6, 0.0, True, True, False),  # nothing to save
+    ],
+)
+def test_a_save_is_due_before_more_than_checkpoint_minutes_could_be_lost(
+    minutes: float, seconds: float, step: float, main: bool, resets: bool, due: bool
+) -> None:
+    session = SimpleNamespace(
+        config=SimpleNamespace(resets=resets, checkpoint=SimpleNamespace(minutes=minutes)),
+        watch=SimpleNamespace(longest={"step": step}), ranks=SimpleNamespace(is_main=main),
+        _saved=time.monotonic() - seconds,
+    )  # fmt: skip
+    assert Session._save_due(session) == due  # type: ignore[arg-type]
