@@ -69,16 +69,15 @@ def build(options: argparse.Namespace) -> Job:
         site = site.model_copy(update={"gpus_per_node": options.gpus_per_node})
     files, given = configuration.files_and_overrides(options.config)
     files = [configuration.absolute_file(file) for file in files]
-    overrides = configuration.absolute(given, configuration.load(files, given, FAMILIES))
+    overrides = configuration.absolute(files, given, FAMILIES)
     config = configuration.load(files, overrides, FAMILIES)
     world = options.nodes * site.ranks_per_node
     swept = []
     if not options.array:
         configuration.check_world_size(config, world)
     for point in points(options.array, config) if options.array else ():
-        found = configuration.load(files, [*overrides, *point], FAMILIES)
-        configuration.check_world_size(found, world)
-        swept.append(configuration.absolute(point, found))
+        configuration.check_world_size(configuration.load(files, [*overrides, *point], FAMILIES), world)
+        swept.append(configuration.absolute(files, point, FAMILIES, before=overrides))
     command = [argument for file in files for argument in ("--config", file)] + overrides
     name = options.name or Path(config.run.dir).name
     job = Job(name, config, command, options.nodes, site, options.engine_nodes, swept, options.at_once)

@@ -155,22 +155,27 @@ def test_no_path_of_a_job_is_relative(tmp_path: Path, monkeypatch: pytest.Monkey
     """From files, overrides and defaults: the folder that one submits from is meant."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("WORK", "/w")
     model = load(ROOT / QUICKSTART, [], FAMILIES).model.model_dump()
     (tmp_path / "lr=1").mkdir()
     (tmp_path / "lr=1/m.yaml").write_text(yaml.safe_dump({"model": model}), encoding="utf-8")
     (tmp_path / "c.yaml").write_text(yaml.safe_dump({
         "data": {"paths": ["docs", "/d", "~/d"], "valid_paths": ["v"], "tokenizer": "t"}, "engine": {"sync_dir": "s"},
+        "task": {"valid_paths": ["$WORK/a, b"]},
         "checkpoint": {"load": "../l"}, "eval": {"data": "./e", "essays": "f"},
     }), encoding="utf-8")  # fmt: skip
     words = ["c.yaml", "model=lr=1/m.yaml", "eval.essays=g", "run.dir=mine", "--gpus-per-node", "1"]
     job = submit.build(submit.parse(words))
     assert str(job.run_dir) == f"{tmp_path}/mine" and job.name == "mine"
     monkeypatch.chdir("/")
+    monkeypatch.setenv("HOME", "/home/node")  # what the job meets is another environment
+    monkeypatch.delenv("WORK")
     assert job.arguments[:2] == ["--config", f"{tmp_path}/c.yaml"]
     config = load(job.arguments[1], job.arguments[2:], FAMILIES)
-    assert config == job.config and dict(resolved(config)) == {}
+    assert config == job.config and dict(resolved(config, {})) == {}
     assert config.data.paths == [f"{tmp_path}/docs", "/d", "/home/me/d"] and config.data.tokenizer == f"{tmp_path}/t"
     assert (config.data.valid_paths, config.data.cache_dir) == ([f"{tmp_path}/v"], f"{tmp_path}/.cache/data")
+    assert config.task.valid_paths == ["/w/a, b"]
     assert (config.eval.data, config.eval.essays) == (f"{tmp_path}/e", f"{tmp_path}/g")
     assert (config.checkpoint.load, config.engine.sync_dir) == (f"{tmp_path}/../l", f"{tmp_path}/s")
 

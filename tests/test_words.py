@@ -14,6 +14,7 @@ from megatron_refine.config.paths import resolved
 from megatron_refine.config.schema import Config, Data, Engine, Eval
 from megatron_refine.config.words import spell
 from megatron_refine.estimate.hardware import read_hardware
+from megatron_refine.models.family import FAMILIES
 from megatron_refine.scaling.sweep import points, read_sweep
 from megatron_refine.slurm.site import Site
 from tests.test_config import TREE, problem, read
@@ -207,10 +208,10 @@ def test_the_schema_knows_its_paths(path: Path, tmp_path: Path, monkeypatch: pyt
         "engine": Engine(python="bin/python", sync_dir="s"), "checkpoint": read(path, "checkpoint.load=l").checkpoint,
         "task": read(path).task.model_copy(update={"paths": ["p"], "valid_paths": ["v"]}),
     })  # fmt: skip
-    found = dict(resolved(config))
+    found = dict(resolved(config, {}))
     assert sorted(found) == sorted(PATHS)
     assert found["data.paths"] == [f"{tmp_path}/a", "/b"] and found["engine.python"] == f"{tmp_path}/bin/python"
-    assert dict(resolved(read(path, "run.dir=/r", "data.cache_dir=/c", "engine.python=python3"))) == {}
+    assert dict(resolved(read(path, "run.dir=/r", "data.cache_dir=/c", "engine.python=python3"), {})) == {}
 
 
 def test_empty_paths(path: Path) -> None:
@@ -244,7 +245,7 @@ def test_the_model_of_a_file(path: Path, tmp_path: Path, monkeypatch: pytest.Mon
     for name in ("lr=1/m.yaml", "~/lr=1/m.yaml", "plain"):
         config = read(path, "run.dir=mine", f"model={name}")
         assert config.model.num_layers == 7 and config.run.dir == "mine"
-    found = absolute(["model=lr=1/m.yaml", "model=lact_tiny"], read(path))
+    found = absolute([str(path)], ["model=lr=1/m.yaml", "model=lact_tiny"], FAMILIES)
     assert found[:2] == [f"model={tmp_path}/lr=1/m.yaml", "model=lact_tiny"]
     (tmp_path / "empty.yaml").write_text("run: {dir: x}\n", encoding="utf-8")
     assert "model=empty.yaml: has no section model" in problem(path, "model=empty.yaml")

@@ -32,13 +32,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--lengths", type=_numbers, default=[4096], help="context lengths of RULER's tasks, in tokens (4096)")
     most = "samples of a generated task and length (500), most rows of a file (all) and documents (500)"
     add("--examples", type=int, default=0, help=most)
-    for name, what in (
-        ("data", "folder with the files of ruler_qa, longbench, qa_squad, qa_hotpot"),
-        ("essays", "folder of texts for essay haystacks (a built-in corpus)"),
-    ):
-        add(f"--{name}", type=text_argument, default="", metavar="DIR", help=what)
-    documents = "documents of the task heldout: text, jsonl, parquet"
-    add("--heldout", type=text_argument, nargs="+", default=[], metavar="FILE", help=documents)
+    add("--data", type=text_argument, default="", metavar="DIR", help="of ruler_qa, longbench, qa_squad and qa_hotpot")
+    add("--essays", type=text_argument, default="", metavar="DIR", help="texts for essay haystacks (a built-in corpus)")
+    add("--heldout", type=text_argument, nargs="+", default=[], metavar="FILE", help="text, jsonl or parquet documents")
     add("--text-column", default="text", help="column of jsonl and parquet documents (text)")
     add("--heldout-length", type=int, default=16384, help="tokens of a document that count (16384)")
     add("--out", required=True, type=path_argument, metavar="DIR", help="folder of answers and scores")

@@ -24,12 +24,7 @@ def load(paths: str | Path | list[str], overrides: list[str], families: dict[str
     `model=NAME` takes the model of configs/models/NAME.yaml, `model=FILE` that of a YAML file. `families` maps
     model.family to its schema. Raises ConfigError with one line a problem.
     """
-    files = paths if isinstance(paths, list) else [str(paths)]
-    models = [preset(o.removeprefix("model=")) for o in overrides if o.startswith("model=")]
-    path = " + ".join([*files, *models])
-    tree = _overlay([*(_read(file) for file in files), *(_model(file) for file in models)])
-    for override in (o for o in overrides if not o.startswith("model=")):
-        _override(tree, override)
+    path, tree = _merged(paths if isinstance(paths, list) else [str(paths)], overrides)
     model = tree.get("model")
     if not isinstance(model, dict) or "family" not in model:
         raise ConfigError(f"{path}: model.family: missing; choose one of {', '.join(sorted(families))}")
@@ -39,6 +34,15 @@ def load(paths: str | Path | list[str], overrides: list[str], families: dict[str
             f"{path}: model.family={model['family']}: unknown; choose one of {', '.join(sorted(families))}"
         )
     return cross_check(_validated(tree, with_model(schema), path))
+
+
+def _merged(files: Sequence[str], overrides: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    """What messages call the files, and all that they and the overrides say."""
+    models = [preset(o.removeprefix("model=")) for o in overrides if o.startswith("model=")]
+    tree = _overlay([*(_read(file) for file in files), *(_model(file) for file in models)])
+    for override in (o for o in overrides if not o.startswith("model=")):
+        _override(tree, override)
+    return " + ".join([*files, *models]), tree
 
 
 def read_as(path: Path, schema: type[S]) -> S:
@@ -106,10 +110,16 @@ def files_and_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
     return files, [word for word in words if word not in files]
 
 
-def absolute(overrides: Sequence[str], config: Config) -> list[str]:
-    """Overrides that give `config`, which these gave, from any working directory: no path in them is relative, and
-    those of the files and the defaults that are stand among them."""
-    paths = dict(resolved(config))
+def absolute(
+    files: Sequence[str], overrides: Sequence[str], families: dict[str, type[ModelConfig]], before: Sequence[str] = ()
+) -> list[str]:
+    """Overrides that give the same configuration in any working directory and environment.
+
+    before: overrides that stand before them, and stay. Every path that is relative or holds a variable is written out,
+    whether overrides, files or defaults say it. Raises ConfigError.
+    """
+    config, tree = load([*files], [*before, *overrides], families), _merged(files, [*before, *overrides])[1]
+    paths = dict(resolved(config, tree))
     kept = [o for o in overrides if o.partition("=")[0] not in paths]
     for i, (key, _, value) in enumerate(o.partition("=") for o in kept):
         if key == "model" and preset(value) == value:

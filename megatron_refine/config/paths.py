@@ -53,12 +53,13 @@ RequiredPath = Annotated[PathText, AfterValidator(_filled)]
 FilePaths = list[RequiredPath]
 
 
-def resolved(config: BaseModel, prefix: str = "") -> Iterator[tuple[str, str | list[str]]]:
-    """Keys whose paths are relative to the working directory, with these paths made absolute."""
+def resolved(config: BaseModel, tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str | list[str]]]:
+    """Keys whose paths depend on the working directory or, as `tree` says them, on the environment; these paths,
+    absolute."""
     for name, field in type(config).model_fields.items():
         value = getattr(config, name)
         if isinstance(value, BaseModel):
-            yield from resolved(value, f"{prefix}{name}.")
+            yield from resolved(value, tree.get(name) or {}, f"{prefix}{name}.")
             continue
         marks = [
             *field.metadata,
@@ -67,8 +68,9 @@ def resolved(config: BaseModel, prefix: str = "") -> Iterator[tuple[str, str | l
         if _PATH not in marks and _PROGRAM not in marks:
             continue
         absolute: Any = [_absolute(path) for path in value] if isinstance(value, list) else _absolute(value)
-        if absolute != value and not (_PROGRAM in marks and "/" not in value):
-            yield f"{prefix}{name}", absolute
+        found = _PROGRAM in marks and "/" not in value  # by PATH
+        if (absolute != value and not found) or re.search("[$~]", str(tree.get(name))):
+            yield f"{prefix}{name}", value if found else absolute
 
 
 def _absolute(path: str) -> str:

@@ -51,9 +51,6 @@ for _tag in ("bool", "int", "float", "timestamp", "value", "str"):
     _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _word)
 
 
-_YAML = yaml.SafeLoader("")
-
-
 def read_yaml(path: str | Path) -> Any:
     """What a YAML file holds: Words where it has scalars without quotes. Raises ConfigError."""
     try:
@@ -119,9 +116,9 @@ def plain(word: str, key: str, problems: list[str]) -> Any:
         return int(text)
     if DECIMAL.fullmatch(text):
         return float(text)
-    node = yaml.ScalarNode(_YAML.resolve(yaml.ScalarNode, text, (True, False)), text)
+    loader = yaml.SafeLoader("")
     try:
-        read = _YAML.construct_object(node)
+        read = loader.construct_object(yaml.ScalarNode(loader.resolve(yaml.ScalarNode, text, (True, False)), text))
     except (yaml.YAMLError, ValueError):
         return str(word)
     if isinstance(read, int | float) and not isinstance(read, bool) and math.isfinite(read):

@@ -115,7 +115,8 @@ def submit_jobs(sweep: Sweep, points: Sequence[Point], site: Site, dry_run: bool
         files = [x for file in sweep.config for x in ("--config", absolute_file(file))]
         config = load(sweep.config, [*sweep.overrides, f"run.dir={Path(sweep.out) / f'nodes{nodes}'}"], FAMILIES)
         name = f"{Path(sweep.out).name}_{nodes}"
-        job = Job(name, config, files, nodes, site, points=[absolute(p.overrides, p.config) for p in some])
+        overrides = [absolute(sweep.config, point.overrides, FAMILIES) for point in some]
+        job = Job(name, config, files, nodes, site, points=overrides)
         job.check()
         ids += [job.script()] if dry_run else submit(job)
     return ids
