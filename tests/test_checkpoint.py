@@ -13,6 +13,7 @@ import torch
 
 from megatron_refine.config import Config
 from megatron_refine.records import Batch
+from tests.conversions import write_random
 from tests.parity import batch, small_config
 from tests.runs import FAILURES, TP2, failing
 from tests.test_step import make_step
@@ -263,6 +264,46 @@ def test_what_is_not_complete_is_neither_loaded_nor_in_the_way(ranks: Any, tmp_p
     assert ranks(1, faked_saves, config=config, steps=[4, 6])[0] == [
         "latest: step_0000006", "step_0000002: old", "step_0000004: 4 of save 0", "step_0000006: 6 of save 1"
     ]  # fmt: skip
+
+
+def kept_and_measured(config: Config, source: Path) -> Any:
+    """On a rank: weights of a converted checkpoint, drawn with another init_std; four saves, the last two measured.
+
+    (files of hf/ after each, the error without the model, estimated and real bytes)
+    """
+    from megatron_refine.trainer.checkpoint import Progress
+    from megatron_refine.trainer.errors import CheckpointError
+    from megatron_refine.trainer.manifest import ORIGIN, payload
+
+    step, checkpoints = start(config)
+    checkpoints.load_weights(source, step.updater)
+    step(part(0, step), 0, refine=False)
+    kept = []
+    for number in range(1, 4):
+        folder = checkpoints.save(Progress(number, 0, "rows"), step.updater)
+        kept.append({path.name: path.read_bytes() for path in (folder / ORIGIN).iterdir()})
+    real = sum((folder / name).stat().st_size for name in payload(folder) if not name.startswith(ORIGIN))
+    with pytest.raises(CheckpointError, match="holds weights alone, no run to go on with; move it out"):
+        checkpoints.load(source, step.updater)
+    return kept, checkpoints._bytes(step.updater), real
+
+
+@pytest.mark.parametrize("layout, precision", [("cp2", "fp32"), ("dp2", "bf16")])
+def test_what_a_model_came_with_survives_and_the_estimate_is_that_of_the_files(
+    ranks: Any, tmp_path: Path, layout: str, precision: str
+) -> None:
+    from megatron_refine.trainer.conversion import hf_to_megatron
+
+    write_random(tmp_path / "hf", config_at("tp1", tmp_path / "own").model)
+    (tmp_path / "hf/tokenizer.json").write_text("{}", encoding="utf-8")
+    hf_to_megatron(tmp_path / "hf", tmp_path / "converted")
+    came = {path.name: path.read_bytes() for path in (tmp_path / "converted/hf").iterdir()}
+    overrides = ["checkpoint.keep=1", "model.init_std=0.7", f"train.precision={precision}", "refine.enabled=false"]
+    config = config_at(layout, tmp_path / "run", *overrides)
+    found = ranks(2, kept_and_measured, config=config, source=tmp_path / "converted")
+    for kept, estimate, real in found:
+        assert kept == [came] * 3 and "tokenizer.json" in came
+        assert 0.8 < estimate / real < 1.05, (estimate, real)
 
 
 LOCAL = ("prepare", "hash", "complete")  # phases after which the ranks agree whether one of them failed

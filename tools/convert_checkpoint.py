@@ -10,7 +10,7 @@ import sys
 
 from megatron_refine.config import ConfigError
 from megatron_refine.config.paths import path_argument
-from megatron_refine.files import speak_utf8
+from megatron_refine.files import TornError, speak_utf8
 from megatron_refine.interrupt import quiet
 
 EXIT_CONFIG, EXIT_CHECKPOINT = 2, 4
@@ -44,15 +44,15 @@ def main(arguments: list[str]) -> int:
 
     platform.install()
     from megatron_refine.convert.errors import ConversionError
-    from megatron_refine.trainer.errors import CheckpointError
+    from megatron_refine.trainer.errors import CheckpointError, disk_failed
 
     try:
         run(options)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return EXIT_CONFIG
-    except (ConversionError, CheckpointError) as error:
-        print(error, file=sys.stderr)
+    except (ConversionError, CheckpointError, TornError, OSError) as error:
+        print(disk_failed(error) if isinstance(error, OSError) else error, file=sys.stderr)
         return EXIT_CHECKPOINT
     return 0
 

@@ -15,7 +15,7 @@ import sys
 from megatron_refine import launcher
 from megatron_refine.config import ConfigError
 from megatron_refine.config.paths import path_argument, text_argument
-from megatron_refine.files import speak_utf8
+from megatron_refine.files import TornError, speak_utf8
 from megatron_refine.interrupt import quiet
 
 EXIT_CONFIG, EXIT_CHECKPOINT = 2, 4
@@ -76,8 +76,8 @@ def main(arguments: list[str]) -> int:
 
     try:
         table = run(options)
-    except (ConfigError, ConversionError, CheckpointError) as error:
-        if first:
+    except (ConfigError, ConversionError, CheckpointError, TornError) as error:
+        if first or getattr(error, "alone", False):
             print(error, file=sys.stderr)
         return EXIT_CONFIG if isinstance(error, ConfigError) else EXIT_CHECKPOINT
     finally:
