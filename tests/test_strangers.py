@@ -115,6 +115,35 @@ def test_a_copy_under_the_number_of_a_step_to_come_is_set_aside(tmp_path: Path) 
     assert json.loads((tmp_path / "step_0000002.aside1/manifest.json").read_text("utf-8"))["step"] == 1
 
 
+def test_a_converted_checkpoint_among_a_runs_own_is_not_passed_over(tmp_path: Path) -> None:
+    """It holds weights alone: loading it says so, which is more than to begin anew without a word."""
+    folder = written(tmp_path, 3)
+    contents = read_manifest(folder)
+    manifest.complete(folder, contents | {"step": 0, "weights_only": True})
+    assert complete_folders(tmp_path) == [folder]
+
+
+def test_when_killed_in_removing_a_checkpoint_no_half_of_one_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = written(tmp_path, 3)
+
+    def killed(path: Path, ignore_errors: bool = False) -> None:
+        if path.exists():
+            (path / "payload").unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", killed)
+        manifest.discard(folder)
+    assert complete_folders(tmp_path) == [] and [p.name for p in unfinished_folders(tmp_path)] == [
+        ".incomplete-old-step_0000003"
+    ]
+    again = written(tmp_path, 3)
+    manifest.discard(again)
+    assert [p.name for p in tmp_path.iterdir()] == ["latest"]
+
+
 def test_attempts_are_numbered_among_strangers(tmp_path: Path) -> None:
     logs = tmp_path / "run" / "logs"
     for name in ("attempt_9", "attempt_10", "attempt_backup", "attempt_12.bak", "attempt_"):
