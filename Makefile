@@ -14,6 +14,8 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 export OMP_NUM_THREADS := 1
 CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/megatron_refine
 export TORCH_INDEX
+# seconds that torchrun gives a run to save in, after Ctrl-C
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT ?= 600
 
 .PHONY: help train train-sglang bench test test-all test-gpu test-sglang test-slurm test-chaos lint clean
 .DEFAULT_GOAL := help

@@ -56,7 +56,7 @@ if sys.argv[1] == "training":
     interrupt.ask_first(lambda: print("asked", flush=True))
     process = multiprocessing.get_context("fork").Process(target=helper); process.start()
 os.write(1, b"ready\\n")
-hashlib.pbkdf2_hmac("sha256", b"", b"", 10**10)  # native code, in which no handler of Python's runs
+hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # native code, in which no handler of Python's runs
 """
 
 

@@ -71,7 +71,7 @@ class Updater:
         elif self.skipped_in_a_row > self.config.train.max_skipped_steps:
             raise NonFiniteError(
                 f"loss or gradient not finite in {self.skipped_in_a_row} steps in a row (gradient norm {norm}); the "
-                "checkpoints are intact: lower optimizer.lr or inspect the data, then run the same command again"
+                "checkpoints are intact: run again with a lower optimizer.lr, or after a look at the data"
             )
         return UpdateResult(sums, norm, skipped)
 
