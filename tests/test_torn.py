@@ -48,6 +48,9 @@ def test_rows_of_a_file_that_was_torn(tmp_path: Path) -> None:
         path.write_text(f'{{"step": 1}}\n{torn}\n{{"step": 3}}\n', encoding="utf-8")
         with pytest.raises(TornError, match=rf"{path}:2: not a row: damaged.*; remove this line"):
             read_rows(path)
+    path.write_text('{"step": 1}\n{"st\n{"step": 3', encoding="utf-8")
+    with pytest.raises(TornError, match="rows.jsonl:2: not a row"):
+        read_rows(path)
     path.write_bytes(b'{"step": 1}\n\xff\n')
     with pytest.raises(TornError, match="not UTF-8 text"):
         read_rows(path)
