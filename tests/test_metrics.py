@@ -148,3 +148,10 @@ def test_numbers():
     assert metrics.retrieval("7 or 8", ["Paragraph 8"]) == 0.5
     with pytest.raises(ConfigError, match="the answer 'seven' names no \"Paragraph N\"; correct the file"):
         metrics.retrieval("7", ["seven"])
+
+
+def test_words_count_as_often_as_they_stand():
+    """F1 of multisets, as SQuAD's: a word that is said twice must be wanted twice."""
+    assert metrics.qa_f1("no no", ["no no"]) == 1.0
+    assert metrics.qa_f1("no no", ["no"]) == metrics.qa_f1("no", ["no no"]) == pytest.approx(2 / 3)
+    assert metrics.qa_f1("no yes no", ["no no maybe no"]) == pytest.approx(2 * (2 / 3) * (2 / 4) / (2 / 3 + 2 / 4))

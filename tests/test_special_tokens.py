@@ -10,9 +10,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from megatron_refine.config import ConfigError
 from megatron_refine.data.prepare import prepare
-from megatron_refine.data.special_tokens import KEPT
+from megatron_refine.data.special_tokens import KEPT, OWN
 from megatron_refine.data.tokenizer import bos_id, keep_tokenizer, load_tokenizer, stated
+from megatron_refine.eval import load
 from megatron_refine.eval.answers import Answerer, Question
+from megatron_refine.eval.evaluation import identity
+from megatron_refine.models.delta_net.config import DeltaNetConfig
+from megatron_refine.trainer.manifest import ORIGIN
 from tests.test_tokenizer import config_of, trained
 
 VOCAB = 280
@@ -81,7 +85,8 @@ def test_declared_tokens_come_first(tmp_path: Path, plain: Path, files: Declared
     # and stay the same where a run keeps the tokenizer: the files that declare them are not there
     tokenizer = load_tokenizer(folder / "other.json", 1000, "")
     keep_tokenizer(folder / "other.json", tokenizer, tmp_path / "run")
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [KEPT, "tokenizer.json"]
+    own = set(tokenizer.special.origin.values()) == {OWN}
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [KEPT] * (not own) + ["tokenizer.json"]
     assert found(tmp_path / "run") == found(tmp_path / "run/tokenizer.json") == wanted
     keep_tokenizer(tmp_path / "run/tokenizer.json", load_tokenizer(tmp_path / "run", 1000, ""), tmp_path / "next")
     assert found(tmp_path / "next") == wanted
@@ -167,10 +172,12 @@ def test_a_sentencepiece_model_s_own_come_last(tmp_path: Path) -> None:
 def test_a_run_keeps_one_tokenizer(tmp_path: Path, plain: Path) -> None:
     """The one it trains with, not that of an earlier attempt, which a reader would prefer."""
     model = trained(tmp_path / "tokenizer.model")
-    for path in (plain, model, plain, model):
+    other = declare(plain, tmp_path / "other", tokenizer_config={"eos_token": "<|im_end|>"}) / "tokenizer.json"
+    for path in (plain, model, plain, other, model):
         keep_tokenizer(path, load_tokenizer(path, 1000, ""), tmp_path / "run")
         kept = [file for file in (tmp_path / "run").iterdir() if file.name != KEPT]
         assert [file.read_bytes() for file in kept] == [path.read_bytes()]
+        assert found(tmp_path / "run") == found(path)
 
 
 def test_rows_follow_the_declared_bos(tmp_path: Path, plain: Path) -> None:
@@ -196,3 +203,23 @@ def test_every_declared_end_ends_an_answer(tmp_path: Path, plain: Path) -> None:
         assert answerer._text(Question("?", 9), [*text, end]) == "an answer"
     for other in (1, 5):
         assert answerer._text(Question("?", 9), [*text, other]) == "an answer" + NAMES[other]
+
+
+def test_an_evaluation_takes_the_tokenizer_that_the_run_trained_with(tmp_path: Path, plain: Path) -> None:
+    """Not the one of the model that it started from, which its checkpoints carry along. Special tokens are a part of
+    what answers depend on."""
+    sizes: Any = {"hidden_size": 64, "num_layers": 1, "num_heads": 2, "intermediate_size": 64}
+    model = DeltaNetConfig(family="delta_net", vocab_size=VOCAB, **sizes)
+    checkpoint = tmp_path / "run/checkpoints/step_0000001"
+    declare(plain, checkpoint / ORIGIN, tokenizer_config={"eos_token": "<|im_end|>"})
+    source = load.Source(checkpoint, model, is_checkpoint=False, run=tmp_path / "run")
+    first = load.text(source)
+    assert first.path == checkpoint / ORIGIN / "tokenizer.json" and first.tokenizer.ends == (4,)
+    trained_with = declare(plain, tmp_path / "other", config={"eos_token_id": [4, 3]}) / "tokenizer.json"
+    keep_tokenizer(trained_with, load_tokenizer(trained_with, VOCAB, ""), tmp_path / "run")
+    second = load.text(source)
+    assert second.path == tmp_path / "run/tokenizer.json" and second.tokenizer.ends == (4, 3)
+    found = [identity(source, text, "fp32") for text in (first, second)]
+    assert [key for key in found[0] if found[0][key] != found[1][key]] == ["ends"]
+    wider = load.Source(checkpoint, model.model_copy(update={"norm_eps": 1e-3}), is_checkpoint=False)
+    assert identity(wider, first, "fp32")["model"] != found[0]["model"]

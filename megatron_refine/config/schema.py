@@ -59,9 +59,9 @@ class ModelConfig(Section):
 class Data(Section):
     paths: FilePaths = Field(
         default_factory=list,
-        description="text, jsonl or parquet files or folders; empty: the sources of Python's standard library",
+        description="text, jsonl, json or parquet files, or folders; empty: the sources of Python's standard library",
     )
-    text_column: str = Field("text", description="column of jsonl and parquet files")
+    text_column: str = Field("text", description="column of tables")
     valid_paths: FilePaths = Field(
         default_factory=list, description="held-out files; empty: a fraction of the documents of `paths`"
     )
@@ -85,7 +85,7 @@ class Data(Section):
 class Task(Section):
     """Prompts with answers, of post-training and test-time training."""
 
-    paths: FilePaths = Field(default_factory=list, description="jsonl or parquet files, a row a prompt")
+    paths: FilePaths = Field(default_factory=list, description="jsonl, json or parquet files, a row a prompt")
     valid_paths: FilePaths = Field(
         default_factory=list, description="files whose prompts are answered and scored in evaluations"
     )

@@ -24,7 +24,7 @@ _SPECIAL = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a 
 
 
 @dataclass
-class _Walk:
+class Walk:
     """What was found below the paths of a corpus."""
 
     files: list[tuple[str, Path]] = field(default_factory=list)  # (name, where it is)
@@ -79,9 +79,9 @@ def find_corpus(paths: list[str], column: str, key: str) -> Corpus:
     return Corpus(key, tuple(walk.files), column, forms, summary)
 
 
-def find_files(paths: list[str], key: str) -> _Walk:
+def find_files(paths: list[str], key: str) -> Walk:
     """The files under `paths`, whatever they hold, in order. Raises ConfigError as `find_corpus` does."""
-    walk = _Walk()
+    walk = Walk()
     for path in paths:
         if not path or "\0" in path:
             raise ConfigError(f"{key}: {shown(path)!r} is no path; correct it")
@@ -89,7 +89,7 @@ def find_files(paths: list[str], key: str) -> _Walk:
     return walk
 
 
-def _find(path: Path, key: str, walk: _Walk) -> None:
+def _find(path: Path, key: str, walk: Walk) -> None:
     with reading(path, key):
         if not os.path.lexists(path):
             raise refusal(path, key, "no such file or folder; correct the path")
@@ -107,7 +107,7 @@ def _find(path: Path, key: str, walk: _Walk) -> None:
         walk.files.append((name, file))
 
 
-def _below(root: Path, key: str, walk: _Walk) -> Iterator[Path]:
+def _below(root: Path, key: str, walk: Walk) -> Iterator[Path]:
     """Files below a folder, without hidden ones. One that cannot be listed is an error, not an omission."""
     with reading(root, key):
         parents = frozenset(_identity(parent) for parent in root.resolve().parents)
@@ -134,7 +134,7 @@ def _identity(path: Path) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _check(path: Path, key: str, walk: _Walk, name: str) -> None:
+def _check(path: Path, key: str, walk: Walk, name: str) -> None:
     """Raise ConfigError where there is no file behind a name."""
     with reading(path, key):
         if path.is_symlink() and not path.exists():
@@ -175,7 +175,7 @@ def _unlike_format_1(path: Path, form: Form) -> list[str]:
     return [] if same else [f"{form} without BOM"]
 
 
-def _standard_library() -> _Walk:
+def _standard_library() -> Walk:
     """Links are not followed, and what is no source is not looked at: installations differ in both."""
     root = Path(sysconfig.get_path("stdlib"))
     found = []
@@ -183,7 +183,7 @@ def _standard_library() -> _Walk:
         subfolders[:] = [name for name in subfolders if not name.startswith(".") and name not in _NOT_SOURCES]
         paths = [Path(folder, name) for name in names if not name.startswith(".")]
         found += [(path.relative_to(root).as_posix(), path) for path in paths if _is_source(path.relative_to(root))]
-    return _Walk(sorted(found))
+    return Walk(sorted(found))
 
 
 def _is_source(name: Path) -> bool:

@@ -116,7 +116,10 @@ def keep_tokenizer(path: Path, tokenizer: Tokenizer, folder: Path) -> None:
 
     The files that declare its special tokens stay behind: what they say is written down. Raises OSError.
     """
-    write_json(folder / KEPT, tokenizer.special.to_json())
+    if set(tokenizer.special.origin.values()) != {OWN}:
+        write_json(folder / KEPT, tokenizer.special.to_json())
+    else:
+        (folder / KEPT).unlink(missing_ok=True)
     name, other = FILES if _is_json(path) else FILES[::-1]
     copy(path, folder / name)
     (folder / other).unlink(missing_ok=True)  # of an earlier attempt, which had another tokenizer
