@@ -214,6 +214,48 @@ def test_bf16_follows_fp32(ranks: Any, tmp_path: Path, layout: str) -> None:
         assert a["rollout/logprob_gap_max"] < 0.2  # decoding and rescoring round differently
 
 
+def two_mini_batches(config: Config) -> Any:
+    """On a rank, without a change of the weights: a step of two mini-batches, and a step on each alone."""
+    from megatron_refine.trainer.optimizer import UpdateResult
+
+    def run(config: Config, rows: slice) -> Any:
+        step, gradients = make_step(config, torch.float64), []
+        update = step.updater.update
+
+        def recorded(*args: Any) -> UpdateResult:
+            found = update(*args)
+            gradients.append(full_gradients(step.model))
+            return UpdateResult(found.sums, 1.0 + 2 * len(gradients), len(gradients) == 3)  # a norm of its own
+
+        step.updater.update = recorded
+        return step(batch(4).rows(rows), 3, refine=True), gradients, step.last, step.engine.weight_version
+
+    alone = config.model_copy(update={"train": config.train.model_copy(update={"global_batch_size": 2})})
+    return run(config, slice(0, 4)), run(alone, slice(0, 2)), run(alone, slice(2, 4))
+
+
+def test_metrics_of_a_step_are_means_over_its_mini_batches(ranks: Any, tmp_path: Path) -> None:
+    """Losses and norms over updates, rewards and gaps over rollouts, entropies over tokens."""
+    settings = ["update.mini_batch_size=2", "refine.ntp_coef=0.6", "refine.rollout_temperature=0.9"]
+    whole, *halves = ranks(1, two_mini_batches, config=small_config(tmp_path, *settings))[0]
+    metrics, gradients, last, version = whole
+    assert version == metrics["rollout/weight_version"] == 3 and metrics["train/optimizer_steps"] == 2
+    assert metrics["train/grad_norm"] == 4.0  # of 3 and 5
+    assert last.experience.tokens.equal(halves[0][2].experience.tokens)  # the first micro-batch
+    (first, second), exact = (half[0] for half in halves), {"rel": 1e-10}
+    for i, half in enumerate(halves):
+        assert max(relative(gradients[i], half[1][0]).values()) < 1e-10
+    for key in ("train/ntp_loss", "train/nsp_loss", "rollout/reward_mean", "rollout/logprob_gap_mean"):
+        assert metrics[key] == pytest.approx((first[key] + second[key]) / 2, **exact), key
+    assert metrics["train/loss"] == pytest.approx(0.6 * metrics["train/ntp_loss"] + 0.7 * metrics["train/nsp_loss"])
+    assert metrics["rollout/logprob_gap_max"] == max(x["rollout/logprob_gap_max"] for x in (first, second))
+    entropies = [half[2].entropy[i, :n] for half, i, n in ((halves[0], 0, 192), (halves[0], 1, 185),
+                                                           (halves[1], 0, 178), (halves[1], 1, 171))]  # fmt: skip
+    assert metrics["rollout/entropy_mean"] == pytest.approx(float(torch.cat(entropies).mean()), **exact)
+    rewards = torch.cat([half[2].rewards for half in halves])
+    assert metrics["rollout/reward_std"] == pytest.approx(float(rewards.double().std(correction=0)))
+
+
 def mini_batch_steps(config: Config) -> Any:
     from megatron_refine.data.order import rank_samples
 
