@@ -114,7 +114,7 @@ def test_tables_of_every_form_give_their_rows(tmp_path: Path, name: str) -> None
 @pytest.mark.parametrize(("name", "content"), [
     ("a.txt", BOM + TEXTS[0].encode()), ("a.TXT.gz", gzip.compress(BOM + TEXTS[0].encode())),
     ("README.bz2", bz2.compress(TEXTS[0].encode())), ("a.md.zst", zstd(TEXTS[0].encode())),
-])  # fmt: skip
+], ids=["text", "gzip", "bzip2", "zstd"])  # fmt: skip
 def test_texts_of_every_form_are_one_document(tmp_path: Path, name: str, content: bytes) -> None:
     path = put(tmp_path, (name, content)) / name
     assert read(path) == TEXTS[:1] and find(path).num_documents == 1
