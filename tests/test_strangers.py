@@ -106,11 +106,12 @@ def test_a_copy_under_the_number_of_a_step_to_come_is_set_aside(tmp_path: Path) 
     (tmp_path / "step_0000002.aside").mkdir()
     (tmp_path / "step_0000003").write_text("notes", encoding="utf-8")
     (tmp_path / "step_0000004").mkdir()  # never complete, so never in the way
-    for step in (2, 3, 4, 4):
+    (tmp_path / "step_0000005").symlink_to("step_0000001")
+    for step in (2, 3, 4, 4, 5):
         written(tmp_path, step)
     assert {p.name for p in tmp_path.iterdir()} == {
         "step_0000001", "step_0000002", "step_0000002.aside", "step_0000002.aside1", "step_0000003",
-        "step_0000003.aside", "step_0000004", "latest",
+        "step_0000003.aside", "step_0000004", "step_0000005", "step_0000005.aside", "latest",
     }  # fmt: skip
     assert json.loads((tmp_path / "step_0000002.aside1/manifest.json").read_text("utf-8"))["step"] == 1
 
@@ -225,7 +226,7 @@ WHOLE: dict[str, Any] = {"step": 3, "model": {}, "layout": [1, 1, 1], "files": {
     [
         ([], "not that of a checkpoint"),
         (WHOLE | {"step": "3"}, "not that of a checkpoint"),
-        ({key: value for key, value in WHOLE.items() if key != "model"}, "not that of a checkpoint"),
+        *[({k: v for k, v in WHOLE.items() if k != key}, "not that of a checkpoint") for key in WHOLE],
         (WHOLE | {"files": {"payload": 3}}, "payload: no size or sha256"),
         (WHOLE | {"files": {"payload": {"size": 3}}}, "payload: no size or sha256"),
     ],
@@ -262,7 +263,8 @@ def test_a_checkpoint_with_a_link_in_it_is_refused(tmp_path: Path, target: str) 
 @pytest.mark.parametrize("content", [b"", b"\0" * 64, b"\xff\xfe"], ids=["empty", "zeros", "no text"])
 @pytest.mark.parametrize("name", ["manifest.json", "COMPLETE"])
 def test_a_manifest_that_a_power_cut_tore(tmp_path: Path, name: str, content: bytes) -> None:
-    written(tmp_path, 2)
+    for step in (1, 2):
+        written(tmp_path, step)
     folder = written(tmp_path, 3)
     (folder / name).write_bytes(content)
     assert complete_folders(tmp_path)[-1] == folder

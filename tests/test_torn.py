@@ -122,6 +122,21 @@ def test_what_is_appended_names_its_file_and_stays_whole(tmp_path: Path) -> None
     assert (tmp_path / "new" / "log").read_text(encoding="utf-8") == "a\n"
 
 
+def test_what_is_appended_in_parts_is_whole(tmp_path: Path) -> None:
+    """The system may take less than it is given, as on a disk that is nearly full."""
+    file, taken = Appended(tmp_path / "log"), bytearray()
+
+    class Slow:
+        def write(self, rest: memoryview) -> int:
+            taken.extend(rest[:2])
+            return len(rest[:2])
+
+    file._file.close()
+    file._file = Slow()  # type: ignore[assignment]
+    file.write("a line\n")
+    assert taken == b"a line\n"
+
+
 def test_a_small_file_that_cannot_be_written_leaves_the_old_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
