@@ -67,6 +67,9 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "a class changed": (METADATA_CLASS + b"N}" + text("__init__") + b"Ns\x86b.", "a change of torch.distributed"),
     "a list that is a class": (METADATA_CLASS + b"Na.", "a change of torch.distributed"),
     "an instance called": (METADATA_CLASS + b")\x81)R.", "a call of something that it does not name"),
+    "an instance made the old way, called": (
+        b"(itorch.distributed.checkpoint.metadata\nMetadata\n)R.", "a call of something that it does not name"
+    ),
     "an allowed class, then more": (pickle.dumps(torch.Size([1])) + pickle.dumps(1), "something behind its end"),
 }  # fmt: skip
 
@@ -82,7 +85,7 @@ def test_a_pickle_that_names_anything_else_is_refused(kind: str) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"garbage", b"\x80\x04", pickle.dumps({"a": [1, 2, 3]})[:-4], b"h\x05.", b"\x85.", b"\x80\x04\x93.", b"(.0s.",
+    [b"", b"garbage", b"\x80\x04", pickle.dumps({"a": [1, 2, 3]})[:-4], b"h\x05.", b"\x85.", b"\x80\x04\x93.", b"(.0s.", b"(\x85.",
      b"\x8a\xff\xff", b"}(u", b"\0" * 100],
 )  # fmt: skip
 def test_a_torn_pickle_is_one_line(content: bytes) -> None:
