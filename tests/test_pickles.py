@@ -85,8 +85,8 @@ def test_a_pickle_that_names_anything_else_is_refused(kind: str) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"garbage", b"\x80\x04", pickle.dumps({"a": [1, 2, 3]})[:-4], b"h\x05.", b"\x85.", b"\x80\x04\x93.", b"(.0s.", b"(\x85.",
-     b"\x8a\xff\xff", b"}(u", b"\0" * 100],
+    [b"", b"garbage", b"\x80\x04", pickle.dumps({"a": [1, 2, 3]})[:-4], b"h\x05.", b"\x85.", b"\x80\x04\x93.", b"(.0s.",
+     b"(\x85.", b"\x8a\xff\xff", b"}(u", b"\0" * 100],
 )  # fmt: skip
 def test_a_torn_pickle_is_one_line(content: bytes) -> None:
     with pytest.raises(CheckpointError) as error:
