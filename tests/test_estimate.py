@@ -60,6 +60,20 @@ def test_step_flops_equal_measured_ratios(mode: str, rollouts: int, measured: fl
     assert step_flops(small(mode, rollouts)).ratio == pytest.approx(measured, rel=0.02)
 
 
+def test_step_flops_by_hand() -> None:
+    """2 sequences of 4096, 4 layers; 8 positions of 3 rollouts of 5 tokens, whose first a main row predicts."""
+    layer = {stream: sum(flops.layer_flops(SMALL, stream).values()) for stream in (4096, 5, 1)}
+    head, fork = flops.head_flops(SMALL), flops.fork_flops(SMALL)
+    main, forks = 4096 * (4 * layer[4096] + head), 8 * 4 * fork
+    branch = 24 * (5 * 4 * layer[5] + 4 * head)
+    for mode, passes in (("fused", 2), ("two_pass", 3)):
+        work = step_flops(small(mode, rollouts=3))
+        assert (work.ntp, work.score, work.rescore) == (6 * main, 2 * (main + forks), 2 * branch)
+        assert work.rollout == 2 * (24 * (5 * 4 * layer[1] + 4 * head) + 8 * head)
+        assert work.update == 2 * passes * (main + forks + branch)
+        assert work.refine == work.score + work.rollout + work.rescore + work.update
+
+
 def test_step_flops_scale_with_the_batch_and_match_6n_per_token() -> None:
     work, config = step_flops(small("fused")), small("fused")
     weights, tokens = flops.parameters(SMALL) - 1024 * 256, 2 * 4096  # the embedding is looked up
