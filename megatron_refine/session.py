@@ -55,10 +55,8 @@ class Session:
         self.folder: RunFolder | None = None
         self.code = 1  # of the command, once it is known
         self.changes: list[resumption.Change] = []
-        self.stop = StopRequest(
-            self._fenced, self._needed, self._save_due
-        )  # before anything long: SIGUSR1 would end the process
-        self._saved = time.monotonic()  # or begun: when all of the run was last on the disk
+        # before anything long: SIGUSR1 would end the process
+        self.stop = StopRequest(self._fenced, self._needed, self._save_due)
         with watch("preparation"):
             self.owner = claim(config)
             self._build()
@@ -72,6 +70,7 @@ class Session:
                 changed = {change.key: [change.new, change.old] for change in self.changes}
                 self.folder.keep_attempt(self.progress.step, self.ranks.world, changed)
                 keep_tokenizer(self.sources.tokenizer_path, self.sources.tokenizer, Path(config.run.dir))
+        self._saved = time.monotonic()  # when nothing of the run could be lost, last
 
     def _build(self) -> None:
         config = self.config
