@@ -141,13 +141,18 @@ def _captured() -> Iterator[list[str]]:
             os.write(fd, texts[-1].encode())
 
 
+def first_line(end: End) -> str:
+    """What the run says of itself when it has begun; lines on its input come before."""
+    return next(line for line in end.out.splitlines() if line.startswith("run "))
+
+
 # what fails in a save, on one rank alone: (rank, the function that raises there; "": its files get too large)
 FAILURES = {
     "prepare": (0, "megatron_refine.trainer.checkpoint.Checkpoints._clear"),
     "gather": (1, "megatron_refine.platform.rng_state"),
     "common file": (0, "megatron.core.dist_checkpointing.strategies.common.TorchCommonSaveStrategy.save_common"),
     "weights": (1, ""),
-    "hash": (1, "megatron_refine.trainer.checkpoint.fingerprint"),
+    "hash": (1, "megatron_refine.trainer.checkpoint.hashes"),
     "complete": (0, "megatron_refine.trainer.checkpoint.seal"),
 }
 FULL = OSError(28, "No space left on device")

@@ -126,6 +126,7 @@ def run_tool(*arguments: str) -> tuple[int, str, str]:
     return done.returncode, done.stdout, done.stderr
 
 
+@pytest.mark.slow
 def test_the_command_line_compares_on_its_own_ranks(tmp_path: Path) -> None:
     code, out, err = run_tool(str(GOLDEN / "lact"), "--tp", "2", "--sp")
     assert code == 0, err

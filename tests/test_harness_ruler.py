@@ -102,6 +102,7 @@ def without_digits(prompt: str) -> str:
     return head + " ... " + tail.rpartition("\n")[2].partition(" for ")[0]
 
 
+@pytest.mark.slow
 def test_scores_agree_with_the_harness(model: Path, ranks: Zygote) -> None:
     """Exactly: both are means of 0 and 1 over the same answers."""
     with mock.patch.dict("os.environ", {"HF_HUB_OFFLINE": "1"}):

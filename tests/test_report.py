@@ -268,7 +268,7 @@ def test_runs_are_compared_in_one_picture(tmp_path: Path, capsys: pytest.Capture
         (["run"], "2 to 6 folders"),
         (["run", "other/run"], "of different names"),
         (["run", "empty"], "empty: no metrics.jsonl with a step in it"),
-        (["run", "broken"], "metrics.jsonl:1: not a row of metrics"),
+        (["run", "broken"], "metrics.jsonl:1: not a row: damaged"),
     ],
 )
 def test_folders_that_cannot_be_compared(

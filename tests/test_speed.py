@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from megatron_refine.config import load
 from megatron_refine.models.family import FAMILIES
 from tests.zygote import Zygote
@@ -24,6 +26,7 @@ def ratios(path: str) -> dict[str, float]:
     return {"fused": quick.ratio("fused", "NTP"), "official": slow.ratio("official", "fused")}
 
 
+@pytest.mark.slow
 def test_refine_costs_little_more_than_next_token_prediction(ranks: Zygote, tmp_path: Path) -> None:
     """Measured on a quiet machine 1.05 to 1.1, and about 10: docs/benchmarks.md."""
     found = ranks(1, ratios, path=str(tmp_path))[0]

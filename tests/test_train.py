@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from megatron_refine.report.metrics import KEYS
 from tests import runs
+from tests.lanes import short
 from tests.rank_report import RankError
 from tests.runs import TP2, Fault
 
@@ -52,7 +54,7 @@ def check_same_run(folder: Path, expected: Any, stopped_after: int) -> None:
     assert sorted(p.name for p in (folder / "run" / "logs").iterdir()) == ["attempt_1", "attempt_2"]
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", short([1, 2], lambda world: world == 2))
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     ranks: Any, tmp_path: Path, cache: Path, uninterrupted: Any, world: int
 ) -> None:
@@ -68,7 +70,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     check_same_run(tmp_path, uninterrupted(world), stopped_after=3)
 
 
-@pytest.mark.parametrize("world, number", [(1, SIGUSR1), (2, SIGTERM)])
+@pytest.mark.parametrize("world, number", short([(1, SIGUSR1), (2, SIGTERM)], lambda world, number: world == 1))
 def test_a_signal_saves_and_asks_to_be_run_again(
     ranks: Any, tmp_path: Path, cache: Path, uninterrupted: Any, world: int, number: Signals
 ) -> None:
@@ -110,6 +112,7 @@ def flat(value: Any) -> list[int]:
     return [x for part in value for x in flat(part)] if isinstance(value, list) else [value]
 
 
+@pytest.mark.slow
 def test_twenty_steps_draw_the_same_at_tp2(ranks: Any, tmp_path: Path, cache: Path, warm: Path) -> None:
     """Rounding alone differs between the layouts; Adam and the draws near a boundary make it grow."""
     found = []
@@ -184,7 +187,9 @@ def test_the_run_folder_holds_all_of_the_run(whole: Any) -> None:
 
 def test_the_screen_tells_the_run(whole: Any) -> None:
     folder, _, end = whole
-    lines = end.out.splitlines()
+    input_lines, begin, rest = end.out.partition("run ")
+    assert re.fullmatch(r"data\.paths: 2 text\ndata\.valid_paths: 1 text\ntokenizer .*\n", input_lines)
+    lines = (begin + rest).splitlines()
     assert lines[0] == f"run {folder / 'run'}: midtrain step 0/6, 1 ranks, fused update"
     assert lines[1] == "fp32, torch AdamW; delta rule: torch; linear layers: local; recomputed: nothing"
     assert lines[2].startswith("eval step 0: ntp 6.") and " reward " in lines[2] and " greedy_match " in lines[2]
@@ -195,7 +200,7 @@ def test_the_screen_tells_the_run(whole: Any) -> None:
     assert all("nan" not in line for line in lines)
     assert [line.split()[0] for line in lines if line.startswith(("before", "after"))] == ["before", "after", "after"]
     assert lines[-1] == f"report {folder / 'run/report.html'}"
-    assert (folder / "run/logs/attempt_1/train.log").read_text(encoding="utf-8") == end.out
+    assert (folder / "run/logs/attempt_1/train.log").read_text(encoding="utf-8") == begin + rest
 
 
 def test_a_finished_run_started_again_does_nothing(whole: Any) -> None:

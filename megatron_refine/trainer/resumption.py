@@ -10,8 +10,10 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from megatron_refine.config import Config, ConfigError
-from megatron_refine.config.load import read_yaml
+from megatron_refine.files import TornError, read
 from megatron_refine.trainer.manifest import read_manifest
 from megatron_refine.trainer.optimizer import Updater
 
@@ -64,7 +66,11 @@ def past_of_checkpoint(checkpoint: Path) -> Past:
 def past_of_run(run: Path) -> Past:
     """What the last attempt at a run was configured as. Raises ConfigError where config.yaml cannot be read."""
     path = run / "config.yaml"
-    return Past(run, _flat(read_yaml(path)) if path.exists() else {}, None)
+    try:
+        tree = yaml.safe_load(read(path)) if path.exists() else {}
+    except (OSError, TornError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read: {' '.join(str(error).split())}; delete it or restore it") from None
+    return Past(run, _flat(tree), None)
 
 
 def refuse(past: Past, config: Config) -> None:
