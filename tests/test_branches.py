@@ -66,6 +66,7 @@ def fused(model: Any, b: Any, e: Any, temperature: float = 1.0) -> tuple[Any, An
     sequences, positions = _flat(e.positions)
     main = forward.main_pass(model, b.tokens)
     states = main.states(sequences, positions)
+    assert not main.handles  # they pin the pass
     branch = forward.branch_pass(model, forward.Forked(e.tokens, main.rows, sequences, positions, states, temperature))
     return main.scores.logprobs[:, :-1], branch.logprobs
 

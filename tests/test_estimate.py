@@ -166,6 +166,7 @@ def test_memory_follows_precision_and_layout() -> None:
     count = flops.rank_parameters(LARGE, tp=2, pp=1, stage=0)
     assert (ours.dp, ours.parameters) == (4, 1_365_677_056)
     assert (ours.memory.weights, ours.memory.gradients, ours.memory.optimizer) == (2 * count, 4 * count, 3 * count)
+    assert ours.memory.head == 3 * (1 << 22) * 4  # logits of a chunk of rows, their probabilities, their gradient
     state = 16 * 128 * 128 * 4 + 3 * 3 * 2048 * 2  # S in fp32, the tail of the convolution in bf16
     assert ours.memory.states == 8 * (1 + 1) * 24 * state // 2
     fp32 = rank_memory(config.model_copy(update={"train": Train(precision="fp32")}), dp=4, stage=0)

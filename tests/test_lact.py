@@ -121,10 +121,11 @@ def test_window_attention_on_a_gpu(dtype: torch.dtype) -> None:
         assert (a.double().cpu() - b).norm() < bound * b.norm()
 
 
-@pytest.mark.parametrize("earlier", [0, 2])
-def test_branch_attention_equals_the_whole_matrix(earlier: int) -> None:
-    """Two branches each from positions 3 and 20 of one sequence, five rows of which the last are asked."""
-    window, rows = 8, 5
+@pytest.mark.parametrize(("rows", "earlier"), [(5, 0), (5, 2), (12, 0), (12, 4)])
+def test_branch_attention_equals_the_whole_matrix(rows: int, earlier: int) -> None:
+    """Two branches each from positions 3 and 20 of one sequence, of which the last rows are asked; also where a branch
+    is longer than the window."""
+    window = 8
     q, k, v = attention_inputs(24, count=1)
     own_q, own_k, own_v = attention_inputs(rows, count=4)
     positions, expected = torch.tensor([3, 20]), []

@@ -31,6 +31,10 @@ def rows_and_targets() -> tuple[Tensor, Tensor, Tensor]:
     return rows, targets, torch.randn(ROWS, generator=generator, dtype=torch.float64)
 
 
+def temperatures() -> Tensor:
+    return 0.5 + random.uniform(9, torch.arange(ROWS))
+
+
 def build(config: Config) -> tuple[Any, Any, Tensor]:
     """On a rank: the model in fp64, its RefineModel, the output layer's full weight."""
     from megatron_refine.trainer.model import build_model, unwrap
@@ -45,7 +49,7 @@ def build(config: Config) -> tuple[Any, Any, Tensor]:
 
 
 def scored(config: Config, chunk_rows: int) -> dict[str, Any]:
-    """On a rank: `head.score` with `chunk_rows` rows at a time, and its gradients."""
+    """On a rank: `head.score` with `chunk_rows` rows at a time, each at a temperature of its own, and its gradients."""
     from megatron_refine.trainer import head
     from megatron_refine.trainer.gradients import finalize_gradients
 
@@ -53,7 +57,7 @@ def scored(config: Config, chunk_rows: int) -> dict[str, Any]:
     head.CHUNK_ELEMENTS = chunk_rows * PADDED // config.parallel.tp
     rows, targets, weights = rows_and_targets()
     rows.requires_grad_()
-    scores = head.score(inner, rows, targets)
+    scores = head.score(inner, rows, targets, temperatures())
     assert not scores.entropy.requires_grad
     model.zero_grad_buffer()
     (scores.logprobs * weights).sum().backward()
@@ -73,7 +77,7 @@ def test_scores_equal_the_whole_softmax(tp: int, chunk_rows: int, ranks: Zygote,
     rows, targets, weights = rows_and_targets()
     for found in ranks(tp, scored, config=config, chunk_rows=chunk_rows):
         rows, weight = rows.detach().requires_grad_(), found["weight"].requires_grad_()
-        logits = rows @ weight[:VOCAB].mT
+        logits = rows @ weight[:VOCAB].mT / temperatures()[:, None]
         logprobs = logits.log_softmax(-1)
         truth = logprobs.gather(1, targets[:, None])[:, 0]
         (truth * weights).sum().backward()

@@ -227,8 +227,11 @@ def two_mini_batches(config: Config) -> Any:
             gradients.append(full_gradients(step.model))
             return UpdateResult(found.sums, 1.0 + 2 * len(gradients), len(gradients) == 3)  # a norm of its own
 
-        step.updater.update = recorded
-        return step(batch(4).rows(rows), 3, refine=True), gradients, step.last, step.engine.weight_version
+        step.updater.update, advanced = recorded, []
+        step.updater.advance_schedule = lambda: advanced.append(1)
+        metrics = step(batch(4).rows(rows), 3, refine=True)
+        assert advanced == [1]  # once a batch, however many optimizer steps it took
+        return metrics, gradients, step.last, step.engine.weight_version
 
     alone = config.model_copy(update={"train": config.train.model_copy(update={"global_batch_size": 2})})
     return run(config, slice(0, 4)), run(alone, slice(0, 2)), run(alone, slice(2, 4))
@@ -291,7 +294,11 @@ def poisoned(config: Config) -> Any:
     weight.data[0, 0] = float("nan")
     skipped = step(batch(4, seed=1), 1, refine=True)["train/optimizer_steps"]
     weight.data[0, 0] = good
+    loss, step._loss = step._loss, lambda *given: (loss(*given)[0], loss(*given)[1] + torch.inf)
+    skipped += step(batch(4, seed=1), 1, refine=False)["train/optimizer_steps"]  # a finite gradient, not the loss
+    step._loss = loss
     same = all(p.equal(before[n]) for n, p in unwrap(step.model).named_parameters())
+    assert step(batch(4, seed=1), 1, refine=False)["train/optimizer_steps"] == 1  # they are counted in a row
     weight.data[0, 0] = float("nan")
     try:
         for i in range(5):
@@ -305,4 +312,4 @@ def test_non_finite_steps_are_skipped_then_stop_the_run(ranks: Any, tmp_path: Pa
     config = small_config(tmp_path, "train.max_skipped_steps=2")
     skipped, same, stopped_at, message = ranks(1, poisoned, config=config)[0]
     assert skipped == 0 and same
-    assert stopped_at == 1 and "not finite in 3 steps in a row" in message and "checkpoints are intact" in message
+    assert stopped_at == 2 and "not finite in 3 steps in a row" in message and "checkpoints are intact" in message
