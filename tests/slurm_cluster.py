@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from tests.zygote import DEADLINE
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "ip")
 MISSING = "needs root, and SLURM with munge: make test-slurm"
 PORT = 26817  # of slurmctld; the nodes have the next ones
@@ -130,7 +132,7 @@ class Cluster:
         ]
         raise AssertionError("\n".join([f"not within {seconds} s: {what}", self.run("squeue", "-l"), *logs]))
 
-    def ends(self, job: str, seconds: float = 120) -> str:
+    def ends(self, job: str, seconds: float = DEADLINE) -> str:
         """Wait for a job's end. Its state."""
         over = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED"}
         self.until(lambda: self.field(job, "JobState") in over, seconds, f"end of job {job}")

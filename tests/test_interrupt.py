@@ -5,6 +5,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,17 +15,25 @@ import pytest
 
 from megatron_refine.session import Session
 from tests import runs
+from tests.zygote import DEADLINE
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "120"}
 
 
-def begin(line: list[str], **settings: Any) -> "subprocess.Popen[str]":
-    """A command in a process group of its own, as a terminal starts it."""
-    return subprocess.Popen(
+@contextmanager
+def begun(*line: str) -> Iterator["subprocess.Popen[str]"]:
+    """A command in a process group of its own, as a terminal starts it; nothing of it outlives the test."""
+    process = subprocess.Popen(
         [sys.executable, *line], cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        encoding="utf-8", start_new_session=True, **settings,
+        encoding="utf-8", start_new_session=True,
     )  # fmt: skip
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 @pytest.mark.parametrize(
@@ -32,12 +42,12 @@ def begin(line: list[str], **settings: Any) -> "subprocess.Popen[str]":
 def test_a_command_that_is_interrupted_ends_with_one_line(tmp_path: Path, line: list[str]) -> None:
     """While it reads its configuration, a pipe that nobody fills."""
     os.mkfifo(tmp_path / "pipe")
-    process = begin([*line, "--config", str(tmp_path / "pipe")])
-    writer = os.open(tmp_path / "pipe", os.O_WRONLY)  # waits until it reads
-    time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGINT)
-    assert process.communicate(timeout=20) == ("", "interrupted\n") and process.returncode == 130
-    os.close(writer)
+    with begun(*line, "--config", str(tmp_path / "pipe")) as process:
+        writer = os.open(tmp_path / "pipe", os.O_WRONLY)  # waits until it reads
+        time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.communicate(timeout=DEADLINE) == ("", "interrupted\n") and process.returncode == 130
+        os.close(writer)
 
 
 def test_every_tool_ends_so() -> None:
@@ -46,9 +56,11 @@ def test_every_tool_ends_so() -> None:
     assert silent == ["scaling.py"]  # which says how to go on
 
 
+SAME = 3.0  # seconds: a busy machine may deliver the second of two signals late
 LISTENER = """
 import hashlib, multiprocessing, os, sys, time
 from megatron_refine import interrupt
+interrupt.SAME = float(sys.argv[2])
 interrupt.listen()
 def helper():
     os.write(1, b"helper\\n"); time.sleep(1.5); os.write(1, b"helped\\n")
@@ -61,26 +73,26 @@ hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # native code, in which no handl
 
 
 def test_before_training_it_ends_at_once() -> None:
-    process = begin(["-c", LISTENER, "preparation"])
-    assert process.stdout and process.stdout.readline() == "ready\n"
-    os.killpg(process.pid, signal.SIGINT)
-    out, err = process.communicate(timeout=10)
+    with begun("-c", LISTENER, "preparation", str(SAME)) as process:
+        assert process.stdout and process.stdout.readline() == "ready\n"
+        os.killpg(process.pid, signal.SIGINT)
+        out, err = process.communicate(timeout=DEADLINE)
     assert process.returncode == 130 and out == ""
     assert err == "interrupted before a step was trained: the run is as it was; run the same command to go on\n"
 
 
 def test_the_first_asks_and_the_second_ends() -> None:
     """Of two that come at once, one counts; a forked helper goes on through all of them."""
-    process = begin(["-c", LISTENER, "training"])
-    assert process.stdout
-    assert {process.stdout.readline() for _ in range(2)} == {"ready\n", "helper\n"}
-    os.killpg(process.pid, signal.SIGINT)
-    assert process.stdout.readline() == "asked\n"
-    os.killpg(process.pid, signal.SIGINT)
-    time.sleep(0.6)
-    assert process.poll() is None
-    os.killpg(process.pid, signal.SIGINT)
-    out, err = process.communicate(timeout=10)
+    with begun("-c", LISTENER, "training", str(SAME)) as process:
+        assert process.stdout
+        assert {process.stdout.readline() for _ in range(2)} == {"ready\n", "helper\n"}
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.stdout.readline() == "asked\n"
+        os.killpg(process.pid, signal.SIGINT)
+        time.sleep(SAME + 0.1)
+        assert process.poll() is None
+        os.killpg(process.pid, signal.SIGINT)
+        out, err = process.communicate(timeout=DEADLINE)
     assert process.returncode == 130 and out == "helped\n"
     assert [line.split(":")[0] for line in err.splitlines()] == ["Ctrl-C", "ended at once"]
 
@@ -115,13 +127,13 @@ def test_under_torchrun_both_ranks_save_before_they_end(tmp_path: Path) -> None:
     """A real torchrun, which passes the signal on to the sessions of its ranks."""
     config = runs.write_config(tmp_path, tmp_path / "data", train={"steps": 5000}, refine={"enabled": False})
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    process = begin([*torchrun, "-m", "megatron_refine.train", "--config", str(config), *runs.TP2])
-    assert process.stdout
-    for line in process.stdout:
-        if line.startswith("step 2/"):
-            break
-    os.killpg(process.pid, signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    with begun(*torchrun, "-m", "megatron_refine.train", "--config", str(config), *runs.TP2) as process:
+        assert process.stdout
+        for line in process.stdout:
+            if line.startswith("step 2/"):
+                break
+        os.killpg(process.pid, signal.SIGINT)
+        out, err = process.communicate(timeout=DEADLINE)
     last = out.splitlines()[-1]
     assert last.startswith("stopped by SIGINT after step ") and "ended at once" not in err, (out, err)
     step = int(last.split()[5].rstrip(":"))

@@ -11,6 +11,7 @@ import pytest
 from megatron_refine import launcher, platform
 from megatron_refine.launcher import LaunchError
 from tests.runs import write_config
+from tests.zygote import DEADLINE
 
 ROOT = Path(__file__).parents[1]
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
@@ -183,5 +184,5 @@ def test_every_command_refuses_before_torch_is_imported(tmp_path: Path, name: st
         bad["MASTER_PORT"] = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1"}
     for says, variables in bad.items():
         environment = only(variables) | {"PYTHONPATH": paths}
-        done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, encoding="utf-8", timeout=60)
+        done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, encoding="utf-8", timeout=DEADLINE)
         assert done.returncode == 2 and says in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr

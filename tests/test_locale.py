@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron_refine.data.corpus import find_corpus
 from tests import runs
+from tests.zygote import DEADLINE
 
 PROGRAM = """
 import os, sys
@@ -40,7 +41,7 @@ def test_a_run_in_a_locale_without_utf8(tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", PROGRAM, str(config), str(folder)], env=environment, check=False,
-        capture_output=True, timeout=200, cwd=Path(__file__).parents[1],
+        capture_output=True, timeout=DEADLINE, cwd=Path(__file__).parents[1],
     )  # fmt: skip
     out, err = done.stdout.decode("utf-8"), done.stderr.decode("utf-8")
     assert done.returncode == 0 and "Traceback" not in err, err + out

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from tests import runs
+from tests.zygote import DEADLINE
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1200)]
 ROOT = Path(__file__).parents[1]
 STEPS = 40
 HOSTS = (("mr_a", "mr_va", "10.77.0.1"), ("mr_b", "mr_vb", "10.77.0.2"))  # namespace, interface, address
@@ -71,7 +72,7 @@ def start(hosts: None, tmp_path: Path) -> Iterator[Callable[[], list[subprocess.
 
 
 def reach(folder: Path, step: int) -> None:
-    metrics, end = folder / "run/metrics.jsonl", time.monotonic() + 90
+    metrics, end = folder / "run/metrics.jsonl", time.monotonic() + DEADLINE
     while time.monotonic() < end:
         if metrics.exists() and metrics.read_text(encoding="utf-8").count("\n") > step:
             return
@@ -85,7 +86,7 @@ def ends(processes: list[subprocess.Popen[str]]) -> tuple[list[int], list[str], 
     errors = []
     for process in processes:
         try:
-            errors.append(process.communicate(timeout=100)[1])
+            errors.append(process.communicate(timeout=DEADLINE)[1])
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGABRT)  # its stacks
             raise AssertionError(f"hangs; before it {errors}; {process.communicate()[1]}") from None

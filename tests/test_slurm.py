@@ -15,8 +15,9 @@ import yaml
 from launch import submit
 from tests import runs, sglang_lane
 from tests.slurm_cluster import GPUS, Cluster
+from tests.zygote import DEADLINE
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1200)]
 ROOT = Path(__file__).parents[1]
 STEPS = 40
 SITE = {
@@ -79,7 +80,7 @@ class Submitted:
             return -1
 
     def reaches(self, step: int) -> None:
-        self.cluster.until(lambda: self.step() >= step, 120, f"step {step} of {self.run}: {self.log()[-2000:]}")
+        self.cluster.until(lambda: self.step() >= step, DEADLINE, f"step {step} of {self.run}: {self.log()[-2000:]}")
 
     def log(self) -> str:
         return "".join(path.read_text(encoding="utf-8") for path in sorted((self.run / "logs").glob("slurm-*.out")))
@@ -141,7 +142,7 @@ def test_the_time_limit_itself(start: Any, undisturbed: Any) -> None:
     """A job of a minute, told 40 s before: it takes as many minutes as it needs."""
     run = start("train.steps=400", "checkpoint.every=0", time="00:01:00", signal_seconds=40)
     run.reaches(1)
-    run.cluster.until(lambda: "stopped after saving; requeued" in run.log(), 100, "the first end")
+    run.cluster.until(lambda: "stopped after saving; requeued" in run.log(), DEADLINE, "the first end")
     assert "TIMEOUT" not in run.cluster.field(run.job, "JobState")
     stopped = run.step()
     run.reaches(stopped + 1)
@@ -170,9 +171,9 @@ def test_a_lost_node_whose_processes_run_on_cannot_write(start: Any, undisturbed
     )
     cluster.kill_node(node)
     try:
-        cluster.until(lambda: cluster.field(run.job, "Restarts") == "1", 60, "requeue")
+        cluster.until(lambda: cluster.field(run.job, "Restarts") == "1", DEADLINE, "requeue")
         assert Path(f"/proc/{orphan}").exists()
-        cluster.until(lambda: not Path(f"/proc/{orphan}").exists(), 60, "the orphan's end")
+        cluster.until(lambda: not Path(f"/proc/{orphan}").exists(), DEADLINE, "the orphan's end")
         run.reaches(run.step() + 1)
         cluster.run("scancel", run.job)
         assert cluster.ends(run.job) == "CANCELLED"
@@ -180,7 +181,9 @@ def test_a_lost_node_whose_processes_run_on_cannot_write(start: Any, undisturbed
         assert "FencedError: another attempt has taken the run over" in first
     finally:
         cluster.start_node(node)
-        cluster.until(lambda: cluster.run("sinfo", "-h", "-t", "idle", "-o", "%D") == "2", 60, "the node's return")
+        cluster.until(
+            lambda: cluster.run("sinfo", "-h", "-t", "idle", "-o", "%D") == "2", DEADLINE, "the node's return"
+        )
     check_begins(runs.rows(run.folder), undisturbed(1))
 
 

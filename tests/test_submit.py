@@ -83,7 +83,7 @@ def ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
         environment = os.environ | {"OUT": str(out), "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]",
                                     "SLURM_JOB_END_TIME": "1", **variables}  # fmt: skip
-        line = ["timeout", "60", "bash", "-c", text]
+        line = ["timeout", "600", "bash", "-c", text]
         done = subprocess.run(line, cwd="/", env=environment, capture_output=True, encoding="utf-8")
         assert done.returncode == 0 and not done.stderr, done.stderr
         assert "job 7, restart 0: done" in done.stdout
