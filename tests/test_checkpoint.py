@@ -14,7 +14,6 @@ import torch
 from megatron_refine.config import Config
 from megatron_refine.records import Batch
 from tests.conversions import write_random
-from tests.lanes import short
 from tests.parity import batch, small_config
 from tests.runs import FAILURES, TP2, failing
 from tests.test_step import make_step
@@ -148,7 +147,8 @@ def test_every_single_change_of_the_layout_and_back_changes_no_bit(ranks: Any, t
         assert [name for name in expected if not tensors[name].equal(expected[name])] == [], folder
 
 
-@pytest.mark.parametrize("model", short(["delta_net", "gated_delta_net", "lact"], lambda model: model == "lact"))
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["delta_net", "gated_delta_net", "lact"])
 def test_every_family_reshards(ranks: Any, tmp_path: Path, model: str) -> None:
     """tp2 pp2 -> one rank -> cp2 dp2; weights and Adam's moments bit for bit."""
 

@@ -140,6 +140,7 @@ def test_the_command_line_compares_on_its_own_ranks(tmp_path: Path) -> None:
     assert code == 1 and "DIFFERENT" in out
 
 
+@pytest.mark.slow
 def test_the_command_line_names_damaged_files(tmp_path: Path) -> None:
     shutil.copytree(GOLDEN / "delta_net", tmp_path / "cut")
     (tmp_path / "cut" / "expected.safetensors").unlink()
