@@ -59,7 +59,7 @@ def _variables() -> tuple[str, str, str] | None:
 
 
 def _surroundings() -> dict[str, Any]:
-    """Of the job and the machine."""
+    """Read what the launcher says of the job and the machine."""
     end, threads = _text("SLURM_JOB_END_TIME"), _text("OMP_NUM_THREADS").partition(",")[0]  # nested levels follow
     return {
         "node": _number("SLURM_NODEID", 0),

@@ -130,7 +130,7 @@ class Session:
         return progress
 
     def _past(self) -> resumption.Past:
-        """Of what the attempt goes on from."""
+        """Read the configuration of what the attempt goes on from."""
         loaded = None if self.config.resets else self.checkpoints.loaded
         run = Path(self.config.run.dir)
         return resumption.past_of_checkpoint(loaded) if loaded else resumption.past_of_run(run)

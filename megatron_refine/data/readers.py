@@ -159,7 +159,7 @@ def _jsonl_rows(lines: IO[bytes], path: Path, key: str) -> Iterator[dict[str, An
 
 
 def _json_rows(file: IO[bytes], path: Path, key: str) -> Iterator[dict[str, Any]]:
-    """Of an array of objects, of one object, or of objects one after another."""
+    """Yield the objects of an array, one object, or objects one after another."""
     values = _Values(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""))
     try:
         array = values.next_char() == "["

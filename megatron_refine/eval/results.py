@@ -51,7 +51,7 @@ class Results:
         return self.identity
 
     def fingerprint(self, question: Sequence[Any]) -> str:
-        """Of all that an answer depends on: equal questions to equal models only are taken for equal."""
+        """Hash all that an answer depends on: equal questions to equal models only are taken for equal."""
         text = json.dumps([self.identity, *question], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -43,7 +43,7 @@ def versions() -> dict[str, str]:
 
 
 def commit(project: Path) -> str | None:
-    """Of the working copy, with -dirty where it was changed; None for an installed package, and without git."""
+    """Name the working copy's commit, with -dirty where it was changed; None when installed or without git."""
     if not (project / ".git").exists():  # it may lie in a working copy of something else
         return None
     line = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
