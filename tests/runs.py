@@ -159,6 +159,23 @@ FULL = OSError(28, "No space left on device")
 
 
 @contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[Path]:
+    """A file system of `size` (as mount reads it) at `folder`, which is made. Skips the test where none can be."""
+    import subprocess
+
+    import pytest
+
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a small file system can be mounted by root alone, and not in every container")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@contextmanager
 def failing(phase: str) -> Iterator[None]:
     """On a rank: `phase` fails if it is the rank for it."""
     rank, target = FAILURES[phase]

@@ -1,9 +1,7 @@
 """Checkpoints: resharding with Adam's moments, weights alone, keeping and replacing, saves that fail."""
 
-import os
 import re
 import shutil
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ from megatron_refine.config import Config
 from megatron_refine.records import Batch
 from tests.conversions import write_random
 from tests.parity import batch, small_config
-from tests.runs import FAILURES, TP2, failing
+from tests.runs import FAILURES, TP2, failing, small_disk
 from tests.test_step import make_step
 
 LAYOUTS: dict[str, tuple[int, list[str]]] = {  # world size, overrides
@@ -346,15 +344,8 @@ def test_a_rank_that_fails_alone_in_a_save_fails_it_on_all(ranks: Any, tmp_path:
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 8 MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)]
-    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("a small file system can be mounted by root alone, and not in every container")
-    try:
+    with small_disk(tmp_path / "disk", "8m") as folder:
         yield folder
-    finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def save_on_a_full_disk(config: Config) -> tuple[str, int]:

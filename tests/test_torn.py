@@ -156,18 +156,11 @@ def test_a_small_file_that_cannot_be_written_leaves_the_old_one(
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 64 KiB with nothing free."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
-    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("a small file system can be mounted by root alone, and not in every container")
-    try:
+    with runs.small_disk(tmp_path / "disk", "64k") as folder:
         with (folder / "fill").open("wb", buffering=0) as file:
             while shutil.disk_usage(folder).free:
                 file.write(bytes(4096))
         yield folder
-    finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def test_a_run_is_not_begun_on_a_full_disk(small_disk: Path) -> None:
