@@ -12,6 +12,7 @@ from pathlib import Path
 
 from megatron_refine import config as configuration
 from megatron_refine.config.load import read_as
+from megatron_refine.config.paths import path_argument
 from megatron_refine.estimate.hardware import Hardware
 from megatron_refine.estimate.plan import plan
 from megatron_refine.files import speak_utf8
@@ -48,8 +49,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--nodes", type=int, default=1, help="nodes that train (default: 1)")
     parser.add_argument("--gpus-per-node", type=int, help="overrides the site's gpus_per_node")
     parser.add_argument("--engine-nodes", type=int, default=0, help="further nodes, with an SGLang server each")
-    parser.add_argument("--site", type=Path, help="a YAML file of launch/site.yaml's keys")
-    parser.add_argument("--array", type=Path, metavar="FILE", help="a sweep: {key: [values]} or [{key: value}, ...]")
+    parser.add_argument("--site", type=path_argument, help="a YAML file of launch/site.yaml's keys")
+    parser.add_argument(
+        "--array", type=path_argument, metavar="FILE", help="a sweep: {key: [values]} or [{key: value}, ...]"
+    )
     parser.add_argument("--at-once", type=int, default=0, help="runs of the sweep at the same time (default: all)")
     parser.add_argument(
         "--chain", type=int, default=1, help="jobs one after the other, where requeueing is not allowed"

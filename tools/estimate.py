@@ -8,9 +8,9 @@ Every formula: docs/estimator.md. Exit codes: 0, 2 what was asked cannot be.
 
 import argparse
 import sys
-from pathlib import Path
 
 from megatron_refine import config as configuration
+from megatron_refine.config.paths import path_argument
 from megatron_refine.estimate.hardware import read_hardware
 from megatron_refine.estimate.plan import plan
 from megatron_refine.files import speak_utf8
@@ -24,7 +24,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", nargs="+", metavar="CONFIG", help="YAML files, later ones win; then key.sub=value")
     parser.add_argument("--gpus", type=int, help="number of ranks (default: those of one copy of the model)")
-    parser.add_argument("--hardware", type=Path, help="a YAML file of the keys in docs/estimator.md (default: H100)")
+    parser.add_argument(
+        "--hardware", type=path_argument, help="a YAML file of the keys in docs/estimator.md (default: H100)"
+    )
     options = parser.parse_intermixed_args(arguments)
     files, overrides = configuration.files_and_overrides(options.config)
     try:

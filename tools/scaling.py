@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_refine import config as configuration
+from megatron_refine.config.paths import path_argument
 from megatron_refine.files import speak_utf8
 
 
@@ -25,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="list the points and their commands; start nothing")
     parser.add_argument("--collect", action="store_true", help="results of what has run; start nothing")
     parser.add_argument("--slurm", action="store_true", help="submit the points as arrays, one a number of nodes")
-    parser.add_argument("--site", type=Path, help="with --slurm: a YAML file of launch/site.yaml's keys")
+    parser.add_argument("--site", type=path_argument, help="with --slurm: a YAML file of launch/site.yaml's keys")
     parser.add_argument("--predict", action="store_true", help="the estimator's table for numbers of GPUs")
     parser.add_argument("--gpus", default="8,64,256,1024", help="with --predict: numbers of GPUs")
     options = parser.parse_intermixed_args(arguments)

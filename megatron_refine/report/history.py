@@ -12,7 +12,7 @@ from megatron_refine import __version__
 from megatron_refine.config import Config
 from megatron_refine.files import write, write_json
 
-PACKAGES = ("torch", "megatron-core", "transformer-engine", "flash-linear-attention")
+PACKAGES = ("megatron-core", "transformer-engine", "flash-linear-attention")
 PROJECT = Path(__file__).parents[2]
 
 
@@ -32,8 +32,10 @@ def keep(folder: Path, config: Config, step: int, ranks: int, changed: Mapping[s
 
 
 def versions() -> dict[str, str]:
-    """Of Python, of the project and of what it computes with; what is not installed is left out."""
-    found = {"python": platform.python_version(), "megatron_refine": __version__}
+    """Return those of Python, of the project and of what it computes with; what is not installed is left out."""
+    import torch  # its own word for the build: a wheel's metadata may lack +cpu or +cu130
+
+    found = {"python": platform.python_version(), "megatron_refine": __version__, "torch": torch.__version__}
     for name in PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)
