@@ -170,7 +170,7 @@ def scaling(*arguments: str) -> tuple[int, str, str]:
 
 @pytest.mark.slow
 def test_the_shipped_sweep_runs_names_what_failed_and_goes_on(tmp_path: Path) -> None:
-    """Scaled down, without its points of four ranks, and with one whose data is missing; then the same command again."""
+    """Scaled down, without points of four ranks, and with one whose data is missing; then the same command again."""
     tree = yaml.safe_load(SHIPPED.read_text(encoding="utf-8"))
     config = write_config(tmp_path, tmp_path / "cache", eval={"sequences": 0})
     tree |= {"config": [str(config)], "out": str(tmp_path / "out"), "warm_up": 1}
