@@ -50,13 +50,13 @@ test-gpu: .venv/ready ## the tests that need a GPU
 	@$(PYTEST) -m gpu $(ARGS)
 
 test-sglang: .venv/ready .venv-sglang/ready ## the tests against real SGLang servers on the CPU
-	@$(PYTEST) -m sglang --durations=15 $(ARGS)
+	@$(PYTEST) -n $(JOBS) --maxprocesses 2 --dist loadfile -m sglang --durations=15 $(ARGS)
 
 test-slurm: .venv/ready ## as root: the tests on a real SLURM cluster and between two hosts, both on this machine
 	@command -v slurmctld slurmd munged ip > /dev/null || { \
 		echo "installing SLURM and munge from the distribution"; \
 		apt-get update -qq && apt-get install -qq -y --no-install-recommends slurm-wlm munge iproute2 > /dev/null; }
-	@$(PYTEST) -m slurm --durations=15 $(ARGS)
+	@$(PYTEST) -n $(JOBS) --maxprocesses 2 --dist worksteal -m slurm --durations=15 $(ARGS)
 
 KILLS := 20
 test-chaos: .venv/ready ## kill ranks at random moments, KILLS=20 times; SEED= repeats a run

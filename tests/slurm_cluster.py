@@ -15,7 +15,9 @@ from tests.zygote import DEADLINE
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "ip")
 MISSING = "needs root, and SLURM with munge: make test-slurm"
-PORT = 26817  # of slurmctld; the nodes have the next ones
+WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))  # each has a cluster of its own
+PORT = 26817 + 10 * WORKER  # of slurmctld; the nodes have the next ones
+FIRST_JOB = 1 + 1000 * WORKER  # ranks meet at a port that follows from the job's number
 GPUS = 2  # of a node; each is /dev/null's device, which SLURM takes for one
 
 CONF = """\
@@ -24,6 +26,7 @@ SlurmctldHost={host}(127.0.0.1)
 SlurmUser=root
 SlurmdUser=root
 SlurmctldPort={port}
+FirstJobId={job}
 AuthType=auth/munge
 CredType=cred/munge
 AuthInfo=socket={root}/munge/munge.sock,cred_expire=5
@@ -75,7 +78,7 @@ class Cluster:
             (root / name).mkdir(parents=True)
         root.chmod(0o755)
         (root / "munge").chmod(0o711)
-        ports = {"port": PORT, "first": PORT + 1, "last": PORT + 2, "gpus": GPUS}
+        ports = {"port": PORT, "first": PORT + 1, "last": PORT + 2, "job": FIRST_JOB, "gpus": GPUS}
         self.conf.write_text(CONF.format(root=root, host=socket.gethostname().split(".")[0], **ports), encoding="utf-8")
         for i in range(GPUS):
             os.mknod(root / f"dev/gpu{i}", 0o600 | 0o20000, os.makedev(1, 3))
@@ -90,7 +93,7 @@ class Cluster:
         self._start(["slurmctld", "-i", "-f", str(self.conf)])
         for node in ("n1", "n2"):
             self.start_node(node)
-        self.until(lambda: self.run("sinfo", "-h", "-t", "idle", "-o", "%D") == "2", 30, "both nodes idle")
+        self.until(lambda: self.run("sinfo", "-h", "-t", "idle", "-o", "%D") == "2", DEADLINE, "both nodes idle")
 
     def _start(self, command: list[str]) -> None:
         log = self.root / "log" / f"{command[0]}.start"

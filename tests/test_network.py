@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 
 from tests import runs
+from tests.slurm_cluster import WORKER
 from tests.zygote import DEADLINE
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1200)]
 ROOT = Path(__file__).parents[1]
 STEPS = 40
-HOSTS = (("mr_a", "mr_va", "10.77.0.1"), ("mr_b", "mr_vb", "10.77.0.2"))  # namespace, interface, address
+# namespace, interface, address
+HOSTS = ((f"mr_a{WORKER}", "mr_va", "10.77.0.1"), (f"mr_b{WORKER}", "mr_vb", "10.77.0.2"))
 SECTIONS: dict[str, dict[str, Any]] = {
     "train": {"steps": STEPS}, "checkpoint": {"every": 10}, "run": {"timeout_minutes": 0.2, "phase_minutes": 0.5},
 }  # fmt: skip
