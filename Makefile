@@ -24,15 +24,15 @@ help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
 train: .venv/ready ## train a tiny model with REFINE on two CPU ranks; MODEL=a file of configs/models
-	@$(BIN)/torchrun --standalone --nproc-per-node 2 -m megatron_refine.train --config configs/quickstart.yaml \
+	@$(BIN)/torchrun --standalone --nproc-per-node 2 -m megatron_refine train --config configs/quickstart.yaml \
 		$(if $(MODEL),--config configs/models/$(MODEL).yaml run.dir=runs/quickstart_$(MODEL)) $(ARGS)
 
 train-sglang: .venv/ready .venv-sglang/ready ## the same with rollouts from an SGLang server on the CPU
-	@$(BIN)/torchrun --standalone --nproc-per-node 2 -m megatron_refine.train --config configs/quickstart.yaml \
+	@$(BIN)/torchrun --standalone --nproc-per-node 2 -m megatron_refine train --config configs/quickstart.yaml \
 		--config configs/engines/quickstart_sglang.yaml $(ARGS)
 
 bench: .venv/ready ## time steps of the quickstart: NTP-only, fused and two-pass in turn
-	@$(BIN)/torchrun --standalone --nproc-per-node 2 tools/bench.py step --config configs/quickstart.yaml $(ARGS)
+	@$(BIN)/torchrun --standalone --nproc-per-node 2 -m megatron_refine bench step --config configs/quickstart.yaml $(ARGS)
 
 # Several tests at once: one that has a single rank leaves the other cores idle. JOBS=0 runs them in this process.
 JOBS := logical

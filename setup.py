@@ -50,5 +50,8 @@ setup(
         "wandb",
     ],
     extras_require=EXTRAS,
-    entry_points={"sglang.srt.plugins": ["megatron_refine = megatron_refine.engine.plugin:register"]},
+    entry_points={
+        "console_scripts": ["megatron-refine = megatron_refine.cli:main"],
+        "sglang.srt.plugins": ["megatron_refine = megatron_refine.engine.plugin:register"],
+    },
 )

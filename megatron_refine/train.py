@@ -1,6 +1,7 @@
 """Train a fast-weight model with next-token prediction and REFINE.
 
-    python -m megatron_refine.train --config configs/quickstart.yaml [key.sub=value ...] [--dry-run]
+    megatron-refine train --config configs/quickstart.yaml [key.sub=value ...] [--dry-run]
+    torchrun --nproc-per-node 8 -m megatron_refine train --config ...
 
 Ranks come from torchrun or SLURM. The same command resumes the run. Exit codes: 0 done, 2 configuration or data,
 3 loss or gradient not finite, 4 checkpoint, 5 engine cannot go on, 6 engine and trainer disagree on the rollouts,
@@ -8,12 +9,11 @@ Ranks come from torchrun or SLURM. The same command resumes the run. Exit codes:
 end of the job's time (7, 8 and 75: run again to go on), 130 ended at once by Ctrl-C, 1 anything else.
 """
 
-import argparse
 import contextlib
 import sys
 from typing import TYPE_CHECKING, Any
 
-from megatron_refine import interrupt, launcher
+from megatron_refine import interrupt, launcher, usage
 from megatron_refine.files import speak_utf8
 
 if TYPE_CHECKING:
@@ -66,12 +66,10 @@ def _due(step: int, every: int) -> bool:
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse, check, then dry-run or train. Every failure ends in one line."""
-    speak_utf8()
-    parser = argparse.ArgumentParser(prog="python -m megatron_refine.train", description=__doc__.split("\n")[0])
-    parser.add_argument("--config", required=True, action="append", help="a YAML file; several: later ones win")
+    parser = usage.parser("train", __doc__)
+    usage.add_config(parser)
     parser.add_argument("--dry-run", action="store_true", help="print configuration and estimate; start nothing")
     parser.add_argument("--gpus", type=int, help="world size of the dry run (default: that of the environment)")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override a key of the configuration")
     options = parser.parse_intermixed_args(arguments)
     from megatron_refine import config as configuration  # late, as all that takes long: Ctrl-C is one line
     from megatron_refine.models.family import FAMILIES
@@ -127,4 +125,5 @@ def _run(config: "configuration.Config") -> int:
 
 
 if __name__ == "__main__":
+    speak_utf8()
     sys.exit(interrupt.quiet(main))

@@ -82,7 +82,7 @@ def test_saved_bytes_count_each_storage_once() -> None:
 
 def command(arguments: list[str]) -> End:
     """On a rank: the benchmark."""
-    from tools.bench import main
+    from megatron_refine.cli.bench import main
 
     with _captured() as texts:
         code = main(arguments)

@@ -379,7 +379,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
 
 def test_help_needs_no_torch() -> None:
     code = (
-        "import sys; import tools.convert_checkpoint as c\n"
+        "import sys; import megatron_refine.cli.convert as c\n"
         "try: c.main(['--help'])\n"
         "except SystemExit: print('torch' in sys.modules)"
     )

@@ -4,7 +4,6 @@ import io
 import json
 import os
 import random
-import runpy
 import shutil
 import subprocess
 import sys
@@ -389,7 +388,8 @@ def test_samples_do_not_depend_on_where_one_starts():
 
 
 def test_command_line_prints_the_counts(tmp_path, monkeypatch, capsys, settings, tokenizer_path):
-    main = runpy.run_path(str(Path(__file__).parents[1] / "tools" / "prepare_data.py"))["main"]
+    from megatron_refine.cli.prepare import main
+
     monkeypatch.setitem(sys.modules, "megatron_refine.models.family", type("family", (), {"FAMILIES": {"stub": Stub}}))
     arguments = ["--config", str(tmp_path / "config.yaml")]
     settings()

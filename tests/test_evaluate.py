@@ -65,7 +65,7 @@ def data(tmp_path_factory: Any) -> Path:
 
 def evaluate(arguments: list[str], patch: Callable[[], Any] | None = None) -> End:
     """On a rank: the command; `patch` changes something first."""
-    from tools.evaluate import main
+    from megatron_refine.cli.evaluate import main
 
     if patch:
         patch()

@@ -254,7 +254,7 @@ def command(arguments: list[str], missing: bool = False) -> End:
     import functools
     import sys
 
-    from tools.lm_eval_harness import main
+    from megatron_refine.cli.lm_eval import main
 
     if missing:
         sys.modules |= {"lm_eval": None, "lm_eval.api.model": None}  # type: ignore[dict-item]

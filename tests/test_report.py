@@ -9,12 +9,12 @@ from xml.etree import ElementTree
 
 import pytest
 
+from megatron_refine.cli import compare
 from megatron_refine.report.html import write_report
 from megatron_refine.report.metrics import KEYS, MetricsLog, Row, read
 from megatron_refine.report.page import visible
 from megatron_refine.report.screen import comparison, eval_line, step_line
 from megatron_refine.report.summary import StepTimes, milestones, step_times
-from tools import compare_runs
 
 REFINE_ROW: Row = {
     "step": 12, "train/loss": 2.19, "train/ntp_loss": 2.19, "train/nsp_loss": -0.002, "rollout/reward_mean": 0.42,
@@ -253,7 +253,7 @@ def test_runs_are_compared_in_one_picture(tmp_path: Path, capsys: pytest.Capture
             log.append(row)
         log.close()
     picture, runs = tmp_path / "curves.svg", [str(tmp_path / name) for name in ("native", "sglang")]
-    assert compare_runs.main([*runs, "--out", str(picture)]) == 0
+    assert compare.main([*runs, "--out", str(picture)]) == 0
     drawn = ElementTree.fromstring(picture.read_text(encoding="utf-8"))
     texts = {element.text for element in drawn.iter() if element.tag.endswith("}text")}
     assert {"native", "sglang", "NTP loss, nats a token"} <= texts and "--blue: #" in picture.read_text(
@@ -277,6 +277,6 @@ def test_folders_that_cannot_be_compared(
     for name, text in (("run", '{"step": 1}\n'), ("other/run", '{"step": 1}\n'), ("broken", "no\nrow\n")):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "metrics.jsonl").write_text(text, encoding="utf-8")
-    assert compare_runs.main([*(str(tmp_path / name) for name in folders), "--out", str(tmp_path / "x.svg")]) == 2
+    assert compare.main([*(str(tmp_path / name) for name in folders), "--out", str(tmp_path / "x.svg")]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and not (tmp_path / "x.svg").exists()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from launch import submit
+from megatron_refine.cli import submit
 from megatron_refine.config import ConfigError, load
 from megatron_refine.config.load import read_as
 from megatron_refine.config.paths import resolved
@@ -55,7 +55,7 @@ def test_what_the_site_says_is_what_sbatch_reads(tmp_path: Path) -> None:
         "srun_options=(--cpu-bind=none --container-image=image.sqsh --container-mounts=/data:/data)",
     ):  # fmt: skip
         assert line in text
-    command = f"-m megatron_refine.train --config {ROOT / QUICKSTART} run.dir={tmp_path}/run data.cache_dir="
+    command = f"-m megatron_refine train --config {ROOT / QUICKSTART} run.dir={tmp_path}/run data.cache_dir="
     assert f"train=(/opt/python {command}{os.getcwd()}/.cache/data)" in text
 
 
@@ -108,7 +108,7 @@ def test_bash_runs_what_was_asked_for(tmp_path: Path, ran: Any, monkeypatch: pyt
     assert place == str(folder)
     start = arguments.index(sys.executable)
     assert arguments[start : start + 5] == [
-        sys.executable, "-m", "megatron_refine.train", "--config", str(ROOT / QUICKSTART)
+        sys.executable, "-m", "megatron_refine", "train", "--config", str(ROOT / QUICKSTART)
     ]  # fmt: skip
     monkeypatch.chdir("/")
     config = load(QUICKSTART_FILE, arguments[start + 5 :], FAMILIES)
@@ -144,7 +144,7 @@ def test_bash_starts_servers_beside_the_trainer(tmp_path: Path, ran: Any, monkey
     text = script(tmp_path, *words, config=str(ROOT / QUICKSTART), run_dir=False)
     (_, first), (_, second) = ran(text, STEPS="2")
     trainer, server = (first, second) if "-m" in first else (second, first)
-    assert str(ROOT / "tools/serve.py") in server and server[-2:] == ["--hosts", "10.0.0.n2"]
+    assert server[1:4] == ["-m", "megatron_refine", "serve"] and server[-2:] == ["--hosts", "10.0.0.n2"]
     assert f"run.dir={folder}/r" in server and option(server, "--output").endswith("/r/logs/slurm-7-0/engine-%n.log")
     config = load(QUICKSTART_FILE, trainer[trainer.index(str(ROOT / QUICKSTART)) + 1 :], FAMILIES)
     assert config.engine.urls == ["http://10.0.0.n2:30000"] and config.engine.master_address == "10.0.0.n1"
@@ -212,7 +212,7 @@ def test_engine_nodes_follow_those_that_train(tmp_path: Path) -> None:
     engine = ["engine.kind=sglang", f"engine.python={sys.executable}"]
     text = script(tmp_path, "--nodes", "1", "--engine-nodes", "2", *engine)
     assert "--nodes=3" in options_of(text) and "train_nodes=1 ranks_per_node=2\nengine_nodes=2" in text
-    assert f"tools/serve.py --port 30000 --config {ROOT / QUICKSTART}" in text
+    assert f"-m megatron_refine serve --port 30000 --config {ROOT / QUICKSTART}" in text
 
 
 @pytest.mark.parametrize(
