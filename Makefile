@@ -14,8 +14,6 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 export OMP_NUM_THREADS := 1
 CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/megatron_refine
 export TORCH_INDEX
-# seconds that torchrun gives a run to save in, after Ctrl-C
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT ?= 600
 
 .PHONY: help train train-sglang bench test test-all test-gpu test-sglang test-slurm test-chaos lint clean
 .DEFAULT_GOAL := help
@@ -24,11 +22,11 @@ help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
 train: .venv/ready ## train a tiny model with REFINE on two CPU ranks; MODEL=a file of configs/models
-	@$(BIN)/torchrun --standalone --nproc-per-node 2 -m megatron_refine train --config configs/quickstart.yaml \
+	@$(BIN)/megatron-refine train --ranks 2 --config configs/quickstart.yaml \
 		$(if $(MODEL),--config configs/models/$(MODEL).yaml run.dir=runs/quickstart_$(MODEL)) $(ARGS)
 
 train-sglang: .venv/ready .venv-sglang/ready ## the same with rollouts from an SGLang server on the CPU
-	@$(BIN)/torchrun --standalone --nproc-per-node 2 -m megatron_refine train --config configs/quickstart.yaml \
+	@$(BIN)/megatron-refine train --ranks 2 --config configs/quickstart.yaml \
 		--config configs/engines/quickstart_sglang.yaml $(ARGS)
 
 bench: .venv/ready ## time steps of the quickstart: NTP-only, fused and two-pass in turn

@@ -18,7 +18,7 @@ from megatron_refine.estimate.flops import batch_flops
 from megatron_refine.eval.answers import Answerer
 from megatron_refine.eval.heldout import HeldOut
 from megatron_refine.eval.suite import TaskEvaluation, score_table
-from megatron_refine.opening import CHECKPOINTS, claim
+from megatron_refine.opening import claim
 from megatron_refine.phases.sources import Sources
 from megatron_refine.phases.testtime import TestTime
 from megatron_refine.records import Batch, RolloutEngine
@@ -30,6 +30,7 @@ from megatron_refine.trainer.model import build_model
 from megatron_refine.trainer.optimizer import Updater
 from megatron_refine.trainer.parallel import Ranks, init_parallel
 from megatron_refine.trainer.signals import StopRequest
+from megatron_refine.trainer.source import CHECKPOINTS, find
 from megatron_refine.trainer.used import used
 from megatron_refine.trainer.watchdog import Watchdog
 
@@ -122,7 +123,7 @@ class Session:
         progress = None if self.config.resets else self.checkpoints.load_latest(self.updater, self._tell)
         if progress is None:
             if self.config.checkpoint.load:
-                self.checkpoints.load_weights(Path(self.config.checkpoint.load), self.updater)
+                self.checkpoints.load_weights(find(Path(self.config.checkpoint.load), "checkpoint.load"), self.updater)
             kept = read_progress(Path(self.config.run.dir)) if self.config.resets else None
             progress = Progress(**kept) if kept else fresh
         if progress.data != fresh.data:

@@ -1,9 +1,8 @@
 """Train a fast-weight model with next-token prediction and REFINE.
 
-    megatron-refine train --config configs/quickstart.yaml [key.sub=value ...] [--dry-run]
-    torchrun --nproc-per-node 8 -m megatron_refine train --config ...
+    megatron-refine train --config configs/quickstart.yaml [--ranks 8] [--dry-run] [key.sub=value ...]
 
-Ranks come from torchrun or SLURM. The same command resumes the run. Exit codes: 0 done, 2 configuration or data,
+--ranks starts ranks on this machine; without it torchrun or SLURM does. The same command resumes the run. Exit codes: 0 done, 2 configuration or data,
 3 loss or gradient not finite, 4 checkpoint, 5 engine cannot go on, 6 engine and trainer disagree on the rollouts,
 7 another attempt has taken the run over, 8 a rank was lost or hung, 75 stopped after saving, by Ctrl-C, a signal or the
 end of the job's time (7, 8 and 75: run again to go on), 130 ended at once by Ctrl-C, 1 anything else.
@@ -69,9 +68,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = usage.parser("train", __doc__)
     usage.add_config(parser)
     parser.add_argument("--dry-run", action="store_true", help="print configuration and estimate; start nothing")
+    parser.add_argument("--ranks", type=int, default=0, metavar="N", help="start N ranks on this machine, one a GPU")
     parser.add_argument("--gpus", type=int, help="world size of the dry run (default: that of the environment)")
     options = parser.parse_intermixed_args(arguments)
     from megatron_refine import config as configuration  # late, as all that takes long: Ctrl-C is one line
+    from megatron_refine import preflight
     from megatron_refine.models.family import FAMILIES
 
     try:
@@ -83,9 +84,20 @@ def main(arguments: list[str] | None = None) -> int:
 
             world = options.gpus or max(world, config.parallel.model_size)
             print(config.to_yaml() + "\n" + plan(config, world, Hardware()))
+            preflight.check(config)
             return 0
-        configuration.check_world_size(config, world)
-        launcher.check()
+        if options.ranks < 0 or (options.ranks and world > 1):
+            what = "must be 1 or more" if options.ranks < 0 else f"a launcher has started {world} ranks; leave it out"
+            raise configuration.ConfigError(f"--ranks={options.ranks}: {what}")
+        configuration.check_world_size(config, options.ranks or world)
+        launch = launcher.check()
+        if options.ranks or world == 1 or (launcher.under_torchrun() and launch.rank == 0):  # SLURM's: when they met
+            preflight.check(config)
+        if options.ranks:
+            from megatron_refine.ranks import start
+
+            files = [word for file in options.config for word in ("--config", file)]
+            return start(options.ranks, ["train", *files, *options.overrides])
         return _run(config)
     except (configuration.ConfigError, launcher.LaunchError) as error:
         if launcher.speaks() or isinstance(error, launcher.LaunchError):

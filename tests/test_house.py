@@ -17,7 +17,7 @@ PACKAGE = ("megatron_refine", "models", "kernels")
 FOLDERS = (*PACKAGE, "tools", "launch", "tests")
 # Imports go from a line to the lines above it, never sideways.
 ORDER = (
-    {"files", "launcher", "usage"},
+    {"files", "launcher", "ranks", "usage"},
     {"records", "config", "platform", "shield", "interrupt"},
     {"exchange", "installed"},
     {"kernels"},
@@ -29,6 +29,7 @@ ORDER = (
     {"data"},
     {"eval", "report"},
     {"phases"},
+    {"preflight"},
     {"opening"},
     {"session", "bench", "scaling"},
     {"exits"},

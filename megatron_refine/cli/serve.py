@@ -2,7 +2,8 @@
 
     megatron-refine serve --hosts 10.0.0.3,10.0.0.4 --port 30000 --config FILE [key.sub=value ...]
 
-Started by a job's script (launch/submit.py --engine-nodes), once on each engine node. It begins with random weights.
+A job's script starts it once on each engine node (`megatron-refine submit --engine-nodes`). It begins with random
+weights.
 """
 
 import os

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from megatron_refine import config as configuration
-from megatron_refine import usage
+from megatron_refine import preflight, usage
 from megatron_refine.config.load import read_as
 from megatron_refine.config.paths import path_argument
 from megatron_refine.estimate.hardware import Hardware
@@ -31,6 +31,10 @@ def main(arguments: list[str]) -> int:
         if options.dry_run:
             world = job.nodes * job.site.ranks_per_node
             print(job.script() + "\n" + plan(job.config, world, Hardware()))
+        for line in preflight.warnings(job.config, job.nodes):
+            print(f"warning: {line}", file=sys.stderr)
+        check(job)
+        if options.dry_run:
             return 0
         ids = submit(job, options.chain)
     except configuration.ConfigError as error:
@@ -38,6 +42,14 @@ def main(arguments: list[str]) -> int:
         return 2
     print(f"submitted {', '.join(ids)}: logs in {job.run_dir / 'logs'}")
     return 0
+
+
+def check(job: Job) -> None:
+    """Raise ConfigError, a line a problem, for what would end the run, or a point of the sweep, at its start."""
+    files = [word for flag, word in zip(job.arguments, job.arguments[1:], strict=False) if flag == "--config"]
+    overrides = [word for word in job.arguments[2 * len(files) :]]
+    for point in job.points or [()]:
+        preflight.check(configuration.load(files, [*overrides, *point], FAMILIES))
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

@@ -105,11 +105,6 @@ def _phase_problems(c: Config) -> Iterator[tuple[bool, str]]:
     if phase == "midtrain":
         yield bool(c.task.paths), "task.paths: midtrain trains on data.paths; set train.phase=posttrain or testtime"
         return
-    yield not c.task.paths, f"train.phase={phase}: needs task.paths, jsonl or parquet files with prompts and answers"
-    yield (
-        not c.data.tokenizer,
-        f"train.phase={phase}: needs data.tokenizer, that of the model that it starts from (a run's folder has it)",
-    )
     yield (
         phase == "testtime" and (c.optimizer.schedule != "constant" or c.optimizer.warmup_steps > 0),
         f"optimizer.schedule={c.optimizer.schedule}, optimizer.warmup_steps={c.optimizer.warmup_steps}: test-time "

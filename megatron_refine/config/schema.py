@@ -234,7 +234,7 @@ class Engine(Section):
 class Eval(Section):
     every: int = Field(0, ge=0, description="steps between evaluations; 0: before and after each part only")
     sequences: int = Field(16, ge=0, description="held-out sequences; 0: no evaluation on them")
-    tasks: list[str] = Field(default_factory=list, description="tasks or groups, as of tools/evaluate.py")
+    tasks: list[str] = Field(default_factory=list, description="tasks or groups, as of `megatron-refine evaluate`")
     lengths: list[int] = Field(default_factory=lambda: [4096], description="context lengths of generated tasks")
     examples: int = Field(100, ge=1, description="most examples of a task and length, and of task.valid_paths")
     data: PathText = Field("", description="folder of the files that tasks read")

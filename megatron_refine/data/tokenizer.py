@@ -125,6 +125,12 @@ def keep_tokenizer(path: Path, tokenizer: Tokenizer, folder: Path) -> None:
     (folder / other).unlink(missing_ok=True)  # of an earlier attempt, which had another tokenizer
 
 
+def check_vocabulary(vocab_size: int) -> None:
+    """Raise ConfigError where no byte-level BPE can be that small."""
+    if vocab_size < _SMALLEST_BPE:
+        raise ConfigError(f"model.vocab_size={vocab_size}: a byte-level BPE needs {_SMALLEST_BPE} or more; raise it")
+
+
 def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path) -> None:
     """Train a byte-level BPE of exactly `vocab_size` ids and write it to `path`. The same texts give the same bytes.
 
@@ -132,8 +138,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path) -> None:
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    if vocab_size < _SMALLEST_BPE:
-        raise ConfigError(f"model.vocab_size={vocab_size}: a byte-level BPE needs {_SMALLEST_BPE} or more; raise it")
+    check_vocabulary(vocab_size)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -20,28 +20,27 @@ from megatron_refine.config import ConfigError, ModelConfig
 from megatron_refine.convert import inventory
 from megatron_refine.convert.errors import ConversionError
 from megatron_refine.convert.fields import CONFIG, fresh_config
-from megatron_refine.convert.hf_folder import INDEX, write_checksums
+from megatron_refine.convert.hf_folder import write_checksums
 from megatron_refine.convert.hf_writer import HFWriter, Origin, sharded
 from megatron_refine.convert.mapping import Converter
 from megatron_refine.convert.source import HFSource, megatron_specs
-from megatron_refine.convert.tensorfile import DTYPES, NAMES, Spec, TensorFile, TensorFileWriter
+from megatron_refine.convert.tensorfile import DTYPES, NAMES, Spec, TensorFile
 from megatron_refine.files import read_json, sync, write, write_json
 from megatron_refine.trainer.manifest import (
-    COMPLETE,
     ORIGIN,
     TEMPORARY,
     WEIGHTS_ONLY,
     check_files,
     complete,
-    complete_folders,
     hashes,
     model_in,
     read_manifest,
 )
+from megatron_refine.trainer.origin import ORIGIN_FILE, UNUSED, keep, restore
 from megatron_refine.trainer.pickles import check_pickles
 from megatron_refine.trainer.plain import PlainReader, write_plain
 
-ORIGIN_FILE, UNUSED, MODEL = "origin.json", "unused.safetensors", "model.yaml"
+MODEL = "model.yaml"
 TORCH_NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in NAMES}
 DTYPE_FIELDS = ("torch_dtype", "dtype")  # of config.json; transformers 5 writes the second
 
@@ -50,9 +49,6 @@ class MegatronSource:
     """A checkpoint whose every file and tensor is accounted for; reads full tensors by global names."""
 
     def __init__(self, path: Path):
-        steps = complete_folders(path) or complete_folders(path / "checkpoints")
-        if steps and not (path / COMPLETE).exists():
-            raise ConfigError(f"{path}: holds checkpoints and is none; name one of them, as {steps[-1]}")
         self.path, manifest = path, read_manifest(path)
         files: dict[str, Any] = manifest["files"]
         for i in tqdm(range(len(files)), "check files", unit="file", disable=None):
@@ -92,7 +88,7 @@ def hf_to_megatron(hf: Path, megatron: Path, dtype: torch.dtype | None = None) -
 
     with fresh_folder(megatron, specs) as folder, tqdm(total=len(specs), unit="tensor", disable=None) as bar:
         write_plain(folder, specs, produce)
-        _keep_origin(source, folder / ORIGIN)
+        keep(source, folder / ORIGIN)
         section = source.model.model_dump()
         write(folder / MODEL, yaml.safe_dump({"model": section}, sort_keys=False))
         files = hashes(folder)
@@ -130,7 +126,7 @@ def megatron_to_hf(
             writer.write(name, unused.read(name).to(specs[name].dtype))  # type: ignore[union-attr]
         writer.finish()
         if source.kept:
-            _restore_files(source.kept, folder, same_files)
+            restore(source.kept, folder, same_files)
         _write_config(folder, source.model, None if as_came else set(dtypes.values()))
         write_checksums(folder)
     return source.model
@@ -186,26 +182,6 @@ def fresh_folder(target: Path, specs: dict[str, Spec]) -> Iterator[Path]:
         raise ConversionError(f"{error.filename or target}: {error.strerror}; nothing was left at {target}") from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _keep_origin(source: HFSource, kept: Path) -> None:
-    """What the model came with: its other files, names, dtypes and shards, and tensors that nothing reads."""
-    kept.mkdir()
-    for path in [*source.folder.other_files(), *([source.folder.index] if source.folder.index else [])]:
-        shutil.copy(path, kept / path.name)
-    write_json(kept / ORIGIN_FILE, Origin.of(source.folder, source.stored).to_json())
-    if source.unused:
-        specs = {name: source.folder.specs[name] for name in source.unused}
-        writer = TensorFileWriter(kept / UNUSED, specs, None)
-        for name in source.unused:
-            writer.write(name, source.folder[name])
-
-
-def _restore_files(kept: Path, folder: Path, index: bool) -> None:
-    """The files beside the weights, and the index where the shards are the same."""
-    for path in kept.iterdir():
-        if path.name not in (ORIGIN_FILE, UNUSED) and (index or path.name != INDEX):
-            shutil.copy(path, folder / path.name)
 
 
 def _write_config(folder: Path, model: ModelConfig, dtypes: set[torch.dtype] | None) -> None:
