@@ -53,8 +53,8 @@ def warnings(config: Config, nodes: int) -> list[str]:
     if nodes > 1 and config.train.phase == "midtrain" and not config.data.paths and not config.checkpoint.load:
         if past_of(config) is None:
             return [
-                f"{nodes} nodes would train from scratch on the sources of Python's standard library: name your text with "
-                "data.paths, and a model to start from with checkpoint.load"
+                f"{nodes} nodes would train from scratch on the sources of Python's standard library: name your text "
+                "with data.paths, and a model to start from with checkpoint.load"
             ]
     return []
 
@@ -109,7 +109,7 @@ def _data(config: Config) -> None:
     if config.train.phase != "midtrain":
         if not task.paths:
             phase = config.train.phase
-            raise ConfigError(f"task.paths: train.phase={phase} trains on prompts; name .jsonl or .parquet files of them")
+            raise ConfigError(f"task.paths: train.phase={phase} trains on prompts; name .jsonl or .parquet files")
         read_examples(task.paths, Columns(task.prompt_column, task.answer_column), "task.paths")
 
 
@@ -125,7 +125,7 @@ def _tokenizer(config: Config) -> None:
     data, phase = config.data, config.train.phase
     if not data.tokenizer:
         if phase != "midtrain":
-            raise ConfigError(f"data.tokenizer: train.phase={phase} needs that of its model; name a run's folder, or a file")
+            raise ConfigError(f"data.tokenizer: train.phase={phase} needs that of its model; name a run or a file")
         return check_vocabulary(config.model.vocab_size)
     path = find_tokenizer(Path(data.tokenizer), "data.tokenizer")
     tokenizer = load_tokenizer(path, config.model.vocab_size, "data.tokenizer")
@@ -141,7 +141,7 @@ def _model(config: Config) -> None:
             source = Source(steps[-1], model_in(steps[-1], read_manifest(steps[-1])), is_checkpoint=True)
             if found := differences(source, config.model):
                 raise ConfigError(
-                    f"run.dir={config.run.dir}: the run has another model; set {' '.join(found)}, or choose a new run.dir"
+                    f"run.dir={config.run.dir}: has another model; set {' '.join(found)}, or choose a new run.dir"
                 )
     elif config.checkpoint.load:
         source = find(Path(config.checkpoint.load), "checkpoint.load")
