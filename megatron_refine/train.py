@@ -4,10 +4,10 @@
 
 --ranks starts ranks on this machine; without it torchrun or SLURM does. The same command resumes the run.
 
-Exit codes: 0 done, 2 configuration or data, 3 loss or gradient not finite, 4 checkpoint, 5 engine cannot go on, 6 engine
-and trainer disagree on the rollouts, 7 another attempt has taken the run over, 8 a rank was lost or hung, 75 stopped after
-saving, by Ctrl-C, a signal or the end of the job's time, 130 ended at once by Ctrl-C, 1 anything else. After 7, 8 and 75
-run the same command again to go on.
+Exit codes: 0 done, 2 configuration or data, 3 loss or gradient not finite, 4 checkpoint, 5 engine cannot go on, 6
+engine and trainer disagree on the rollouts, 7 another attempt has taken the run over, 8 a rank was lost or hung, 75
+stopped after saving, by Ctrl-C, a signal or the end of the job's time, 130 ended at once by Ctrl-C, 1 anything else.
+After 7, 8 and 75 run the same command again to go on.
 """
 
 import contextlib
