@@ -9,15 +9,13 @@ scores.json and scores.md; the same command goes on where it stopped. Exit codes
 """
 
 import argparse
-import os
 import sys
 
-from megatron_refine import launcher, usage
+from megatron_refine import usage
+from megatron_refine.cli.asking import add_model, found, on_ranks
 from megatron_refine.config import ConfigError
 from megatron_refine.config.paths import path_argument, text_argument
-from megatron_refine.files import TornError
 
-EXIT_CONFIG, EXIT_CHECKPOINT = 2, 4
 GENERATED = 500  # samples of a generated task and length, as RULER's own
 
 
@@ -25,7 +23,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line; ends the process with 2 where it is wrong."""
     parser = usage.parser("evaluate", __doc__)
     add = parser.add_argument
-    add("model", type=path_argument, metavar="MODEL", help="a checkpoint, a run or a model in Hugging Face's format")
+    add_model(parser, "prompts")
     groups = "niah, ruler, ruler_qa, longbench, heldout"
     add("--tasks", required=True, type=_names, help=f"names of tasks and groups: {groups}")
     add("--lengths", type=_numbers, default=[4096], help="context lengths of RULER's tasks, in tokens (4096)")
@@ -37,12 +35,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--text-column", default="text", help="column of jsonl and parquet documents (text)")
     add("--heldout-length", type=int, default=16384, help="tokens of a document that count (16384)")
     add("--out", required=True, type=path_argument, metavar="DIR", help="folder of answers and scores")
-    add("--tokenizer", type=text_argument, default="", metavar="FILE", help="default: the one that came with the model")
-    add("--bos", action=argparse.BooleanOptionalAction, help="begin with BOS (default: as the run trained, else not)")
-    add("--tp", type=int, default=1, help="tensor parallel size; start as many ranks, or a multiple, with torchrun")
-    add("--sp", action="store_true", help="sequence parallelism")
-    add("--precision", choices=["fp32", "bf16"], default="", help="default: bf16 on a GPU, fp32 without")
-    add("--batch-size", type=int, default=8, help="prompts at once, a replica (8)")
     add("--seed", type=int, default=1, help="of generated examples (1)")
     return parser.parse_args(arguments)
 
@@ -58,51 +50,26 @@ def _numbers(text: str) -> list[int]:
 def main(arguments: list[str]) -> int:
     """Evaluate; the first rank prints the tables, or one line for what is wrong. Returns the exit code."""
     options = parse(arguments)
-    try:
-        first = launcher.check().rank == 0
-    except launcher.LaunchError as error:
-        print(error, file=sys.stderr)
-        return EXIT_CONFIG
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    from megatron_refine import platform
 
-    platform.install()
-    import torch.distributed as dist
+    def answer(first: bool) -> str:
+        return f"{run(options)}\n\n{options.out}/scores.md"
 
-    from megatron_refine.convert.errors import ConversionError
-    from megatron_refine.trainer.errors import CheckpointError
-
-    try:
-        table = run(options)
-    except (ConfigError, ConversionError, CheckpointError, TornError) as error:
-        if first or getattr(error, "alone", False):
-            print(error, file=sys.stderr)
-        return EXIT_CONFIG if isinstance(error, ConfigError) else EXIT_CHECKPOINT
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    if first:
-        print(f"{table}\n\n{options.out}/scores.md")
-    return 0
+    return on_ranks(answer)
 
 
 def run(options: argparse.Namespace) -> str:
     """On each rank: everything that is asked is checked before the weights are read. Returns the tables."""
     from megatron_refine import platform
     from megatron_refine.data.tokenizer import stated
-    from megatron_refine.eval import evaluation, load
+    from megatron_refine.eval import evaluation
     from megatron_refine.eval.results import Results
     from megatron_refine.eval.suite import Request, collect
 
     _check(options)
-    source = load.find(options.model)
-    config = load.layout(
-        source, tp=options.tp, sp=options.sp, world=platform.world_size(), precision=options.precision
-    )  # fmt: skip
+    source, config, text, weights = found(options)
     names = [name for name in options.tasks if name != evaluation.HELDOUT]
     if evaluation.HELDOUT in options.tasks and not options.heldout:
         raise ConfigError("--tasks heldout: needs --heldout FILE, the documents")
-    text = load.text(source, options.tokenizer, options.bos)
     lines = [stated(text.path, text.tokenizer)]
     first = platform.global_rank() == 0
     results = Results(
@@ -122,7 +89,7 @@ def run(options: argparse.Namespace) -> str:
             options.heldout, options.text_column, text, options.heldout_length, rows or GENERATED,
             say=lines.append,
         )  # fmt: skip
-    loaded = load.load(source, config, text)
+    loaded = weights()
     for line in lines if first else ():
         _say(line)
     return evaluation.evaluate(str(options.model), parts, documents, loaded, results, options.batch_size)[1]

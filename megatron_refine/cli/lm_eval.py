@@ -13,22 +13,20 @@ import contextlib
 import json
 import logging
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
 from megatron_refine import launcher, usage
+from megatron_refine.cli.asking import add_model, found, on_ranks
 from megatron_refine.config import ConfigError
 from megatron_refine.config.paths import path_argument, text_argument
-
-EXIT_CONFIG, EXIT_FILES = 2, 4
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line; ends the process with 2 where it is wrong."""
     parser = usage.parser("lm-eval", __doc__)
     add = parser.add_argument
-    add("model", type=path_argument, metavar="MODEL", help="a checkpoint, a run or a model in Hugging Face's format")
+    add_model(parser, "requests")
     add("--tasks", required=True, help="names of tasks and groups, with commas between; * stands for any characters")
     add("--out", required=True, type=path_argument, metavar="FILE", help="the results, as JSON")
     add("--limit", type=float, help="most examples of a task; below 1: their share")
@@ -37,71 +35,35 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--metadata", default="{}", metavar="JSON", help="what a task takes, RULER for one: max_seq_lengths, tokenizer")
     add("--include-path", type=text_argument, action="append", default=[], metavar="DIR", help="folder of more tasks")
     add("--log-samples", action="store_true", help="every prompt and answer goes into the results")
-    add("--tokenizer", type=text_argument, default="", metavar="FILE", help="default: the one that came with the model")
-    add("--bos", action=argparse.BooleanOptionalAction, help="begin with BOS (default: as the run trained, else not)")
-    add("--tp", type=int, default=1, help="tensor parallel size; start as many ranks, or a multiple, with torchrun")
-    add("--sp", action="store_true", help="sequence parallelism")
-    add("--precision", choices=["fp32", "bf16"], default="", help="default: bf16 on a GPU, fp32 without")
-    add("--batch-size", type=int, default=8, help="requests at once, a replica (8)")
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str]) -> int:
     """Run the tasks; the first rank prints the table, or one line for what is wrong. Returns the exit code."""
     options = parse(arguments)
-    try:
-        place = launcher.check()
-    except launcher.LaunchError as error:
-        print(error, file=sys.stderr)
-        return EXIT_CONFIG
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    from megatron_refine import platform
 
-    first = place.rank == 0
-    if not first:
-        os.environ["TQDM_DISABLE"] = "1"  # the harness's own bars, before tqdm is imported
-        logging.disable(logging.WARNING)  # the first rank says the same
-    platform.install()
-    import torch.distributed as dist
-
-    from megatron_refine.convert.errors import ConversionError
-    from megatron_refine.trainer.errors import CheckpointError
-
-    try:
+    def answer(first: bool) -> str:
+        if not first:
+            logging.disable(logging.WARNING)  # the first rank says the same
         with contextlib.nullcontext() if first else contextlib.redirect_stdout(None):  # tasks print as they like
-            table = run(options)
-    except (ConfigError, ConversionError, CheckpointError, OSError) as error:
-        # a file or a network may fail one rank alone
-        if first or isinstance(error, OSError):
-            who = "" if first else f"rank {place.rank}: "
-            print(who + " ".join(str(error).split()), file=sys.stderr)
-        return EXIT_CONFIG if isinstance(error, ConfigError) else EXIT_FILES
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    if first:
-        print(f"{table}\n{options.out}")
-    return 0
+            return f"{run(options)}\n{options.out}"
+
+    if not launcher.speaks():
+        os.environ["TQDM_DISABLE"] = "1"  # the harness's own bars, before tqdm is imported
+    return on_ranks(answer)
 
 
 def run(options: argparse.Namespace) -> str:
     """On each rank: what is asked is checked before the weights are read. Returns the first rank's table."""
-    from megatron_refine import platform
-    from megatron_refine.eval import load
     from megatron_refine.files import write
 
-    source = load.find(options.model)
-    config = load.layout(
-        source, tp=options.tp, sp=options.sp, world=platform.world_size(), precision=options.precision
-    )  # fmt: skip
-    text = load.text(source, options.tokenizer, options.bos)
+    _, _, text, weights = found(options)
     if options.out.is_dir():
         raise ConfigError(f"--out {options.out}: is a folder; name a file")
     from megatron_refine.eval.harness import HarnessLM  # tells where lm_eval is missing
 
     manager, names = find_tasks(options, text.path)
-    loaded = load.load(source, config, text)
-    model = HarnessLM(loaded, batch_size=options.batch_size, tokenizer_name=str(text.path))
+    model = HarnessLM(weights(), batch_size=options.batch_size, tokenizer_name=str(text.path))
     results = evaluate(options, model, manager, names)
     if not model.ranks.is_main:
         return ""
