@@ -5,8 +5,8 @@
     megatron-refine generate MODEL
 
 MODEL is a run, a checkpoint or a folder in Hugging Face's format. A prompt's continuation is shown as it comes. A file
-has a prompt on each line; they are continued in batches, and each gives a line of JSON, in the order of the file. Without
-either every line that is typed is continued; an empty one, or Ctrl-D, ends.
+has a prompt on each line; they are continued in batches, and each gives a line of JSON, in the order of the file.
+Without either every line that is typed is continued; an empty one, or Ctrl-D, ends.
 
 Exit codes: 0 done, 2 what was asked cannot be, 4 weights or checkpoint.
 """
