@@ -28,7 +28,7 @@ ORDER = (
     {"engine"},
     {"data"},
     {"eval", "report"},
-    {"phases"},
+    {"phases", "publish"},
     {"preflight"},
     {"opening"},
     {"session", "bench", "scaling"},

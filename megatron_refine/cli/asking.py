@@ -65,7 +65,7 @@ def on_ranks(run: Callable[[bool], str]) -> int:
 
 
 def found(options: argparse.Namespace) -> "tuple[Source, Config, Text, Callable[[], Loaded]]":
-    """Return the model's place, layout and tokenizer, and what loads its weights. Raises ConfigError, CheckpointError."""
+    """Return the model, its layout, its tokenizer, and what loads its weights. Raises ConfigError, CheckpointError."""
     from megatron_refine import platform
     from megatron_refine.eval import load
     from megatron_refine.trainer.source import find

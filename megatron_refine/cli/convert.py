@@ -25,7 +25,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--hf", required=True, type=path_argument, metavar="DIR", help="config.json and safetensors files"
     )
     parser.add_argument(
-        "--megatron", required=True, type=path_argument, metavar="DIR", help="a checkpoint, as of checkpoint.load"
+        "--megatron", required=True, type=path_argument, metavar="DIR", help="a run or a checkpoint"
     )
     parser.add_argument("--dtype", choices=DTYPES, help="cast every tensor (default: each as it is)")
     parser.add_argument("--max-shard-size", default="", metavar="SIZE", help="of a safetensors file written (5GB)")
@@ -62,15 +62,19 @@ def run(options: argparse.Namespace) -> None:
 
     from megatron_refine.convert.hf_writer import size_in_bytes
     from megatron_refine.data.tokenizer import FILES
+    from megatron_refine.publish import complete
     from megatron_refine.trainer.conversion import MODEL, hf_to_megatron, megatron_to_hf
     from megatron_refine.trainer.manifest import ORIGIN
+    from megatron_refine.trainer.source import find_checkpoint
 
     dtype = getattr(torch, DTYPES[options.dtype]) if options.dtype else None
     to_hf = options.direction == "megatron-to-hf"
     if to_hf:
         size = size_in_bytes(options.max_shard_size) if options.max_shard_size else None
-        megatron_to_hf(options.megatron, options.hf, dtype, size)
-        print(f"wrote {options.hf}")
+        source = find_checkpoint(options.megatron, "--megatron")
+        options.megatron = source.folder
+        megatron_to_hf(source.folder, options.hf, dtype, size, beside=lambda folder: complete(folder, source))
+        print(f"wrote {options.hf}, from {source.folder}")
     else:
         hf_to_megatron(options.hf, options.megatron, dtype)
         names = (options.megatron / ORIGIN / name for name in FILES)

@@ -39,6 +39,10 @@ class SentencePieceModel:
         found: int = self._model.piece_to_id(token)
         return found if self._model.id_to_piece(found) == token else None  # of an unknown name: that of <unk>
 
+    def token(self, number: int) -> str:
+        """The name of an id."""
+        return str(self._model.id_to_piece(number))
+
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Ids of each text. Control pieces never come from text: "<s>" in a document is three characters.
 

@@ -35,6 +35,9 @@ class Tokenizer(Protocol):
     def token_id(self, token: str) -> int | None:
         """The id of a token by its name."""
 
+    def token(self, number: int) -> str:
+        """The name of an id."""
+
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Ids of each text, without special tokens."""
 
@@ -65,6 +68,9 @@ class JsonTokenizer:
     def token_id(self, token: str) -> int | None:
         found: int | None = self._tokenizer.token_to_id(token)
         return found
+
+    def token(self, number: int) -> str:
+        return str(self._tokenizer.id_to_token(number))
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]

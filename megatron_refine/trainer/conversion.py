@@ -7,7 +7,7 @@ back gives the same files, bit by bit, where the weights did not change.
 
 import contextlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -97,12 +97,13 @@ def hf_to_megatron(hf: Path, megatron: Path, dtype: torch.dtype | None = None) -
 
 
 def megatron_to_hf(
-    megatron: Path, hf: Path, dtype: torch.dtype | None = None, max_shard_size: int | None = None
-) -> ModelConfig:
+    megatron: Path, hf: Path, dtype: torch.dtype | None = None, max_shard_size: int | None = None,
+    beside: Callable[[Path], None] = lambda folder: None,
+) -> ModelConfig:  # fmt: skip
     """Convert a checkpoint, of any layout, into a folder in Hugging Face's format.
 
     `dtype` None: each tensor as it came, where training kept it so, else as in the checkpoint. `max_shard_size` None:
-    the files that the model came in, where every tensor has the dtype that it came with, else 5 GB.
+    the files that the model came in, where every tensor has the dtype that it came with, else 5 GB. beside: adds files.
     Returns the model. Raises ConfigError, CheckpointError, ConversionError; nothing is left at `hf` then.
     """
     refuse_existing(hf)
@@ -128,6 +129,7 @@ def megatron_to_hf(
         if source.kept:
             restore(source.kept, folder, same_files)
         _write_config(folder, source.model, None if as_came else set(dtypes.values()))
+        beside(folder)
         write_checksums(folder)
     return source.model
 
