@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
 
@@ -45,6 +45,23 @@ class RowRule:
         return [row for row in rows if len(row) >= self.min_length]
 
 
+    def cut(self, ids: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray, str]:
+        """Cut a document of token ids [length] in two: for training, and from its end `fraction` of its rows, at least
+        one, to hold out. Both give rows by `splitting`. Returns them and how many rows that are, in words; an empty
+        second part where the document gives fewer than two rows.
+        """
+        step = self.seq_length - (self.bos is not None)
+        count = len(self.splitting.rows(ids))
+        held = min(max(1, round(fraction * count)), count - 1)
+        at = len(ids) if count < 2 else (count - held) * step
+        return ids[:at], ids[at:], f"the last {held} of its {count} rows are held out"
+
+    @property
+    def splitting(self) -> "RowRule":
+        """The rule with documents cut into rows."""
+        return replace(self, split=True)
+
+
 @dataclass
 class Record:
     """What a pair of .bin/.idx files holds: the .json beside them."""
@@ -61,6 +78,7 @@ class Record:
     bin_sha256: str = ""
     idx_bytes: int = 0
     idx_sha256: str = ""
+    note: str = ""  # what a reader of the screen must know
 
 
 class RowWriter:
@@ -100,11 +118,13 @@ class RowWriter:
 
 
 def pack(
-    documents: Iterable[tuple[str, np.ndarray]], folder: Path, rule: RowRule, vocab_size: int, fingerprint: str
-) -> dict[str, Record]:
+    documents: Iterable[tuple[str, np.ndarray]], folder: Path, rule: RowRule, vocab_size: int, fingerprint: str,
+    note: str = "",
+) -> dict[str, Record]:  # fmt: skip
     """Write documents, pairs of a side and token ids [length], to `folder/train.*` and `folder/valid.*`."""
     with ExitStack() as stack:
         writers = {side: stack.enter_context(RowWriter(folder / side, rule, vocab_size, fingerprint)) for side in SIDES}
+        writers["valid"].record.note = note
         for side, ids in documents:
             writers[side].add(ids)
     return {side: writer.record for side, writer in writers.items()}

@@ -1,5 +1,6 @@
 """From the configuration to packed rows: done once, found again by fingerprint."""
 
+import functools
 import hashlib
 import json
 import shutil
@@ -13,7 +14,7 @@ from megatron_refine.config import Config, ConfigError
 from megatron_refine.data.corpus import Corpus, find_corpus
 from megatron_refine.data.packed import Rows
 from megatron_refine.data.packing import SIDES, Record, RowRule, pack
-from megatron_refine.data.split import adjusted_threshold, share, threshold_of
+from megatron_refine.data.split import adjusted_threshold, cut_in_two, share, threshold_of
 from megatron_refine.data.tokenizer import (
     Tokenizer,
     bos_id,
@@ -82,10 +83,12 @@ def prepare(config: Config, say: Callable[[str], None] = lambda _: None) -> Prep
         fingerprint = _hash([_FORMAT, identity, digest(path), vars(rule), data.text_column])
         folder = cache_dir / f"rows-{fingerprint[:16]}"
         if not folder.exists():
-            _write_folder(folder, sources, tokenizer, rule, config.model.vocab_size, fingerprint)
+            _write_folder(folder, sources, tokenizer, rule, config.model.vocab_size, fingerprint, data.valid_fraction)
     except OSError as error:  # the corpus' own failures are ConfigErrors already
         raise ConfigError(f"data.cache_dir={cache_dir}: {error.strerror}; free space or name another folder") from None
     train, valid = (Rows(folder / side, config.model.vocab_size) for side in SIDES)
+    if valid.record.note:
+        say(valid.record.note)
     return Prepared(train, valid, path)
 
 
@@ -122,8 +125,9 @@ def _training_texts(sources: _Sources) -> Iterable[str]:
 
 
 def _write_folder(
-    folder: Path, sources: _Sources, tokenizer: Tokenizer, rule: RowRule, vocab_size: int, fingerprint: str
-) -> None:
+    folder: Path, sources: _Sources, tokenizer: Tokenizer, rule: RowRule, vocab_size: int, fingerprint: str,
+    fraction: float,
+) -> None:  # fmt: skip
     """Pack into a folder of our own, then rename it: `folder` is absent or complete."""
     unfinished = temporary(folder)
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -132,10 +136,15 @@ def _write_folder(
         records = pack(sources.sided(tokenizer, sources.threshold), unfinished, rule, vocab_size, fingerprint)
         _check_lengths(sources, records, rule)
         if not all(records[side].rows for side in SIDES):
-            # A small corpus may have all its long documents on one side. (Its trained tokenizer has then seen the one
-            # document that changes sides.)
-            threshold = adjusted_threshold(encode_all(tokenizer, sources.train.documents()), rule, sources.threshold)
-            pack(sources.sided(tokenizer, threshold), unfinished, rule, vocab_size, fingerprint)
+            # A small corpus may have all its long documents on one side, or one alone. (Its trained tokenizer has then
+            # seen what changes sides.)
+            documents = functools.partial(encode_all, tokenizer)
+            threshold = adjusted_threshold(documents(sources.train.documents()), rule, sources.threshold)
+            if threshold is not None:
+                pack(sources.sided(tokenizer, threshold), unfinished, rule, vocab_size, fingerprint)
+            else:
+                parts, note = cut_in_two(documents(sources.train.documents()), rule, fraction)
+                pack(parts, unfinished, rule.splitting, vocab_size, fingerprint, note)
         unfinished.rename(folder)
     except OSError:
         if not folder.exists():
