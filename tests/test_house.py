@@ -17,7 +17,7 @@ PACKAGE = ("megatron_refine", "models", "kernels")
 FOLDERS = (*PACKAGE, "tools", "launch", "tests")
 # Imports go from a line to the lines above it, never sideways.
 ORDER = (
-    {"files", "launcher", "ranks", "usage"},
+    {"files", "launcher", "progress", "ranks", "usage"},
     {"records", "config", "platform", "shield", "interrupt"},
     {"exchange", "installed"},
     {"kernels"},
@@ -37,7 +37,7 @@ ORDER = (
     {"cli"},
     {"__main__"},
 )
-ONLY = {"data": {"config", "files", "records"}, "report": {"config", "files", "records"}}
+ONLY = {"data": {"config", "files", "progress", "records"}, "report": {"config", "files", "records"}}
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 

@@ -25,6 +25,7 @@ from megatron_refine.data.tokenizer import (
     train_tokenizer,
 )
 from megatron_refine.files import digest, temporary
+from megatron_refine.progress import counted
 
 _FORMAT = 1  # raise it when the same configuration gives other tokens or files
 
@@ -179,10 +180,5 @@ def _hash(value: object) -> str:
 
 
 def _progress(corpus: Corpus) -> Iterable[str]:
-    """The documents of a corpus under a progress bar, where there is a terminal and it takes more than a moment."""
-    from tqdm import tqdm
-
-    # miniters: documents come in bursts, from which tqdm would conclude that it may look away for long
-    return tqdm(
-        corpus.documents(), "tokenising", corpus.num_documents, unit=" documents", delay=1, miniters=1, disable=None
-    )
+    """Yield the documents of a corpus, and show how far it is."""
+    return counted(corpus.documents(), f"tokenizing {corpus.key}", corpus.num_documents, "documents")

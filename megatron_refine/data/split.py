@@ -33,7 +33,7 @@ def adjusted_threshold(documents: Iterable[tuple[str, np.ndarray]], rule: RowRul
 def cut_in_two(
     documents: Iterable[tuple[str, np.ndarray]], rule: RowRule, fraction: float
 ) -> tuple[list[tuple[str, np.ndarray]], str]:
-    """Cut the only document that gives rows (and copies of it). Return (side, token ids) of each part, and a line of it.
+    """Cut the only document that gives rows (and copies of it). Return (side, token ids) of each part, and a line.
 
     Raises ConfigError where it is too short for a row on each side.
     """
@@ -43,9 +43,8 @@ def cut_in_two(
             train, valid, rows = rule.cut(ids, fraction)
             if not len(valid):
                 raise ConfigError(
-                    f"data.paths: one document alone has the {rule.min_length} tokens of a row, and no more than one row, "
-                    "training and evaluation need one each; lower data.min_length or data.seq_length, or name "
-                    "data.valid_paths"
+                    f"data.paths: only one document has the {rule.min_length} tokens of a row, and not those of two; "
+                    "training and evaluation need one each: lower data.min_length or data.seq_length, or name data.valid_paths"
                 )
             parts += [("train", train), ("valid", valid)]
             note = f"data.paths: one document has the length of a row: it is cut into rows, {rows}"

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import yaml
 from torch import Tensor
-from tqdm import tqdm
 
 from megatron_refine.config import ConfigError, ModelConfig
 from megatron_refine.convert import inventory
@@ -26,6 +25,7 @@ from megatron_refine.convert.mapping import Converter
 from megatron_refine.convert.source import HFSource, megatron_specs
 from megatron_refine.convert.tensorfile import DTYPES, NAMES, Spec, TensorFile
 from megatron_refine.files import read_json, sync, write, write_json
+from megatron_refine.progress import Progress, counted
 from megatron_refine.trainer.manifest import (
     ORIGIN,
     TEMPORARY,
@@ -51,7 +51,7 @@ class MegatronSource:
     def __init__(self, path: Path):
         self.path, manifest = path, read_manifest(path)
         files: dict[str, Any] = manifest["files"]
-        for i in tqdm(range(len(files)), "check files", unit="file", disable=None):
+        for i in counted(range(len(files)), "check files", len(files), "files"):
             check_files(path, files, i, len(files))
         check_pickles(path, files)
         self.model: ModelConfig = model_in(path, manifest)
@@ -83,10 +83,10 @@ def hf_to_megatron(hf: Path, megatron: Path, dtype: torch.dtype | None = None) -
     specs = megatron_specs(source.converter, {n: dtype or spec.dtype for n, spec in source.specs.items()})
 
     def produce(name: str) -> Tensor:
-        bar.update()
+        progress.add()
         return cast(source.converter.to_megatron(name, source), specs[name].dtype, name)
 
-    with fresh_folder(megatron, specs) as folder, tqdm(total=len(specs), unit="tensor", disable=None) as bar:
+    with fresh_folder(megatron, specs) as folder, Progress("convert", len(specs), "tensors") as progress:
         write_plain(folder, specs, produce)
         keep(source, folder / ORIGIN)
         section = source.model.model_dump()
@@ -120,7 +120,7 @@ def megatron_to_hf(
     shards = origin.shards if origin and same_files else sharded(specs, max_shard_size or 5 * 10**9)
     with fresh_folder(hf, specs) as folder:
         writer = HFWriter(folder, specs, shards)
-        for name in tqdm(converter.megatron_shapes, unit="tensor", disable=None):
+        for name in counted(converter.megatron_shapes, "convert", len(converter.megatron_shapes), "tensors"):
             for theirs, part in converter.to_hf(name, source[name]):
                 writer.write(stored[theirs], cast(part, dtypes[theirs], name))
         for name in unused.places if unused else ():
