@@ -91,7 +91,6 @@ class Session:
         self.tasks = TaskEvaluation(config, self.answerer, self.sources.count_tokens)
         self.checkpoints = Checkpoints(Path(config.run.dir) / CHECKPOINTS, config, self.ranks, self.owner)
         self.watch.detail = lambda: self.step.clock.stage
-        self.peak_flops = platform.peak_flops() * self.ranks.world
 
     def __enter__(self) -> "Session":
         return self
@@ -176,12 +175,14 @@ class Session:
         self.progress = Progress(done.step + 1, done.consumed_samples + size, done.data)
         share = size / self.config.train.global_batch_size
         metrics |= self.engine.metrics()
+        if peak := platform.peak_flops():
+            work = share * batch_flops(self.config, refine)
+            metrics["perf/mfu"] = work / seconds / peak / self.ranks.world
         return metrics | {
             "step": self.progress.step,
             "consumed_samples": self.progress.consumed_samples,
             "time/step": seconds,
             "perf/tokens_per_sec": size * self.config.data.seq_length / seconds,
-            "perf/mfu": share * batch_flops(self.config, refine) / seconds / self.peak_flops,
             "perf/peak_memory_bytes": platform.peak_memory_bytes(),
         }
 

@@ -110,8 +110,9 @@ def _speed(config: Config, world: int, kind: str, seconds: float) -> str:
 
     tokens = config.train.global_batch_size * config.data.seq_length / seconds
     own = config.model_copy(update={"update": config.update.model_copy(update={"mode": KINDS[kind] or "auto"})})
-    utilization = batch_flops(own, kind != "NTP") / seconds / world / platform.peak_flops()
-    return f"{kind} {tokens:.0f} tokens/s, mfu {utilization:.0%}"
+    work, peak = batch_flops(own, kind != "NTP") / seconds / world, platform.peak_flops()
+    share = f"mfu {work / peak:.0%}" if peak else f"{work / 1e9:.1f} GFLOP/s a rank"
+    return f"{kind} {tokens:.0f} tokens/s, {share}"
 
 
 def _note(stages: dict[str, list[float]], kept: int | None, base: int) -> str:

@@ -44,7 +44,8 @@ def cut_in_two(
             if not len(valid):
                 raise ConfigError(
                     f"data.paths: only one document has the {rule.min_length} tokens of a row, and not those of two; "
-                    "training and evaluation need one each: lower data.min_length or data.seq_length, or name data.valid_paths"
+                    "training and evaluation need one each; lower data.min_length or data.seq_length, or name "
+                    "data.valid_paths"
                 )
             parts += [("train", train), ("valid", valid)]
             note = f"data.paths: one document has the length of a row: it is cut into rows, {rows}"

@@ -3,6 +3,8 @@ tokenizer in it is kept by data/tokenizer.py."""
 
 import contextlib
 import json
+import time
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from megatron_refine.report.summary import is_step, milestones, step_times
 from megatron_refine.report.tracking import Tracking
 
 PROGRESS = "progress.json"
+RECENT = 20  # steps whose pace tells the time left
 
 
 class RunFolder:
@@ -30,6 +33,7 @@ class RunFolder:
         write(self.path / "config.yaml", config.to_yaml())
         self.metrics = MetricsLog(self.path / "metrics.jsonl")
         self.metrics.truncate_after(done_steps or -1)  # a run without a checkpoint begins anew, with step 0
+        self._ends: deque[float] = deque(maxlen=RECENT)  # unix times of the last steps
         self.predictions = Predictions(self.path / "predictions.jsonl", done_steps)
         self._tracking = Tracking(config, self.say) if config.run.wandb != "off" else None
 
@@ -44,10 +48,12 @@ class RunFolder:
 
     def record(self, row: Row) -> None:
         """The metrics of a step or an evaluation: file, screen, wandb."""
-        row = row | {"attempt": self.attempt}
+        row = row | {"attempt": self.attempt, "wall": time.time()}
         self.metrics.append(row)
         if is_step(row):
-            self.say(step_line(row, self.total_steps))
+            self._ends.append(row["wall"])
+            steps, each = self.total_steps - row["step"], (self._ends[-1] - self._ends[0]) / max(1, len(self._ends) - 1)
+            self.say(step_line(row, self.total_steps, steps * each if len(self._ends) > 1 else None))
         if "eval/ntp_loss" in row:
             self.say(eval_line(row))
         if self._tracking:

@@ -23,6 +23,7 @@ KEYS = frozenset(f"{group}/{name}" for group, names in _NAMES.items() for name i
     "step",
     "consumed_samples",
     "attempt",
+    "wall",  # unix time, s
 }
 STAGES = tuple(name for name in _NAMES["time"].split() if name != "step")
 
