@@ -86,6 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
 
             world = options.gpus or max(world, config.parallel.model_size)
             print(config.to_yaml() + "\n" + plan(config, world, Hardware()))
+            configuration.check_world_size(config, world)
             preflight.check(config)
             return 0
         if options.ranks < 0 or (options.ranks and world > 1):

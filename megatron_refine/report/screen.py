@@ -18,8 +18,8 @@ _SHARES = ("score", "rollout", "update")
 
 
 def step_line(metrics: Row, total_steps: int, left: float | None = None) -> str:
-    """One training step. Shares are of the step's seconds, the gap is the mean between engine and trainer in nats; left:
-    seconds until the end of the run.
+    """One training step. Shares are of the step's seconds, the gap is the mean between engine and trainer in nats.
+    left: seconds until the end of the run.
 
     Masked rollouts, the loss of answers (post-training) and their score (test time) are told where there are any. The
     NSP loss is told where it is not 0, as it is by construction in the first optimizer step of a batch.
