@@ -17,12 +17,12 @@ from megatron_refine.data.readers import read_documents
 from megatron_refine.data.tokenizer import bos_id, check_vocabulary, find_tokenizer, load_tokenizer
 from megatron_refine.eval import files as task_files
 from megatron_refine.eval import tasks
-from megatron_refine.files import TornError
+from megatron_refine.files import TornError, numbered
 from megatron_refine.models import family
 from megatron_refine.report import tracking
 from megatron_refine.report.folder import read_progress
 from megatron_refine.trainer.errors import CheckpointError
-from megatron_refine.trainer.manifest import complete_folders, model_in, read_manifest
+from megatron_refine.trainer.manifest import STEP, complete_folders, model_in, read_manifest
 from megatron_refine.trainer.resumption import Past, past_of_checkpoint, past_of_run, refuse
 from megatron_refine.trainer.source import CHECKPOINTS, Source, differences, find
 
@@ -40,7 +40,7 @@ def check(config: Config) -> None:
 def problems(config: Config) -> list[str]:
     """Return all that is wrong, a line each, in the order of the configuration."""
     found = list[str]()
-    for question in (_run, _data, _tokenizer, _model, _hooks, _tasks, _engine, tracking.check):
+    for question in (_run, _data, _tokenizer, _model, _hooks, _tasks, engine, tracking.check):
         try:
             question(config)
         except (ConfigError, CheckpointError) as error:
@@ -88,6 +88,16 @@ def _run(config: Config) -> None:
         )
     if past := past_of(config):
         refuse(past, config)
+    steps = 0 if config.train.phase == "testtime" else _done(config)
+    if steps > config.train.steps:
+        raise ConfigError(f"train.steps={config.train.steps}: the run has {steps} already; set {steps} or more")
+
+
+def _done(config: Config) -> int:
+    """Steps that the newest checkpoint of the run holds; 0 without one."""
+    found = numbered(Path(config.run.dir) / CHECKPOINTS, STEP)
+    complete = set(complete_folders(Path(config.run.dir) / CHECKPOINTS))
+    return max((step for step, path in found if path in complete), default=0)
 
 
 def _existing(key: str, folder: str) -> Path:
@@ -170,8 +180,8 @@ def _tasks(config: Config) -> None:
         read_examples(config.task.valid_paths, columns, "task.valid_paths")
 
 
-def _engine(config: Config) -> None:
-    """Whether the interpreter that servers are launched with has SGLang."""
+def engine(config: Config) -> None:
+    """Raise ConfigError where the interpreter that servers are launched with has no SGLang."""
     python = config.engine.python
     if config.engine.kind != "sglang" or not config.refine.enabled or not python:
         return

@@ -18,7 +18,7 @@ import sys
 from functools import partial
 
 from megatron_refine import config as configuration
-from megatron_refine import launcher, usage
+from megatron_refine import launcher, preflight, usage
 from megatron_refine.config.paths import path_argument
 from megatron_refine.models.family import FAMILIES
 
@@ -54,6 +54,11 @@ def run(options: argparse.Namespace, config: configuration.Config, alone: bool) 
         raise configuration.ConfigError("--hf: runs on one rank")
     if options.official and not (alone and config.fused):
         raise configuration.ConfigError("--official: runs on one rank, with one optimizer step a batch; set update.*")
+    if options.benchmark == "sync":
+        if config.engine.kind != "sglang":
+            raise configuration.ConfigError("sync: measures SGLang servers; add --config configs/engines/"
+                                            "quickstart_sglang.yaml, or set engine.kind and engine.python")  # fmt: skip
+        preflight.engine(config)
     try:
         lengths = [int(text) for text in options.lengths.split(",")]
     except ValueError:

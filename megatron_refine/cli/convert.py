@@ -5,6 +5,7 @@ megatron-refine convert megatron-to-hf --megatron DIR --hf DIR [--verify] [--dty
 """
 
 import argparse
+import contextlib
 import os
 import sys
 
@@ -12,6 +13,7 @@ from megatron_refine import usage
 from megatron_refine.config import ConfigError
 from megatron_refine.config.paths import path_argument
 from megatron_refine.files import TornError
+from megatron_refine.trainer.errors import CheckpointError, disk_failed
 
 EXIT_CONFIG, EXIT_CHECKPOINT = 2, 4
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -24,9 +26,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--hf", required=True, type=path_argument, metavar="DIR", help="config.json and safetensors files"
     )
-    parser.add_argument(
-        "--megatron", required=True, type=path_argument, metavar="DIR", help="a run or a checkpoint"
-    )
+    parser.add_argument("--megatron", required=True, type=path_argument, metavar="DIR", help="a run or a checkpoint")
     parser.add_argument("--dtype", choices=DTYPES, help="cast every tensor (default: each as it is)")
     parser.add_argument("--max-shard-size", default="", metavar="SIZE", help="of a safetensors file written (5GB)")
     parser.add_argument("--verify", action="store_true", help="read the result again, compare tensors and logits")
@@ -36,6 +36,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str]) -> int:
     """Convert and say what came out. Returns the exit code: 0, 2 (configuration), 4 (weights, checkpoint, disk)."""
     options = parse(arguments)
+    try:
+        _check(options)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return EXIT_CONFIG
     # on the CPU everywhere: it is a matter of bytes, and the comparison wants fp32 to be fp32
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
@@ -43,7 +48,6 @@ def main(arguments: list[str]) -> int:
 
     platform.install()
     from megatron_refine.convert.errors import ConversionError
-    from megatron_refine.trainer.errors import CheckpointError, disk_failed
 
     try:
         run(options)
@@ -54,6 +58,16 @@ def main(arguments: list[str]) -> int:
         print(disk_failed(error) if isinstance(error, OSError) else error, file=sys.stderr)
         return EXIT_CHECKPOINT
     return 0
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Raise ConfigError, before anything heavy is imported, for a source that holds no model and a target in the way."""
+    from megatron_refine.trainer.source import find, refuse_existing
+
+    to_hf = options.direction == "megatron-to-hf"
+    refuse_existing(options.hf if to_hf else options.megatron)
+    with contextlib.suppress(CheckpointError):  # told by its own exit code
+        find(options.megatron if to_hf else options.hf)
 
 
 def run(options: argparse.Namespace) -> None:

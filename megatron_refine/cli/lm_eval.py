@@ -13,6 +13,7 @@ import contextlib
 import json
 import logging
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from megatron_refine import launcher, usage
 from megatron_refine.cli.asking import add_model, found, on_ranks
 from megatron_refine.config import ConfigError
 from megatron_refine.config.paths import path_argument, text_argument
+
+HUB_SECONDS = 5.0  # until a hub that does not answer is done without
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -55,6 +58,7 @@ def main(arguments: list[str]) -> int:
 
 def run(options: argparse.Namespace) -> str:
     """On each rank: what is asked is checked before the weights are read. Returns the first rank's table."""
+    _reach_hub()
     from megatron_refine.files import write
 
     _, _, text, weights = found(options)
@@ -72,6 +76,21 @@ def run(options: argparse.Namespace) -> str:
     write(options.out, json.dumps(results, indent=1, default=handle_non_serializable, ensure_ascii=False))
     groups = [make_table(results, "groups")] if results.get("groups") else []
     return "\n".join([make_table(results), *groups])
+
+
+def _reach_hub() -> None:
+    """Do without Hugging Face's hub where it does not answer: its libraries would ask again and again, for minutes."""
+    import httpx
+
+    if os.environ.get("HF_HUB_OFFLINE"):
+        return
+    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    try:
+        httpx.head(hub, timeout=HUB_SECONDS)
+    except httpx.HTTPError as error:
+        os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+        if launcher.speaks():
+            print(f"{hub}: does not answer ({error}); only tasks whose data are here already can run", file=sys.stderr)
 
 
 def find_tasks(options: argparse.Namespace, tokenizer: Path) -> tuple[Any, list[str]]:

@@ -39,9 +39,10 @@ def dividing(config: Config, world: int) -> tuple[Config, str]:
     if update.mini_batch_size:
         changed["update"] = update.model_copy(update={"mini_batch_size": mini})
     own = f"update.mini_batch_size={mini}, " if update.mini_batch_size else ""
+    dp = unit // train.micro_batch_size
     line = (
-        f"note: a mini-batch of {config.mini_batch_size} sequences does not divide among {unit // train.micro_batch_size} "
-        f"data parallel ranks; planned with {own}train.global_batch_size={batch} (multiples of {unit} divide)"
+        f"note: a mini-batch of {config.mini_batch_size} sequences does not divide among {dp} data parallel ranks; "
+        f"planned with {own}train.global_batch_size={batch} (multiples of {unit} divide)"
     )
     return config.model_copy(update=changed), line
 

@@ -15,7 +15,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from megatron_refine.config import ConfigError, ModelConfig
+from megatron_refine.config import ModelConfig
 from megatron_refine.convert import inventory
 from megatron_refine.convert.errors import ConversionError
 from megatron_refine.convert.fields import CONFIG, fresh_config
@@ -39,6 +39,7 @@ from megatron_refine.trainer.manifest import (
 from megatron_refine.trainer.origin import ORIGIN_FILE, UNUSED, keep, restore
 from megatron_refine.trainer.pickles import check_pickles
 from megatron_refine.trainer.plain import PlainReader, write_plain
+from megatron_refine.trainer.source import refuse_existing
 
 MODEL = "model.yaml"
 TORCH_NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in NAMES}
@@ -156,12 +157,6 @@ def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     if not torch.isfinite(result).all():
         raise ConversionError(f"{name}: has values beyond the range of {dtype}; convert with another --dtype")
     return result
-
-
-def refuse_existing(target: Path) -> None:
-    """Raises ConfigError where there is something already."""
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError(f"{target}: exists and is not empty; name a new folder")
 
 
 @contextlib.contextmanager

@@ -61,6 +61,12 @@ def find_checkpoint(path: Path, key: str) -> Source:
     return source
 
 
+def refuse_existing(target: Path) -> None:
+    """Raise ConfigError where there is something already."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(f"{target}: exists and is not empty; name a new folder")
+
+
 def differences(source: Source, model: ModelConfig) -> list[str]:
     """Return the overrides that make `model` that of the source; init_std acts at the start only."""
     theirs, ours = source.model.model_dump(), model.model_dump()
