@@ -32,20 +32,19 @@ _BYTES = {"fp32": 4, "bf16": 2}
 
 
 def check(config: Config) -> None:
-    """Raise ConfigError, a line a problem, for what would end a run of this configuration at its start."""
-    if lines := problems(config):
-        raise ConfigError("\n".join(lines))
+    """Raise ConfigError, a line a problem, for what would end a run of this configuration at its start.
 
-
-def problems(config: Config) -> list[str]:
-    """Return all that is wrong, a line each, in the order of the configuration."""
-    found = list[str]()
+    Raises CheckpointError where nothing but the model to start from is damaged.
+    """
+    found = list[Exception]()
     for question in (_run, _data, _tokenizer, _model, _hooks, _tasks, engine, tracking.check):
         try:
             question(config)
         except (ConfigError, CheckpointError) as error:
-            found += str(error).splitlines()
-    return list(dict.fromkeys(found))
+            found.append(error)
+    if found:
+        kind = ConfigError if any(isinstance(error, ConfigError) for error in found) else CheckpointError
+        raise kind("\n".join(dict.fromkeys("\n".join(map(str, found)).splitlines())))
 
 
 def warnings(config: Config, nodes: int) -> list[str]:

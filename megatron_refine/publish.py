@@ -32,9 +32,9 @@ class Config(PretrainedConfig):
 
 def complete(folder: Path, source: Source) -> None:
     """Put into an export what its weights lack. Raises ConfigError for a damaged tokenizer, OSError."""
-    if source.run is None:
+    trained = read_manifest(source.folder).get("config")
+    if source.run is None or trained is None:  # a conversion
         return
-    trained = read_manifest(source.folder).get("config", {})
     config = read_json(folder / CONFIG)
     config["max_position_embeddings"] = trained.get("data", {}).get("seq_length", config.get("max_position_embeddings"))
     tokenizer = next((path for name in FILES if (path := source.run / name).is_file()), None)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from megatron_refine import config as configuration
     from megatron_refine.session import Session
 
-EXIT_CONFIG, EXIT_REQUEUE = 2, 75
+EXIT_CONFIG, EXIT_CHECKPOINT, EXIT_REQUEUE = 2, 4, 75
 
 
 def train(session: "Session") -> int:
@@ -76,6 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
     from megatron_refine import config as configuration  # late, as all that takes long: Ctrl-C is one line
     from megatron_refine import preflight
     from megatron_refine.models.family import FAMILIES
+    from megatron_refine.trainer.errors import CheckpointError
 
     try:
         config = configuration.load(options.config, options.overrides, FAMILIES)
@@ -106,6 +107,9 @@ def main(arguments: list[str] | None = None) -> int:
         if launcher.speaks() or isinstance(error, launcher.LaunchError):
             print(error, file=sys.stderr)
         return EXIT_CONFIG
+    except CheckpointError as error:
+        print(error, file=sys.stderr)
+        return EXIT_CHECKPOINT
 
 
 def _run(config: "configuration.Config") -> int:

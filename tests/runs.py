@@ -34,7 +34,7 @@ TREE: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 TP2 = ("parallel.tp=2", "parallel.sp=true")
 # keys of a row that differ from attempt to attempt; weights are numbered anew in each
-VOLATILE = ("time/", "perf/", "attempt")
+VOLATILE = ("time/", "perf/", "attempt", "wall")
 
 
 @dataclass(frozen=True)

@@ -104,9 +104,10 @@ def scripted(kind: str, command: list[str], tasks: list[str], length: int, rows:
     """On a rank: the command with answers of a script in place of the model's; the means that they are worth."""
     from megatron_refine.eval import load, suite
     from megatron_refine.eval.answers import Answerer, Question
+    from megatron_refine.trainer.source import find
 
     wanted = suite.Request(tasks, [length], ROWS, rows, 1, command[command.index("--data") + 1])
-    parts = suite.collect(wanted, load.text(load.find(Path(command[0]))).count)
+    parts = suite.collect(wanted, load.text(find(Path(command[0]))).count)
     said = {e.prompt: script(kind, p.task, e.references, i) for p in parts for i, e in enumerate(p.examples)}
 
     class Scripted(Answerer):
@@ -168,8 +169,9 @@ def slow_heldout(model: Path, ids: list[list[int]]) -> list[tuple[float, int]]:
     from megatron_refine.eval import load
     from megatron_refine.trainer import forward
     from megatron_refine.trainer.model import unwrap
+    from megatron_refine.trainer.source import find
 
-    source = load.find(model)
+    source = find(model)
     loaded = load.load(source, load.layout(source), load.text(source))
     found = []
     with torch.no_grad():

@@ -111,9 +111,10 @@ def loaded(model: Path, tp: int = 1, bos: bool = False) -> Any:
     """On a rank: the model in fp32."""
     from megatron_refine import platform
     from megatron_refine.eval import load
+    from megatron_refine.trainer.source import find
 
     platform.install()
-    source = load.find(model)
+    source = find(model)
     config = load.layout(source, tp=tp, sp=tp > 1, world=platform.world_size())
     return load.load(source, config, load.text(source, "", bos))
 
@@ -307,7 +308,7 @@ def test_command_errors(
 def test_missing_model_and_missing_harness(model: Path, ranks: Zygote, tmp_path: Path) -> None:
     rest = ["--tasks", "write", "--out", str(tmp_path / "o.json")]
     [end] = ranks(1, command, arguments=["/nowhere", *rest], missing=True)
-    assert end == End(2, "", end.err) and end.err.startswith("/nowhere: no such folder; name a checkpoint, a run or")
+    assert end == End(2, "", end.err) and end.err.startswith("/nowhere: no such folder; name a run, a checkpoint or")
     [end] = ranks(1, command, arguments=[str(model), *rest], missing=True)
     assert end.code == 2 and end.err.count("\n") == 1
     assert "lm_eval is not usable" in end.err and "pip install megatron-refine[eval]" in end.err

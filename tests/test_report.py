@@ -13,13 +13,14 @@ from megatron_refine.cli import compare
 from megatron_refine.report.html import write_report
 from megatron_refine.report.metrics import KEYS, MetricsLog, Row, read
 from megatron_refine.report.page import visible
-from megatron_refine.report.screen import comparison, eval_line, step_line
+from megatron_refine.report.screen import comparison, duration, eval_line, step_line
 from megatron_refine.report.summary import StepTimes, milestones, step_times
 
 REFINE_ROW: Row = {
     "step": 12, "train/loss": 2.19, "train/ntp_loss": 2.19, "train/nsp_loss": -0.002, "rollout/reward_mean": 0.42,
     "rollout/reward_std": 0.11, "rollout/logprob_gap_mean": 1e-6, "perf/tokens_per_sec": 8100.0, "perf/mfu": 0.31,
     "time/score": 0.21, "time/rollout": 0.02, "time/update": 0.74, "time/sync": 0.0, "time/step": 1.0,
+    "train/lr": 3e-4, "train/grad_norm": 0.816, "perf/peak_memory_bytes": 3 << 29,
 }  # fmt: skip
 EVAL: Row = {
     "step": 150, "eval/ntp_loss": 3.21, "eval/ntp_accuracy": 0.382, "eval/entropy": 3.05, "eval/reward_mean": 0.412,
@@ -153,14 +154,14 @@ def test_a_broken_line_within_the_file_is_an_error(tmp_path: Path) -> None:
 
 
 def test_step_line_of_a_refine_step() -> None:
-    assert step_line(REFINE_ROW, 100) == (
-        "step 12/100 loss 2.19 ntp 2.19 nsp -0.002 reward 0.42±0.11 | 8.1k tok/s mfu 31% "
-        "| score 21% rollout 2% update 74% sync 0.0s | gap 1e-6"
+    assert step_line(REFINE_ROW, 100, left=4000.0) == (
+        "step 12/100 loss 2.19 ntp 2.19 nsp -0.002 reward 0.42±0.11 | lr 3e-4 grad 0.82 | 8.1k tok/s mfu 31% 1.00s mem 1.5G "
+        "| score 21% rollout 2% update 74% sync 0.0s gap 1e-6 | left 67m"
     )
     odd = REFINE_ROW | {"train/nsp_loss": -1e-9, "rollout/logprob_gap_mean": 0.0, "perf/mfu": None, "train/loss": None}
     assert step_line(odd, 100) == (
-        "step 12/100 loss nan ntp 2.19 nsp 0.000 reward 0.42±0.11 | 8.1k tok/s "
-        "| score 21% rollout 2% update 74% sync 0.0s | gap 0"
+        "step 12/100 loss nan ntp 2.19 reward 0.42±0.11 | lr 3e-4 grad 0.82 | 8.1k tok/s 1.00s mem 1.5G "
+        "| score 21% rollout 2% update 74% sync 0.0s gap 0"
     )
 
 
@@ -168,17 +169,22 @@ def test_step_line_of_a_refine_step() -> None:
     ("share", "text"), [(0.0, ""), (0.002, " masked <1%"), (0.031, " masked 3%"), (1.0, " masked 100%")]
 )
 def test_step_line_says_how_many_rollouts_were_masked(share: float, text: str) -> None:
-    assert step_line(REFINE_ROW | {"rollout/masked_fraction": share}, 100).endswith(f" | gap 1e-6{text}")
+    assert step_line(REFINE_ROW | {"rollout/masked_fraction": share}, 100).endswith(f" gap 1e-6{text}")
 
 
 @pytest.mark.parametrize("gap", [math.nan, math.inf, None])
 def test_step_line_of_a_gap_that_is_not_finite(gap: float | None) -> None:
-    assert step_line(REFINE_ROW | {"rollout/logprob_gap_mean": gap}, 100).endswith(" | gap nan")
+    assert step_line(REFINE_ROW | {"rollout/logprob_gap_mean": gap}, 100).endswith(" gap nan")
 
 
 def test_step_line_of_an_ntp_step() -> None:
     row = {"step": 3, "train/loss": 6.789, "perf/tokens_per_sec": 812.4, "perf/mfu": 0.4, "time/step": 0.517}
-    assert step_line(row, 100) == "step 3/100 loss 6.79 | 812 tok/s mfu 40% | 0.52s"
+    assert step_line(row, 100) == "step 3/100 loss 6.79 | lr nan grad - | 812 tok/s mfu 40% 0.52s mem -"
+
+
+def test_durations_as_people_say_them() -> None:
+    seconds = (4.6, 89, 100, 5900, 6100, 86_400, 200_000)
+    assert [duration(s) for s in seconds] == ["5s", "89s", "2m", "98m", "1h42m", "24h00m", "2d08h"]
 
 
 def test_eval_line() -> None:

@@ -17,6 +17,7 @@ from megatron_refine.eval.answers import Answerer, Question
 from megatron_refine.eval.evaluation import identity
 from megatron_refine.models.delta_net.config import DeltaNetConfig
 from megatron_refine.trainer.manifest import ORIGIN
+from megatron_refine.trainer.source import Source
 from tests.test_tokenizer import config_of, trained
 
 VOCAB = 280
@@ -212,7 +213,7 @@ def test_an_evaluation_takes_the_tokenizer_that_the_run_trained_with(tmp_path: P
     model = DeltaNetConfig(family="delta_net", vocab_size=VOCAB, **sizes)
     checkpoint = tmp_path / "run/checkpoints/step_0000001"
     declare(plain, checkpoint / ORIGIN, tokenizer_config={"eos_token": "<|im_end|>"})
-    source = load.Source(checkpoint, model, is_checkpoint=False, run=tmp_path / "run")
+    source = Source(checkpoint, model, is_checkpoint=False, run=tmp_path / "run")
     first = load.text(source)
     assert first.path == checkpoint / ORIGIN / "tokenizer.json" and first.tokenizer.ends == (4,)
     trained_with = declare(plain, tmp_path / "other", config={"eos_token_id": [4, 3]}) / "tokenizer.json"
@@ -221,5 +222,5 @@ def test_an_evaluation_takes_the_tokenizer_that_the_run_trained_with(tmp_path: P
     assert second.path == tmp_path / "run/tokenizer.json" and second.tokenizer.ends == (4, 3)
     found = [identity(source, text, "fp32") for text in (first, second)]
     assert [key for key in found[0] if found[0][key] != found[1][key]] == ["ends"]
-    wider = load.Source(checkpoint, model.model_copy(update={"norm_eps": 1e-3}), is_checkpoint=False)
+    wider = Source(checkpoint, model.model_copy(update={"norm_eps": 1e-3}), is_checkpoint=False)
     assert identity(wider, first, "fp32")["model"] != found[0]["model"]

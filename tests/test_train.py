@@ -178,7 +178,7 @@ def test_the_run_folder_holds_all_of_the_run(whole: Any) -> None:
     assert rows[5].keys() == {key for key in native if not key.startswith("eval/") and key != "time/checkpoint"}
     for row in rows[1:4]:
         assert not any(key.startswith("rollout/") for key in row) and "train/nsp_loss" not in row
-        assert {"train/loss", "train/ntp_loss", "train/grad_norm", "train/lr", "time/step", "perf/mfu"} <= row.keys()
+        assert {"train/loss", "train/ntp_loss", "train/grad_norm", "train/lr", "time/step"} <= row.keys()
     assert [row["consumed_samples"] for row in rows] == [4 * step for step in range(7)]
     samples = json.loads((run / "samples.json").read_text(encoding="utf-8"))
     assert samples["step"] == 6 and len(samples["rollouts"]) == 4 * 2

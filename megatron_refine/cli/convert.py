@@ -61,7 +61,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Raise ConfigError, before anything heavy is imported, for a source that holds no model and a target in the way."""
+    """Raise ConfigError, before anything heavy is imported, for a source without a model and a target in the way."""
     from megatron_refine.trainer.source import find, refuse_existing
 
     to_hf = options.direction == "megatron-to-hf"

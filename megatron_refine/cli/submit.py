@@ -21,6 +21,7 @@ from megatron_refine.slurm.job import Job
 from megatron_refine.slurm.site import Site
 from megatron_refine.slurm.submit import submit
 from megatron_refine.slurm.sweep import points
+from megatron_refine.trainer.errors import CheckpointError
 
 
 def main(arguments: list[str]) -> int:
@@ -37,7 +38,7 @@ def main(arguments: list[str]) -> int:
         if options.dry_run:
             return 0
         ids = submit(job, options.chain)
-    except configuration.ConfigError as error:
+    except (configuration.ConfigError, CheckpointError) as error:
         print(error, file=sys.stderr)
         return 2
     print(f"submitted {', '.join(ids)}: logs in {job.run_dir / 'logs'}")
