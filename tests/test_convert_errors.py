@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_refine.convert.errors import ConversionError
 from megatron_refine.convert.source import HFSource
 from megatron_refine.files import fingerprint
-from tests.conversions import GOLDEN, convert, hf_folder, rewrite, shard_in_two, tensors, to_hf, to_megatron
+from tests.conversions import GOLDEN, TEXTS, convert, hf_folder, rewrite, shard_in_two, tensors, to_hf, to_megatron
 from tests.runs import End
 
 DOWN = "model.layers.1.mlp.down_proj.weight"

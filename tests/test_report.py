@@ -155,8 +155,8 @@ def test_a_broken_line_within_the_file_is_an_error(tmp_path: Path) -> None:
 
 def test_step_line_of_a_refine_step() -> None:
     assert step_line(REFINE_ROW, 100, left=4000.0) == (
-        "step 12/100 loss 2.19 ntp 2.19 nsp -0.002 reward 0.42±0.11 | lr 3e-4 grad 0.82 | 8.1k tok/s mfu 31% 1.00s mem 1.5G "
-        "| score 21% rollout 2% update 74% sync 0.0s gap 1e-6 | left 67m"
+        "step 12/100 loss 2.19 ntp 2.19 nsp -0.002 reward 0.42±0.11 | lr 3e-4 grad 0.82 "
+        "| 8.1k tok/s mfu 31% 1.00s mem 1.5G | score 21% rollout 2% update 74% sync 0.0s gap 1e-6 | left 67m"
     )
     odd = REFINE_ROW | {"train/nsp_loss": -1e-9, "rollout/logprob_gap_mean": 0.0, "perf/mfu": None, "train/loss": None}
     assert step_line(odd, 100) == (
