@@ -76,8 +76,8 @@ def drawn(config: Config, top_p: float, temperature: float) -> Any:
 @pytest.mark.parametrize("top_p", [1.0, 0.5, 0.1, 1e-9])
 def test_the_nucleus_is_the_fewest_tokens_of_that_probability(top_p: float, ranks: Zygote, tmp_path: Path) -> None:
     """Against the definition, over the whole vocabulary; at two ranks the same draws."""
-    found = [ranks(tp, drawn, config=parity.small_config(tmp_path, f"parallel.tp={tp}"), top_p=top_p, temperature=0.7)[0]
-             for tp in (1, 2)]  # fmt: skip
+    configs = {tp: parity.small_config(tmp_path, f"parallel.tp={tp}") for tp in (1, 2)}
+    found = [ranks(tp, drawn, config=config, top_p=top_p, temperature=0.7)[0] for tp, config in configs.items()]
     tokens, logprobs, probabilities = found[0]
     falling = probabilities.sort(descending=True)
     count = int((falling.values.cumsum(-1) - falling.values < top_p).sum())
