@@ -168,25 +168,6 @@ def test_each_side_has_a_document(tmp_path, settings, fraction):
     assert "and not those of two" in failure(settings(paths=write(tmp_path / "a", [*DOCUMENTS[:1] * 2, "short"])))
 
 
-@pytest.mark.parametrize(("fraction", "split", "bos"), [(0.2, False, False), (0.2, True, True), (1e-9, False, False)])
-def test_one_text_file_is_enough(tmp_path, settings, fraction, split, bos):
-    """It is cut into rows, of which the last are held out; short files beside it are dropped."""
-    said, folder = [], write(tmp_path / "a", [" ".join(DOCUMENTS), "short"])
-    config = settings(paths=folder, valid_fraction=fraction, split_documents=split, add_bos=bos)
-    prepared = prepare(config, said.append)
-    tokenizer = load_tokenizer(prepared.tokenizer, VOCAB, "")
-    head = [tokenizer.bos_id] if bos else []
-    rule = RowRule(64, 64, True, tokenizer.bos_id if bos else None)
-    whole = [row.tolist() for row in rule.rows(np.array(tokenizer.encode([" ".join(DOCUMENTS)])[0]))]
-    held = max(1, round(fraction * len(whole)))
-    assert contents(prepared.train) + contents(prepared.valid) == whole and all(row[: len(head)] == head for row in whole)
-    assert len(prepared.valid) == held and len(whole) > 20
-    line = f"data.paths: one document has the length of a row: it is cut into rows, the last {held} of its {len(whole)} rows"
-    assert said[-1] == f"{line} are held out"
-    prepare(config, said.append)
-    assert said.count(said[-1]) == 2  # told again where the rows are found
-
-
 # Readers
 def test_formats_give_the_same_rows(tmp_path, settings):
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"id": 1, "body": t}) for t in DOCUMENTS), "utf-8")
