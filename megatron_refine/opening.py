@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 from pathlib import Path
 from tempfile import TemporaryFile
 
@@ -37,14 +36,19 @@ def _prepare(config: Config) -> dict[str, object]:
     try:
         _check_writable(folder)
         preflight.check(config)
-        Sources.of(config)  # the other ranks find the rows
-        Ownership(folder, token).claim(lambda line: sys.stdout.write(line + "\n"))
+        Sources.of(config, _tell)  # the other ranks find the rows
+        Ownership(folder, token).claim(_tell)
     except OSError as error:
         return {"error": "CheckpointError", "message": str(disk_failed(error))}
     except tuple(_KINDS.values()) as error:
         kind = next(name for name, kind in _KINDS.items() if isinstance(error, kind))
         return {"error": kind, "message": str(error)}
     return {"token": token}
+
+
+def _tell(line: str) -> None:
+    """A line on the screen, before there is a run folder."""
+    print(line, flush=True)
 
 
 def _check_writable(folder: Path) -> None:

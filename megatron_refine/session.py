@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ from megatron_refine.estimate.flops import batch_flops
 from megatron_refine.eval.answers import Answerer
 from megatron_refine.eval.heldout import HeldOut
 from megatron_refine.eval.suite import TaskEvaluation, score_table
+from megatron_refine.models import family
 from megatron_refine.opening import claim
 from megatron_refine.phases.sources import Sources
 from megatron_refine.phases.testtime import TestTime
@@ -76,7 +76,9 @@ class Session:
     def _build(self) -> None:
         config = self.config
         self.ranks = init_parallel(config)
-        self.sources, device = Sources.of(config, self._tell), platform.device()
+        self.sources, device = Sources.of(config), platform.device()
+        parameters = family.flops(config.model.family).parameters(config.model)
+        self._tell(f"building {config.model.family}, {parameters:,} parameters, on {self.ranks.world} ranks")
         model = build_model(config, self.ranks)
         self.updater = Updater(config, model, self.ranks)
         self.engine = _engine(config, model, self.ranks, self.say)
@@ -148,7 +150,7 @@ class Session:
     def _tell(self, line: str) -> None:
         """Before there is a run folder."""
         if self.ranks.is_main:
-            sys.stdout.write(line + "\n")
+            _show(line)
 
     def _fenced(self) -> bool:
         return self.ranks.is_main and self.owner.lost()

@@ -115,6 +115,8 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(config: "configuration.Config") -> int:
     """`train` with its failures as exit codes, and all that it started ended."""
     interrupt.listen()  # before threads that would not block its signal
+    if launcher.speaks():
+        print("importing PyTorch and Megatron-Core", flush=True)
     import torch.distributed as dist
 
     from megatron_refine.exits import ending_of

@@ -78,12 +78,13 @@ def prepare(config: Config, say: Callable[[str], None] = lambda _: None) -> Prep
         say(corpus.summary)
     try:
         identity = sources.identity(cache_dir)
-        path, tokenizer = _get_tokenizer(config, sources, _hash(identity[:1] + identity[2:]))
+        path, tokenizer = _get_tokenizer(config, sources, _hash(identity[:1] + identity[2:]), say)
         say(stated(path, tokenizer))
         rule = RowRule.of(data, bos_id(tokenizer, path) if data.add_bos else None)
         fingerprint = _hash([_FORMAT, identity, digest(path), vars(rule), data.text_column])
         folder = cache_dir / f"rows-{fingerprint[:16]}"
         if not folder.exists():
+            say(f"tokenizing {len(sources.train.files) + len(sources.valid.files if sources.valid else ()):,} files")
             _write_folder(folder, sources, tokenizer, rule, config.model.vocab_size, fingerprint, data.valid_fraction)
     except OSError as error:  # the corpus' own failures are ConfigErrors already
         raise ConfigError(f"data.cache_dir={cache_dir}: {error.strerror}; free space or name another folder") from None
@@ -101,7 +102,9 @@ def _find_sources(config: Config) -> _Sources:
     return _Sources(train, find_corpus(data.valid_paths, data.text_column, "data.valid_paths"), 0)
 
 
-def _get_tokenizer(config: Config, sources: _Sources, identity: str) -> tuple[Path, Tokenizer]:
+def _get_tokenizer(
+    config: Config, sources: _Sources, identity: str, say: Callable[[str], None]
+) -> tuple[Path, Tokenizer]:  # fmt: skip
     """The configured tokenizer, or the one trained on this corpus, with its path."""
     data, vocab_size = config.data, config.model.vocab_size
     if data.tokenizer:
@@ -109,6 +112,7 @@ def _get_tokenizer(config: Config, sources: _Sources, identity: str) -> tuple[Pa
     else:
         path = Path(data.cache_dir, f"tokenizer-{vocab_size}-{identity[:16]}.json")
         if not path.exists():
+            say(f"training a tokenizer of {vocab_size:,} ids")
             train_tokenizer(_training_texts(sources), vocab_size, path)
     return path, load_tokenizer(path, vocab_size, "data.tokenizer")
 
