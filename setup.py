@@ -14,8 +14,9 @@ EXTRAS = {
     # Servers run in a Python environment of their own: SGLang pins its own PyTorch.
     "sglang": ["sglang==0.5.23"],
     "eval": HARNESS,
+    "wandb": ["wandb"],
     # fuzzywuzzy: a test holds our likeness of code to it.
-    "dev": [*HARNESS, "fuzzywuzzy==0.18.0", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "mypy", "types-PyYAML"],
+    "dev": [*HARNESS, "wandb", "fuzzywuzzy==0.18.0", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "mypy", "types-PyYAML"],
 }
 
 for name in ("models", "kernels", "configs"):
@@ -33,12 +34,12 @@ setup(
     install_requires=[
         "torch>=2.13,<2.14",
         "megatron-core==0.16.1",
-        "datasets",
         "einops",
         "httpx",
         "matplotlib",
         "numpy",
         "packaging",
+        "pyarrow",
         "psutil",  # without it a Megatron checkpoint save hangs
         "pydantic>=2",
         "pyyaml",
@@ -47,7 +48,6 @@ setup(
         "sentencepiece>=0.2",
         "tokenizers",
         "tqdm",
-        "wandb",
     ],
     extras_require=EXTRAS,
     entry_points={

@@ -10,6 +10,7 @@ import ctypes
 import functools
 import os
 import resource
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -47,6 +48,7 @@ def install() -> None:
     if _installed:
         return
     _installed = True
+    unused = sys.modules.setdefault("wandb", None)  # type: ignore[arg-type]  # Megatron imports it where it is, for seconds
     for package in (
         r"torch\.distributed",
         r"megatron\.core",
@@ -64,6 +66,8 @@ def install() -> None:
         _patch_megatron_jit()
         _patch_megatron_rng()
     _repair_distributed_optimizer()
+    if unused is None:
+        del sys.modules["wandb"]
 
 
 def global_rank() -> int:

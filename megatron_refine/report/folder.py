@@ -12,7 +12,6 @@ from typing import Any
 from megatron_refine.config import Config
 from megatron_refine.files import Appended, TornError, numbered, read_json, read_rows, write, write_json
 from megatron_refine.report import history
-from megatron_refine.report.html import write_report
 from megatron_refine.report.metrics import MetricsLog, Row, read
 from megatron_refine.report.screen import comparison, eval_line, step_line
 from megatron_refine.report.summary import is_step, milestones, step_times
@@ -73,6 +72,8 @@ class RunFolder:
 
     def finish(self) -> None:
         """The comparison of before and after on the screen, and the report."""
+        from megatron_refine.report.html import write_report  # late: matplotlib takes a second
+
         rows = read(self.metrics.path)
         self.say(comparison(milestones(rows), step_times(rows)))
         self.say(f"report {write_report(self.path)}")
