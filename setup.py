@@ -16,7 +16,9 @@ EXTRAS = {
     "eval": HARNESS,
     "wandb": ["wandb"],
     # fuzzywuzzy: a test holds our likeness of code to it.
-    "dev": [*HARNESS, "wandb", "fuzzywuzzy==0.18.0", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "mypy", "types-PyYAML"],
+    "dev": [
+        *HARNESS, "wandb", "fuzzywuzzy==0.18.0", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "mypy", "types-PyYAML"
+    ],  # fmt: skip
 }
 
 for name in ("models", "kernels", "configs"):

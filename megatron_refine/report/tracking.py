@@ -29,7 +29,8 @@ def check(config: Config) -> None:
     try:
         import wandb
     except ImportError as error:
-        raise ConfigError(f"run.wandb={config.run.wandb}: {error}; pip install megatron-refine[wandb], or set run.wandb=off") from None
+        remedy = "pip install megatron-refine[wandb], or set run.wandb=off"
+        raise ConfigError(f"run.wandb={config.run.wandb}: {error}; {remedy}") from None
     if config.run.wandb == "offline":
         return
     wandb.setup(settings=wandb.Settings(silent=True))
