@@ -165,6 +165,14 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def machine() -> str:
+    """This process's machine in words."""
+    if has_gpu():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    cores = len(os.sched_getaffinity(0))
+    return f"{cores} core{'s' if cores > 1 else ''}, CPU"
+
+
 def peak_flops() -> float:
     """FLOP/s of one device in matrix multiplication: the data sheet's for a known GPU, else measured (0.1 s)."""
     if has_gpu():
