@@ -169,6 +169,14 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def machine() -> str:
+    """This process's machine in words."""
+    if has_gpu():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    cores = len(os.sched_getaffinity(0))
+    return f"{cores} core{'s' if cores > 1 else ''}, CPU"
+
+
 def peak_flops() -> float | None:
     """Return dense bf16 FLOP/s of one GPU by its data sheet. None of a GPU that is not listed, and of a CPU, whose
     ranks share cores: a share of a measured peak said 143 % there."""

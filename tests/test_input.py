@@ -123,9 +123,9 @@ def test_texts_of_every_form_are_one_document(tmp_path: Path, name: str, content
 STAY = {
     "README": "{ braces }\n", "a.py": '{"a": 1}\n', "b.py": '{"a": 1}\n{"b": f(x)}\n', "a.md": "[![badge](x)](y)\n",
     "a.tex": "{\\bf x}\n", "a.log": '{"a": 1} and more\n{"b": 2}\n', "list.txt": "[1, 2]\n[3]\n", "empty.txt": "",
-    "notebook.ipynb": '{\n "cells": [],\n "nbformat": 4\n}\n', "parts.txt": "PAR1 is a word\n", 
+    "notebook.ipynb": '{\n "cells": [],\n "nbformat": 4\n}\n', "parts.txt": "PAR1 is a word\n",
     "BZh.txt": "BZh9 too\n",
-    "twice.txt": "\ufeff\ufeffa", "names.csv": "name,age\nx,1\n", "one.json5": "{'text': 'a'}\n", 
+    "twice.txt": "\ufeff\ufeffa", "names.csv": "name,age\nx,1\n", "one.json5": "{'text': 'a'}\n",
     "objects.txt": "[{}, 1]", "blank.txt": " \n\t\n",
 }  # fmt: skip
 

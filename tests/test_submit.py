@@ -59,6 +59,14 @@ def test_what_the_site_says_is_what_sbatch_reads(tmp_path: Path) -> None:
     assert f"train=(/opt/python {command}{os.getcwd()}/.cache/data)" in text
 
 
+def test_words_go_before_the_interpreter_of_every_rank(tmp_path: Path) -> None:
+    engine = ["--engine-nodes", "1", "engine.kind=sglang", f"engine.python={sys.executable}"]
+    site = {"prefix": ["apptainer", "exec", "--nv", "an image.sif"], "python": "/opt/python"}
+    text = script(tmp_path, "--nodes", "1", *engine, site=site)
+    assert "\ntrain=(apptainer exec --nv 'an image.sif' /opt/python -m megatron_refine" in text
+    assert "\nserve=(apptainer exec --nv 'an image.sif' /opt/python " in text
+
+
 HOSTILE = "a b%j#c $(id) it's=1"  # of a folder: blank, %, #, quotes, what bash would run
 STUBS = {
     "srun": '{ echo "$PWD"; printf "%s\\0" "$@"; } >"$OUT/.$$"; mv "$OUT/.$$" "$OUT/$$"\n'
@@ -301,3 +309,7 @@ def test_the_examples_are_what_the_command_writes(name: str, arguments: list[str
     job = submit.build(submit.parse([*arguments, "--site", "launch/site.yaml", "--name", name]))
     expected = job.script().replace(f"{ROOT}/", "").replace(str(ROOT), "/path/to/megatron_refine")
     assert (ROOT / f"launch/{name}.sbatch").read_text(encoding="utf-8") == expected
+
+
+def test_the_example_of_a_site_has_every_key() -> None:
+    assert yaml.safe_load((ROOT / "launch/site.yaml").read_text(encoding="utf-8")).keys() == Site.model_fields.keys()

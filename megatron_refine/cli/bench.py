@@ -19,12 +19,14 @@ from functools import partial
 
 from megatron_refine import config as configuration
 from megatron_refine import launcher, preflight, usage
+from megatron_refine.bench import baseline
 from megatron_refine.config.paths import path_argument
 from megatron_refine.models.family import FAMILIES
 
 
 def main(arguments: list[str]) -> int:
-    """Run a benchmark; the first rank prints. Returns the exit code: 0, or 2 where configuration or data are wrong."""
+    """Run a benchmark; the first rank prints. Returns the exit code: 0; 1 where a ratio is not that of --check; 2 where
+    configuration or data are wrong."""
     parser = usage.parser("bench", __doc__)
     parser.add_argument("benchmark", choices=["step", "length", "profile", "rollout", "kernels", "sync", "data"])
     usage.add_config(parser)
@@ -33,23 +35,31 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--hf", action="store_true", help="step: flash-linear-attention's model too; needs a GPU")
     parser.add_argument("--lengths", default="4096,8192,16384,32768,65536", help="length: tokens of a sequence")
     parser.add_argument("--plot", type=path_argument, metavar="FILE", help="length: an .svg or .png of it")
+    parser.add_argument("--json", type=path_argument, metavar="FILE", help="step: write the ratios to it")
+    parser.add_argument("--check", type=path_argument, metavar="FILE", help="step: compare with these; 1 where outside")
     options = parser.parse_intermixed_args(arguments)
     try:
         config = configuration.load(options.config, options.overrides, FAMILIES)
-        table = run(options, config, alone=launcher.check().world == 1)
+        world = launcher.check().world
+        record = baseline.Record(baseline.spelled(arguments), config, world, options.json, options.check)
+        table = run(options, config, world == 1, record)
     except (configuration.ConfigError, launcher.LaunchError) as error:
         if launcher.speaks() or isinstance(error, launcher.LaunchError):
             print(error, file=sys.stderr)
         return 2
     if table:
         print(table)
-    return 0
+    for line in record.outside:
+        print(line, file=sys.stderr)
+    return 1 if record.outside else 0
 
 
-def run(options: argparse.Namespace, config: configuration.Config, alone: bool) -> str:
+def run(options: argparse.Namespace, config: configuration.Config, alone: bool, record: baseline.Record) -> str:
     """The table of the benchmark; "" but on the first rank. alone: whether there is no other rank."""
     if options.rounds < 1:
         raise configuration.ConfigError(f"--rounds={options.rounds}: must be 1 or more")
+    if options.benchmark != "step" and (options.json or options.check):
+        raise configuration.ConfigError("--json, --check: are for step")
     if options.hf and not alone:
         raise configuration.ConfigError("--hf: runs on one rank")
     if options.official and not (alone and config.fused):
@@ -69,7 +79,7 @@ def run(options: argparse.Namespace, config: configuration.Config, alone: bool) 
     from megatron_refine.bench import data, kernels, length, profile, rollout, step, sync
 
     runs = {
-        "step": partial(step.run, official=options.official, hf=options.hf),
+        "step": partial(step.run, official=options.official, hf=options.hf, record=record),
         "length": partial(length.run, lengths=lengths, plot=options.plot),
         "profile": profile.run, "rollout": rollout.run, "kernels": kernels.run, "sync": sync.run, "data": data.run,
     }  # fmt: skip

@@ -78,8 +78,8 @@ class Job:
             python = str(ROOT / python)
         srun = [*site.srun, *([f"--container-image={site.container}"] if site.container else [])]
         srun += [f"--container-mounts={','.join(site.mounts)}"] if site.mounts else []
-        train = [python, "-m", "megatron_refine", "train", *self.arguments]
-        serve = [python, "-m", "megatron_refine", "serve", "--port", str(ENGINE_PORT), *self.arguments]
+        train = [*site.prefix, python, "-m", "megatron_refine", "train", *self.arguments]
+        serve = [*site.prefix, python, "-m", "megatron_refine", "serve", "--port", str(ENGINE_PORT), *self.arguments]
         lines = [
             f"cd {shlex.quote(os.getcwd())} || exit 1",
             *(

@@ -25,6 +25,9 @@ class Site(Section):
     modules: list[str] = Field(default_factory=list, description="module load ...")
     container: str = Field("", description="image for srun --container-image (pyxis)")
     mounts: list[str] = Field(default_factory=list, description="for srun --container-mounts")
+    prefix: list[str] = Field(
+        default_factory=list, description="words before the interpreter of every rank: [apptainer, exec, --nv, IMAGE]"
+    )
     environment: dict[str, str] = Field(default_factory=dict, description="variables of every rank")
     prologue: str = Field("", description="bash lines before the run, on the first node")
     sbatch: list[str] = Field(default_factory=list, description="further options of sbatch, with their --")
