@@ -24,7 +24,8 @@ EXTRAS = {
     "wandb": ["wandb"],
     # fuzzywuzzy: a test holds our likeness of code to it.
     "dev": [
-        *HARNESS, "wandb", "fuzzywuzzy==0.18.0", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "mypy", "types-PyYAML"
+        *HARNESS, "wandb", "fuzzywuzzy==0.18.0", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "mypy",
+        "types-PyYAML",
     ],  # fmt: skip
 }
 
