@@ -14,6 +14,7 @@ EXTRAS = {
     # Servers run in a Python environment of their own: SGLang pins its own PyTorch.
     "sglang": ["sglang==0.5.23"],
     "eval": HARNESS,
+    "docs": ["mkdocs-material"],  # the site; `make docs` installs it in an environment of its own
     # fuzzywuzzy: a test holds our likeness of code to it.
     "dev": [*HARNESS, "fuzzywuzzy==0.18.0", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "mypy", "types-PyYAML"],
 }
