@@ -1,5 +1,5 @@
 # `make train` and `make test` do all set-up. Needs Python 3.11 or newer, with venv and pip; nothing else.
-#   make train ARGS="train.steps=20"      overrides of configs/quickstart.yaml
+#   make train ARGS="train.steps=400"     overrides of configs/quickstart.yaml
 #   make train MODEL=lact_tiny            another model of configs/models/
 #   make test TORCH_INDEX=<url>           take PyTorch from this wheel index
 #   make test PYTHON=/path/to/python3.11
@@ -15,7 +15,7 @@ export OMP_NUM_THREADS := 1
 CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/megatron_refine
 export TORCH_INDEX
 
-.PHONY: help train train-sglang bench test test-all test-gpu test-sglang test-slurm test-chaos lint clean
+.PHONY: help train train-sglang bench test test-all test-gpu test-sglang test-slurm test-chaos lint docs clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -64,8 +64,19 @@ lint: .venv/ready ## ruff and mypy
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 
-clean: ## remove the environment and all caches; runs/ stays
-	rm -rf .venv .venv-sglang .cache .pytest_cache .mypy_cache .ruff_cache *.egg-info
+# The generator has an environment of its own: without PyTorch it is there in seconds. DOCS is the extra docs of setup.py.
+DOCS := mkdocs-material
+docs: .venv-docs/ready ## build the documentation as a site, in site/
+	@.venv-docs/bin/mkdocs build --quiet
+	@echo "site/index.html"
+
+.venv-docs/ready: setup.py constraints.txt
+	@test -x .venv-docs/bin/python || $(or $(PYTHON),false) -m venv .venv-docs
+	@.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt "$(DOCS)"
+	@touch $@
+
+clean: ## remove the environments, the site and all caches; runs/ stays
+	rm -rf .venv .venv-sglang .venv-docs site .cache .pytest_cache .mypy_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # An environment that was made before from the same files is linked from CACHE (tools/environment.sh).

@@ -22,6 +22,7 @@ EXTRAS = {
     "sglang": ["sglang==0.5.23"],
     "eval": HARNESS,
     "wandb": ["wandb"],
+    "docs": ["mkdocs-material"],  # the site; `make docs` installs it in an environment of its own
     # fuzzywuzzy: a test holds our likeness of code to it.
     "dev": [
         *HARNESS, "wandb", "fuzzywuzzy==0.18.0", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "mypy",

@@ -181,7 +181,7 @@ def test_what_is_installed_where(tmp_path: Path) -> None:
         *(f"/{part}/bin/python -m pip install --no-deps --no-build-isolation {tmp_path}/src"
           for part in ("megatron_refine", "sglang")),
         "/megatron_refine/bin/python -m pip check",
-        "/megatron_refine/bin/python -m megatron_refine.train --help",
+        "/megatron_refine/bin/python -m megatron_refine train --help",
     ]  # fmt: skip
 
 

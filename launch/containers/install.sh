@@ -56,7 +56,7 @@ project() { # in the servers' environment it is SGLang's plug-in
         [ ! -e "$environment" ] || "$environment/bin/python" -m pip install --no-deps --no-build-isolation "$sources"
     done
     "$trainer/bin/python" -m pip check
-    "$trainer/bin/python" -m megatron_refine.train --help >/dev/null
+    "$trainer/bin/python" -m megatron_refine train --help >/dev/null
 }
 
 "$@"
