@@ -32,6 +32,11 @@ code, pre { font: 0.82rem/1.5 ui-monospace, monospace; } td code { white-space: 
 .space { color: var(--gray); } mark { background: var(--match); color: inherit; border-radius: 2px; }
 pre { overflow-x: auto; padding: 0.9rem; }
 summary { cursor: pointer; }
+svg.tall { display: none; }
+@media (max-width: 40rem) {
+  body { padding: 1.25rem 0.9rem 3rem; } svg.wide { display: none; } svg.tall { display: block; }
+  th, td { padding-right: 0.5rem; } table { font-size: 0.8rem; } td code { min-width: 9rem; display: inline-block; }
+}
 """
 _SPACES = {" ": "·", "\n": "↵\n", "\t": "→\t", "\r": "␍"}
 
@@ -51,7 +56,7 @@ def section(title: str, body: str, note: str = "") -> str:
 
 
 def figure(svg: str) -> str:
-    """An <svg> element as a figure."""
+    """A drawing of `svg.draw` as a figure."""
     return f"<figure>{svg}</figure>"
 
 
