@@ -53,13 +53,14 @@ WIDE, PHONE = (9.2, 2.9), (4.2, 2.6)  # inches of a figure, and of one of its ax
 
 
 def draw(name: str, paint: Callable[[Sequence[Axes]], None], widths: Sequence[float] = (1,)) -> str:
-    """Axes, painted, as two <svg> elements: side by side, and one below the other for a narrow screen. The page shows one
-    of them. `name` makes ids unique on the page."""
-    size, count = PHONE, len(widths)
-    tall = _drawn(f"{name}-tall", paint, (size[0], size[1] * count), {"nrows": count})
-    return _drawn(name, paint, WIDE, {"ncols": count, "width_ratios": widths}).replace(
-        "<svg", '<svg class="wide"', 1
-    ) + (tall.replace("<svg", '<svg class="tall"', 1))
+    """Axes, painted, as two <svg> elements: side by side, and one below the other for a narrow screen.
+
+    The page shows one of them. `name` makes ids unique on the page.
+    """
+    count = len(widths)
+    wide = _drawn(name, paint, WIDE, {"ncols": count, "width_ratios": widths})
+    tall = _drawn(f"{name}-tall", paint, (PHONE[0], PHONE[1] * count), {"nrows": count})
+    return wide.replace("<svg", '<svg class="wide"', 1) + tall.replace("<svg", '<svg class="tall"', 1)
 
 
 def _drawn(name: str, paint: Callable[[Sequence[Axes]], None], size: tuple[float, float], grid: dict[str, Any]) -> str:
