@@ -1,18 +1,24 @@
 """The documentation: its links, its map, and the messages that its pages quote."""
 
 import ast
+import contextlib
+import io
 import re
+import shlex
 from functools import cache
 from pathlib import Path
 
 import pytest
 import yaml
 
+from megatron_refine.cli import COMMANDS, run
+
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted([*ROOT.glob("*.md"), *DOCS.glob("*.md"), ROOT / "tests/golden/README.md"])
 LINK = re.compile(r"\]\((?![a-z]+:)([^)#\s]*)(?:#([^)\s]+))?\)")
 FENCE = re.compile(r"^( *)(```|~~~).*?^\1\2", re.MULTILINE | re.DOTALL)
+PROGRAMS = ("megatron-refine", "megatron_refine", "make")
 OTHERS = ("zsh: ", "CUDA out of memory", "nsp 0.000", "…, 1 ranks")  # not messages of ours, or made of numbers
 
 
@@ -66,3 +72,44 @@ def test_troubleshooting_quotes_messages_as_they_are() -> None:
     assert len(messages) > 25
     stale = [m for m in messages if not all(part.strip() in found for part in m.split("…") if len(part.strip()) > 5)]
     assert not stale, "docs/troubleshooting.md quotes what no message says:\n" + "\n".join(stale)
+
+
+def commands() -> list[tuple[str, list[str]]]:
+    """Return each command that a page shows in a block of code, as (page, words)."""
+    found = []
+    for page in PAGES:
+        for block in FENCE.finditer(page.read_text(encoding="utf-8")):
+            for line in block.group().replace("\\\n", " ").splitlines():
+                words = shlex.split(line.strip().removeprefix("$ "), comments=True) if line.count("'") % 2 == 0 else []
+                start = next((i for i, word in enumerate(words) if word in PROGRAMS), -1)
+                if start >= 0 and (start == 0 or words[start - 1] == "-m" or words[0].isupper()):
+                    found.append((page.name, words[start:]))
+    return found
+
+
+@cache
+def flags(command: str) -> set[str]:
+    """Return the options that a command explains."""
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
+        run(command, ["--help"])
+    return set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", shown.getvalue()))
+
+
+def test_commands_that_pages_show_exist_with_their_options() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    wrong, seen = [], set()
+    for page, (program, *words) in commands():
+        if program == "make":
+            wrong += [f"{page}: make {word}" for word in words if re.fullmatch("[a-z-]+", word) and word not in targets]
+            continue
+        command = words[0] if words else ""
+        if command.startswith("-") or command in ("", "COMMAND"):
+            continue
+        seen.add(command)
+        known = flags(command) if command in COMMANDS else set()
+        given = {word.split("=")[0] for word in words if word.startswith("--")}
+        wrong += [f"{page}: {command} {flag}" for flag in sorted(given - known)]
+        wrong += [] if command in COMMANDS else [f"{page}: megatron-refine {command}"]
+    assert not wrong, "\n".join(wrong)
+    assert seen == set(COMMANDS), f"no page shows {set(COMMANDS) - seen}"
