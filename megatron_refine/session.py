@@ -55,6 +55,7 @@ class Session:
         self.config, self.watch = config, watch
         self.folder: RunFolder | None = None
         self.code = 1  # of the command, once it is known
+        self._owed: dict[str, float] = {}  # what the next row tells of this one's save
         self.changes: list[resumption.Change] = []
         # before anything long: SIGUSR1 would end the process
         self.stop = StopRequest(self._fenced, self._needed, self._save_due)
@@ -176,7 +177,8 @@ class Session:
             size = min(size, self.phase.num_samples - done.consumed_samples)
         self.progress = Progress(done.step + 1, done.consumed_samples + size, done.data)
         share = size / self.config.train.global_batch_size
-        metrics |= self.engine.metrics()
+        metrics |= self.engine.metrics() | self._owed
+        self._owed = {}
         if peak := platform.peak_flops():
             work = share * batch_flops(self.config, refine)
             metrics["perf/mfu"] = work / seconds / peak / self.ranks.world
@@ -204,15 +206,16 @@ class Session:
             self.say(f"eval step {self.progress.step}: " + ", ".join(f"{label} {s}" for label, s in scores.items()))
         return metrics | {f"task/{label}": score.mean for label, score in scores.items()}
 
-    def save(self) -> dict[str, float]:
-        """Write a checkpoint; its seconds. Nothing where each batch starts from the same weights."""
+    def save(self) -> None:
+        """Write a checkpoint; the next row of metrics has its seconds. Nothing where each batch starts from the same
+        weights."""
         if self.config.resets:
-            return {}
+            return
         start = time.perf_counter()
         folder = self.checkpoints.save(self.progress, self.updater)
         seconds, self._saved = time.perf_counter() - start, time.monotonic()
         self.say(f"checkpoint {folder} ({seconds:.1f}s)")
-        return {"time/checkpoint": seconds}
+        self._owed = {"time/checkpoint": seconds}
 
     def record(self, row: dict[str, Any]) -> None:
         """What there is to know of a step; where no checkpoint is written, the progress too. Raises FencedError."""

@@ -48,10 +48,10 @@ def train(session: "Session") -> int:
             with watch("evaluation"):
                 metrics |= session.evaluate()
         verdict = session.stop.agreed()
+        session.record(metrics)  # before the save: a run that goes on from a checkpoint has the rows of all its steps
         if _due(step, config.checkpoint.every) or verdict or step == last:
             with watch("save"):
-                metrics |= session.save()
-        session.record(metrics)
+                session.save()
         if verdict.stops and step < last:
             session.say(
                 f"stopped by {session.stop.name or 'another rank'} after step {step}: run the same command to go on"

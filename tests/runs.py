@@ -98,7 +98,7 @@ def command(
 
     _fault = fault
     RefineStep.explore_wave = _observed(RefineStep.explore_wave, record)  # type: ignore[method-assign]
-    save = Session.save if saves else lambda self: {}
+    save = Session.save if saves else lambda self: None
     Session.save = failing(broken)(save) if broken else save  # type: ignore[method-assign]
     with _captured() as texts:
         code = main(arguments)
