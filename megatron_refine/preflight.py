@@ -31,13 +31,15 @@ SECONDS = 20  # until an interpreter that does not answer is left to the start o
 _BYTES = {"fp32": 4, "bf16": 2}
 
 
-def check(config: Config) -> None:
+def check(config: Config, in_image: bool = False) -> None:
     """Raise ConfigError, a line a problem, for what would end a run of this configuration at its start.
 
-    Raises CheckpointError where nothing but the model to start from is damaged.
+    Raises CheckpointError where nothing but the model to start from is damaged. in_image: the run is to be in one,
+    where the interpreter of its servers is.
     """
     found = list[Exception]()
-    for question in (_run, _data, _tokenizer, _model, _hooks, _tasks, engine, tracking.check):
+    questions = (_run, _data, _tokenizer, _model, _hooks, _tasks, tracking.check, *(() if in_image else (engine,)))
+    for question in questions:
         try:
             question(config)
         except (ConfigError, CheckpointError) as error:
@@ -184,8 +186,12 @@ def engine(config: Config) -> None:
     python = config.engine.python
     if config.engine.kind != "sglang" or not config.refine.enabled or not python:
         return
+    program = shutil.which(python)
+    if not program:
+        what = "no such interpreter; install SGLang, or name another (docs/sglang.md)"
+        raise ConfigError(f"engine.python={python}: {what}")
     line = [
-        python,
+        os.path.abspath(program),
         "-c",
         "import importlib.util, sys; sys.exit(3 if importlib.util.find_spec('sglang') is None else 0)",
     ]

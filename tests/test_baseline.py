@@ -24,14 +24,14 @@ def quickstart(*overrides: str) -> Config:
 
 def written(path: Path, config: Config, **ratios: float) -> Path:
     """A file of these ratios of seconds beside those of TODAY."""
-    Record("tools/bench.py step", config, 2, out=path).keep({**TODAY, "seconds": TODAY["seconds"] | ratios}, 12)
+    Record("megatron-refine bench step", config, 2, out=path).keep({**TODAY, "seconds": TODAY["seconds"] | ratios}, 12)
     return path
 
 
 def test_what_is_written(tmp_path: Path) -> None:
     found = json.loads(written(tmp_path / "step.json", quickstart()).read_text(encoding="utf-8"))
     assert found["ratios"] == TODAY and found["tolerance"] == baseline.TOLERANCE
-    assert found["ranks"] == 2 and found["rounds"] == 12 and found["command"] == "tools/bench.py step"
+    assert found["ranks"] == 2 and found["rounds"] == 12 and found["command"] == "megatron-refine bench step"
     assert found["settings"]["parallel"]["tp"] == 2 and found["settings"]["data"] == {"seq_length": 1024}
     assert {"python", "torch", "megatron_refine", "megatron-core"} <= found["versions"].keys()
     assert "core" in found["machine"] or " x " in found["machine"]
@@ -59,10 +59,10 @@ def test_a_line_for_each_ratio_outside(today: Any, lines: list[str]) -> None:
 
 def test_a_check_reads_the_file_before_and_compares_after(tmp_path: Path) -> None:
     path = written(tmp_path / "step.json", quickstart(), **{"fused / NTP": 2.0})
-    record = Record("tools/bench.py step", quickstart(), 2, check=path)
+    record = Record("megatron-refine bench step", quickstart(), 2, check=path)
     record.keep(TODAY, 3)
     assert record.outside == [f"{path}: fused / NTP, seconds: 1.200, 40.0% below 2.000; 15.0% are allowed"]
-    record = Record("tools/bench.py step", quickstart(), 2, out=path, check=path)  # measured anew and compared
+    record = Record("megatron-refine bench step", quickstart(), 2, out=path, check=path)  # measured anew and compared
     record.keep(TODAY, 3)
     assert len(record.outside) == 1 and json.loads(path.read_text(encoding="utf-8"))["ratios"] == TODAY
 
@@ -109,7 +109,7 @@ def test_files_that_cannot_be_used_are_refused_before_anything_is_measured(tmp_p
 
 def test_the_command_is_kept_without_its_files() -> None:
     given = ["step", "--config", "a b.yaml", "--json", "x.json", "--rounds", "7", "--check=y.json", "run.seed=1"]
-    assert spelled(given) == "tools/bench.py step --config 'a b.yaml' --rounds 7 run.seed=1"
+    assert spelled(given) == "megatron-refine bench step --config 'a b.yaml' --rounds 7 run.seed=1"
 
 
 def test_the_ratios_of_a_step() -> None:

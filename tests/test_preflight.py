@@ -63,8 +63,9 @@ CASES = {
     "no file of a task": (["eval.tasks=[qasper]", "eval.data={folder}/hf"], "eval.data: {folder}/hf: no file of "),
     "prompts": (["train.phase=posttrain", "data.tokenizer={golden}"], "task.paths: train.phase=posttrain trains on"),
     "phase's tokenizer": (["train.phase=posttrain", "task.paths=[{folder}/qa.jsonl]"], "data.tokenizer: train.phase="),
-    "answers": (["train.phase=posttrain", "task.paths=[{folder}/rows.jsonl]"], "row 1: no column prompt"),
+    "answers": (["train.phase=posttrain", "task.paths=[{folder}/rows.jsonl]", "data.tokenizer={golden}"], "row 1: no"),
     "interpreter": (["engine.kind=sglang", "engine.python=" + sys.executable], "has no SGLang; install it there, or"),
+    "no interpreter": (["engine.kind=sglang", "engine.python=/nowhere/python"], "/nowhere/python: no such interpreter"),
     "key": (["run.wandb=online"], "run.wandb=online: "),
 }  # fmt: skip
 
@@ -103,3 +104,14 @@ def test_many_nodes_on_the_built_in_text_are_warned_of(tmp_path: Path) -> None:
     (line,) = preflight.warnings(built_in, nodes=4)
     assert line.startswith("4 nodes would train from scratch on the sources of Python's standard library")
     assert preflight.warnings(built_in, nodes=1) == preflight.warnings(own, nodes=4) == []
+
+
+def test_an_interpreter_is_found_from_the_folder_that_one_is_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/python").symlink_to(sys.executable)
+    monkeypatch.chdir(tmp_path)
+    config = configured(tmp_path, "engine.kind=sglang", "engine.python=bin/python")
+    assert refusal(config).startswith("engine.python=bin/python: has no SGLang; install it there, or")
+    preflight.check(config, in_image=True)  # whose interpreters are not here

@@ -288,6 +288,16 @@ def test_a_dry_run_prints_script_and_estimate(tmp_path: Path) -> None:
     assert "memory of a rank" in done.stdout and not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("site", [{"prefix": ["apptainer", "exec", "image.sif"]}, {"container": "image.sqsh"}, {}])
+def test_the_interpreters_of_an_image_are_not_looked_for_here(tmp_path: Path, site: dict[str, Any]) -> None:
+    (tmp_path / "site.yaml").write_text(yaml.safe_dump(site | {"gpus_per_node": 2}), encoding="utf-8")
+    words = ["engine.kind=sglang", "engine.python=/opt/sglang/bin/python", f"run.dir={tmp_path}/run"]
+    done = command(QUICKSTART, "--site", str(tmp_path / "site.yaml"), "--dry-run", *words)
+    expected = "" if site else "engine.python=/opt/sglang/bin/python: no such interpreter"
+    assert done.returncode == (0 if site else 2) and done.stderr.startswith(expected), done.stderr
+    assert not site or "engine.python=/opt/sglang/bin/python" in done.stdout
+
+
 def test_without_slurm_the_line_says_so(tmp_path: Path) -> None:
     done = command(QUICKSTART, "--gpus-per-node", "2", f"run.dir={tmp_path}/run", path=str(tmp_path))
     assert done.returncode == 2 and done.stderr == (

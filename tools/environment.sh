@@ -23,7 +23,7 @@ kept=$cache/${folder#.}-$hash
 link() { cp -al "$1" "$2" 2>/dev/null || { rm -rf "$2" && cp -a "$1" "$2"; }; }
 
 case $action in
-name) basename "$kept" ;;
+name) basename -- "$kept" ;;
 restore)
     [ -f "$kept/origin" ] && [ ! -e "$folder" ] || exit 1
     echo "linking the environment $folder from $cache"

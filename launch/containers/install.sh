@@ -36,7 +36,7 @@ requirements() {
     cp "$sources/setup.py" "$sources/pyproject.toml" "$described"
     mkdir -p "$described/megatron_refine/"{models,kernels,configs}
     echo '__version__ = "0"' >"$described/megatron_refine/__init__.py"
-    install --no-build-isolation "$described[$extras]"
+    install --no-build-isolation "${described}[$extras]"
     "$trainer/bin/python" -m pip uninstall --yes megatron-refine
     rm -r "$described"
 }

@@ -122,4 +122,4 @@ def spelled(arguments: Sequence[str]) -> str:
     for before, word in zip(["", *arguments], arguments, strict=False):
         if before not in names and word not in names and not word.startswith(tuple(f"{name}=" for name in names)):
             kept.append(word)
-    return shlex.join(["tools/bench.py", *kept])
+    return shlex.join(["megatron-refine", "bench", *kept])

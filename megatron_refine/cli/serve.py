@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from megatron_refine import config as configuration
-from megatron_refine import launcher, usage
+from megatron_refine import launcher, preflight, usage
 from megatron_refine.files import write_json
 from megatron_refine.models.family import FAMILIES
 
@@ -42,6 +42,7 @@ def serve(config: configuration.Config, port: int, folder: Path) -> int:
 
     if not config.engine.python:
         raise configuration.ConfigError("engine.python: missing; name the interpreter that has SGLang")
+    preflight.engine(config)
     folder.mkdir(parents=True, exist_ok=True)
     dtype = {"fp32": "float32", "bf16": "bfloat16"}[config.train.precision]
     write_json(folder / CONFIG, fresh_config(config.model, dtype))

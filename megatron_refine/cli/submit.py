@@ -50,7 +50,7 @@ def check(job: Job) -> None:
     files = [word for flag, word in zip(job.arguments, job.arguments[1:], strict=False) if flag == "--config"]
     overrides = [word for word in job.arguments[2 * len(files) :]]
     for point in job.points or [()]:
-        preflight.check(configuration.load(files, [*overrides, *point], FAMILIES))
+        preflight.check(configuration.load(files, [*overrides, *point], FAMILIES), job.site.in_image)
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

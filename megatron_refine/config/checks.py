@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 from collections.abc import Iterator
 
 from megatron_refine.config.schema import Config, ConfigError
@@ -139,8 +138,6 @@ def _engine_problems(c: Config) -> Iterator[tuple[bool, str]]:
         not e.urls and not e.python,
         "engine.kind=sglang: needs engine.python, the interpreter of an environment with SGLang, or engine.urls",
     )
-    missing = bool(e.python) and not (shutil.which(e.python) or e.urls)
-    yield missing, f"engine.python={e.python}: no such interpreter; install SGLang, or name another (docs/sglang.md)"
     yield (
         bool(e.urls and e.python),
         "engine.urls: servers that run already are not launched; remove engine.python",

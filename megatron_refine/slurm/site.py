@@ -37,3 +37,8 @@ class Site(Section):
     @property
     def ranks_per_node(self) -> int:
         return self.gpus_per_node or self.cpu_ranks
+
+    @property
+    def in_image(self) -> bool:
+        """Whether ranks find other programs than the login node has."""
+        return bool(self.container or self.prefix)

@@ -77,4 +77,3 @@ def differences(source: Source, model: ModelConfig) -> list[str]:
 def _checkpoint(folder: Path) -> Source:
     run = folder.parent.parent if folder.parent.name == CHECKPOINTS else None
     return Source(folder, model_in(folder, read_manifest(folder)), is_checkpoint=True, run=run)
-
