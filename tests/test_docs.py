@@ -15,7 +15,7 @@ from megatron_refine.cli import COMMANDS, run
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = sorted([*ROOT.glob("*.md"), *DOCS.glob("*.md"), ROOT / "tests/golden/README.md"])
+PAGES = sorted([*ROOT.glob("*.md"), *DOCS.glob("*.md"), ROOT / "tests/golden/README.md", *ROOT.glob("launch/*/*.md")])
 LINK = re.compile(r"\]\((?![a-z]+:)([^)#\s]*)(?:#([^)\s]+))?\)")
 FENCE = re.compile(r"^( *)(```|~~~).*?^\1\2", re.MULTILINE | re.DOTALL)
 PROGRAMS = ("megatron-refine", "megatron_refine", "make")
@@ -75,12 +75,13 @@ def test_troubleshooting_quotes_messages_as_they_are() -> None:
 
 
 def commands() -> list[tuple[str, list[str]]]:
-    """Return each command that a page shows in a block of code, as (page, words)."""
+    """Return each command that a page shows in a block of bash, as (page, words)."""
     found = []
     for page in PAGES:
         for block in FENCE.finditer(page.read_text(encoding="utf-8")):
-            for line in block.group().replace("\\\n", " ").splitlines():
-                words = shlex.split(line.strip().removeprefix("$ "), comments=True) if line.count("'") % 2 == 0 else []
+            shell = block.group() if block.group().lstrip().startswith("```bash") else ""
+            for line in shell.replace("\\\n", " ").splitlines()[1:-1]:
+                words = shlex.split(line, comments=True)
                 start = next((i for i, word in enumerate(words) if word in PROGRAMS), -1)
                 if start >= 0 and (start == 0 or words[start - 1] == "-m" or words[0].isupper()):
                     found.append((page.name, words[start:]))
