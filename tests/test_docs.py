@@ -74,21 +74,14 @@ def test_troubleshooting_quotes_messages_as_they_are() -> None:
     assert not stale, "docs/troubleshooting.md quotes what no message says:\n" + "\n".join(stale)
 
 
-def split(line: str) -> list[str]:
-    """Return the words of a line of a shell; of output that is none, nothing."""
-    try:
-        return shlex.split(line, comments=True)
-    except ValueError:
-        return []
-
-
 def commands() -> list[tuple[str, list[str]]]:
-    """Return each command that a page shows in a block of code, as (page, words)."""
+    """Return each command that a page shows in a block of bash, as (page, words)."""
     found = []
     for page in PAGES:
         for block in FENCE.finditer(page.read_text(encoding="utf-8")):
-            for line in block.group().replace("\\\n", " ").splitlines():
-                words = split(line.strip().removeprefix("$ "))
+            shell = block.group() if block.group().lstrip().startswith("```bash") else ""
+            for line in shell.replace("\\\n", " ").splitlines()[1:-1]:
+                words = shlex.split(line, comments=True)
                 start = next((i for i, word in enumerate(words) if word in PROGRAMS), -1)
                 if start >= 0 and (start == 0 or words[start - 1] == "-m" or words[0].isupper()):
                     found.append((page.name, words[start:]))
