@@ -35,7 +35,7 @@ def dividing(config: Config, world: int) -> tuple[Config, str]:
     if mini == config.mini_batch_size:
         return config, ""
     batch = -(-train.global_batch_size // mini) * mini
-    changed = {"train": train.model_copy(update={"global_batch_size": batch})}
+    changed: dict[str, object] = {"train": train.model_copy(update={"global_batch_size": batch})}
     if update.mini_batch_size:
         changed["update"] = update.model_copy(update={"mini_batch_size": mini})
     own = f"update.mini_batch_size={mini}, " if update.mini_batch_size else ""
