@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_refine import __version__
 from tests import runs
 
 ROOT = Path(__file__).parents[1]
@@ -104,8 +105,9 @@ def test_an_installed_wheel_explains_itself_and_finds_its_presets(tmp_path: Path
     dry_run = ["--config", "run.yaml", "model=lact_tiny", "refine.reward=cosine", "--dry-run"]
     for line, words in (
         (["-c", "import megatron_refine; print(megatron_refine.__file__)"], str(site)),
-        (["-m", "megatron_refine.train", "--help"], "--config"),
-        (["-m", "megatron_refine.train", *dry_run], "memory of a rank"),
+        ([str(site / "bin/megatron-refine"), "--version"], f"megatron-refine {__version__}"),
+        (["-m", "megatron_refine", "train", "--help"], "--config"),
+        (["-m", "megatron_refine", "train", *dry_run], "memory of a rank"),
     ):
         done = subprocess.run(
             [sys.executable, *line], cwd=away, env=environment, capture_output=True, encoding="utf-8", timeout=300
