@@ -5,7 +5,8 @@ import re
 import shutil
 from collections.abc import Iterator
 
-from megatron_refine.config.schema import Config, ConfigError
+from megatron_refine.config.base import ConfigError
+from megatron_refine.config.schema import Config
 
 SERVED = ("delta_net", "gated_delta_net")  # families with a model for SGLang
 

@@ -10,9 +10,10 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from megatron_refine.config.base import ConfigError
 from megatron_refine.config.checks import cross_check
 from megatron_refine.config.paths import expand, resolved
-from megatron_refine.config.schema import Config, ConfigError, ModelConfig, with_model
+from megatron_refine.config.schema import Config, ModelConfig, with_model
 from megatron_refine.config.words import Said, read_yaml, settle, spell
 
 S = TypeVar("S", bound=BaseModel)

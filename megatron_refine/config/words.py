@@ -14,8 +14,8 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import yaml
 from pydantic import BaseModel
 
+from megatron_refine.config.base import ConfigError
 from megatron_refine.config.paths import expand
-from megatron_refine.config.schema import ConfigError
 
 INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]{0,30})")
 DECIMAL = re.compile(r"[-+]?(?=[0-9.]+[.eE]|\.)([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
