@@ -13,16 +13,19 @@ from megatron_refine.config.training import Optimizer, Parallel, Refine, TestTim
 
 
 class ModelConfig(Section):
-    """What every family has. A family subclasses it in `models/<family>/config.py`."""
+    """Shape of the model. `configs/models/` holds presets.
 
-    family: str = Field(description="a folder of models/")
-    vocab_size: int = Field(ge=2, description="number of token ids; padded to a multiple of 128 inside")
-    hidden_size: int = Field(ge=1)
-    num_layers: int = Field(ge=1)
-    intermediate_size: int = Field(ge=1, description="width of the gated MLP")
-    norm_eps: float = Field(1e-6, gt=0)
-    init_std: float = Field(0.02, gt=0, description="standard deviation of the initial weights")
-    tie_embeddings: bool = Field(False, description="share the embedding with the output layer")
+    A family is a folder of `models/` and adds keys of its own (in its `config.py`).
+    """
+
+    family: str = Field(description="Name of the family. Each has its keys in a table below.")
+    vocab_size: int = Field(ge=2, description="Number of token ids. The embedding is padded to a multiple of 128 rows.")
+    hidden_size: int = Field(ge=1, description="Width of the residual stream.")
+    num_layers: int = Field(ge=1, description="Number of layers. `parallel.pp` must divide it.")
+    intermediate_size: int = Field(ge=1, description="Width of the gated MLP. `parallel.tp` must divide it.")
+    norm_eps: float = Field(1e-6, gt=0, description="Epsilon of the RMS norms.")
+    init_std: float = Field(0.02, gt=0, description="Standard deviation of the initial weights.")
+    tie_embeddings: bool = Field(False, description="Use the embedding as the output layer.")
 
     @property
     def padded_vocab(self) -> int:
