@@ -1,4 +1,4 @@
-"""What all sections of the configuration have in common. Nothing here imports torch."""
+"""The base of all sections of the configuration. Nothing here imports torch."""
 
 from pydantic import BaseModel, ConfigDict
 

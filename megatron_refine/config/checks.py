@@ -1,4 +1,4 @@
-"""What single keys cannot say: contradictions between keys, and with the number of ranks."""
+"""Checks that take several keys, or a key and the number of ranks."""
 
 import os
 import re
@@ -12,7 +12,7 @@ SERVED = ("delta_net", "gated_delta_net")  # families with a model for SGLang
 
 
 def check_world_size(config: Config, world_size: int) -> int:
-    """The data parallel size of `world_size` ranks. Raises ConfigError where they do not fit the layout."""
+    """Return the data-parallel size of `world_size` ranks. Raises ConfigError where they do not fit the layout."""
     p = config.parallel
     if world_size < 1 or world_size % p.model_size:
         raise ConfigError(
@@ -30,7 +30,7 @@ def check_world_size(config: Config, world_size: int) -> int:
 
 
 def cross_check(c: Config) -> Config:
-    """The configuration itself. Raises ConfigError for contradictions between its keys."""
+    """Return the configuration as it is. Raises ConfigError for contradictions between its keys."""
     problems = (*_layout_problems(c), *_training_problems(c), *_phase_problems(c), *_engine_problems(c))
     found = [message for wrong, message in problems if wrong]
     if found:

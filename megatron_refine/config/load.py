@@ -38,7 +38,7 @@ def load(paths: str | Path | list[str], overrides: list[str], families: dict[str
 
 
 def _merged(files: Sequence[str], overrides: Sequence[str]) -> tuple[str, dict[str, Any]]:
-    """What messages call the files, and all that they and the overrides say."""
+    """Return the files' name in messages, and the tree of all that they and the overrides say."""
     models = [preset(o.removeprefix("model=")) for o in overrides if o.startswith("model=")]
     tree = _overlay([*(_read(file) for file in files), *(_model(file) for file in models)])
     for override in (o for o in overrides if not o.startswith("model=")):
@@ -47,7 +47,7 @@ def _merged(files: Sequence[str], overrides: Sequence[str]) -> tuple[str, dict[s
 
 
 def read_as(path: Path, schema: type[S]) -> S:
-    """A YAML file with a schema of its own. Raises ConfigError with one line a problem."""
+    """Read a YAML file that has a schema of its own. Raises ConfigError with one line a problem."""
     return _validated(_read(str(path)), schema, str(path))
 
 
@@ -67,7 +67,7 @@ def _validated(tree: dict[str, Any], schema: type[S], path: str) -> S:
 
 
 def _overlay(trees: list[dict[str, Any]]) -> dict[str, Any]:
-    """Sections merged key by key; a model section that names its family is a whole model and replaces the other."""
+    """Merge sections key by key; a model section that names its family is a whole model and replaces the other."""
     merged: dict[str, Any] = {}
     for tree in trees:
         for name, section in tree.items():
@@ -85,7 +85,7 @@ def _read(path: str) -> dict[str, Any]:
 
 
 def _model(path: str) -> dict[str, Any]:
-    """The model's section of a file, whatever else stands there."""
+    """Read the model's section of a file, and nothing else that stands there."""
     tree = _read(path)
     if "model" not in tree:
         raise ConfigError(f"model={path}: has no section model; name the file with --config for its other sections")
@@ -93,7 +93,7 @@ def _model(path: str) -> dict[str, Any]:
 
 
 def preset(name: str) -> str:
-    """The file of a model's name, or a file as it is named. Raises ConfigError where there is neither."""
+    """Return the file of a preset, or `name` if it names a file. Raises ConfigError where it is neither."""
     models = Path(str(resources.files("megatron_refine"))) / "configs/models"
     if (models / f"{name}.yaml").is_file() and "/" not in name:
         return str(models / f"{name}.yaml")
@@ -106,7 +106,7 @@ def preset(name: str) -> str:
 
 
 def files_and_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The words of a command line, told apart: a file may have = in its name, or in that of its folder."""
+    """Tell the files of a command line from its overrides: a file may have = in its name, or in that of its folder."""
     files = [w for w in words if "=" not in w or "/" in w.partition("=")[0] or os.path.isfile(w)]
     return files, [word for word in words if word not in files]
 
@@ -114,7 +114,7 @@ def files_and_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
 def absolute(
     files: Sequence[str], overrides: Sequence[str], families: dict[str, type[ModelConfig]], before: Sequence[str] = ()
 ) -> list[str]:
-    """Overrides that give the same configuration in any working directory and environment.
+    """Return overrides that give the same configuration in any working directory and environment.
 
     before: overrides that stand before them, and stay. Every path that is relative or holds a variable is written out,
     whether overrides, files or defaults say it. Raises ConfigError.
@@ -129,7 +129,7 @@ def absolute(
 
 
 def absolute_file(path: str) -> str:
-    """A file as the command line names it. Raises ConfigError."""
+    """Expand a file's name on the command line and make it absolute. Raises ConfigError."""
     try:
         return str(Path(expand(path)).absolute())
     except ValueError as error:

@@ -41,7 +41,7 @@ class Run(Section):
 
 
 class Engine(Section):
-    """What makes rollouts. `engine.kind=sglang` and its keys: docs/sglang.md.
+    """Engine that makes the rollouts. `engine.kind=sglang` and its keys: docs/sglang.md.
 
     The trainer scores every rollout again, and its log-probabilities alone are the old ones of the policy loss. The gap
     of a token is their distance from the engine's, in nats, both at `refine.rollout_temperature`: about 1e-7 with the
@@ -155,7 +155,7 @@ class Eval(Section):
 
 
 class Checkpoint(Section):
-    """When checkpoints are written, which ones are kept, and what a run starts from."""
+    """Checkpoints: when they are written, which ones are kept, and which one a run starts from."""
 
     every: int = Field(0, ge=0, description="Steps between checkpoints. 0: by the clock and at the end only.")
     minutes: float = Field(

@@ -33,7 +33,7 @@ class ModelConfig(Section):
         return -(-self.vocab_size // 128) * 128
 
     def tp_limit(self) -> int:
-        """Number of heads that tensor parallelism shards: tp must divide it."""
+        """Return the number of heads that tensor parallelism shards: tp must divide it."""
         raise NotImplementedError
 
 
@@ -63,7 +63,7 @@ class Config(Section):
         return self.update.mode == "fused" or (self.update.mode == "auto" and exact)
 
     def mini_batch_at(self, step: int, refine: bool) -> int:
-        """Sequences an optimizer step of the batch `step`: all of an NTP-only one, but for a matched baseline."""
+        """Return the sequences of an optimizer step of batch `step`: all if it is NTP only, but in a baseline to match."""
         matched = not self.refine.enabled and self.train.match != "data" and step >= self.refine.start_step
         return self.mini_batch_size if refine or matched else self.train.global_batch_size
 
@@ -74,7 +74,7 @@ class Config(Section):
 
     @property
     def branch_rows(self) -> int:
-        """Rollout tokens a sequence, c * n * k."""
+        """Rollout tokens of a sequence, c * n * k."""
         return self.refine.num_chunks * self.refine.num_rollouts * self.refine.rollout_len
 
     @property
@@ -91,7 +91,7 @@ class Config(Section):
 
 @functools.cache
 def with_model(schema: type[ModelConfig]) -> type[Config]:
-    """Config with the family's own model section."""
+    """Return Config with the family's own model section."""
     return create_model("Config", __base__=Config, model=(schema, ...))
 
 

@@ -147,7 +147,7 @@ class Refine(Section):
 
 
 class Update(Section):
-    """How a batch updates the weights."""
+    """Update of the weights by a batch."""
 
     mode: Literal["auto", "fused", "two_pass"] = Field(
         "auto",

@@ -51,11 +51,11 @@ class Rows:
         return self.record.fingerprint
 
     def row(self, index: int) -> np.ndarray:
-        """Token ids of one row: [length <= T], uint16 or int32, without padding."""
+        """Return the token ids of one row: [length <= T], uint16 or int32, without padding."""
         return np.array(self._rows[int(index)])  # a copy: a view would not outlive the map
 
     def batch(self, ids: Sequence[int] | np.ndarray, sample_ids: Sequence[int] | np.ndarray) -> Batch:
-        """The rows `ids` [B] as tokens [B, T], right-padded with 0.
+        """Return the rows `ids` [B] as tokens [B, T], right-padded with 0.
 
         sample_ids: [B], their places in the run's stream of samples.
         """

@@ -28,7 +28,7 @@ STAGES = tuple(name for name in _NAMES["time"].split() if name != "step")
 
 
 class MetricsLog:
-    """Appends rows to a file. Each leaves the process at once: when killed, it leaves at most a torn last line."""
+    """The file of rows. Each row leaves the process at once: when killed, it leaves at most a torn last line."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -52,7 +52,7 @@ class MetricsLog:
 
 
 def read(path: str | Path) -> list[Row]:
-    """The rows of a metrics.jsonl, [] without one. A torn last line is left out.
+    """Read the rows of a metrics.jsonl, [] without one. A torn last line is left out.
 
     Raises OSError, and TornError where another line is not a JSON object with a step.
     """

@@ -18,7 +18,7 @@ _SHARES = ("score", "rollout", "update")
 
 
 def step_line(metrics: Row, total_steps: int) -> str:
-    """One training step; shares are of the step's seconds, the gap is the mean between engine and trainer in nats.
+    """Describe a training step. Shares are of its seconds; the gap is the mean between engine and trainer in nats.
 
     Masked rollouts, the loss of answers (post-training) and their score (test time) are told where there are any.
     """
@@ -34,7 +34,7 @@ def step_line(metrics: Row, total_steps: int) -> str:
 
 
 def eval_line(metrics: Row) -> str:
-    """One evaluation on held-out sequences; rewards and greedy matches only where rollouts were made."""
+    """Describe an evaluation on held-out sequences; rewards and greedy matches only where rollouts were made."""
     parts = [
         f"eval step {metrics['step']}: ntp {number(metrics, 'eval/ntp_loss', '.2f')}",
         f"accuracy {number(metrics, 'eval/ntp_accuracy', '.1%')}",
@@ -48,7 +48,7 @@ def eval_line(metrics: Row) -> str:
 
 
 def comparison(evals: Sequence[tuple[str, Row]], times: StepTimes) -> str:
-    """The end of a run: a labelled row an evaluation, then the median seconds of NTP and REFINE steps."""
+    """Describe a finished run: a labelled row an evaluation, then the median seconds of NTP and REFINE steps."""
     width = max((len(label) for label, _ in evals), default=0)
     lines = [" " * width + "  step" + "".join(f"  {heading:>8}" for heading in COLUMNS)] if evals else []
     for label, row in evals:
@@ -58,7 +58,7 @@ def comparison(evals: Sequence[tuple[str, Row]], times: StepTimes) -> str:
 
 
 def median_line(times: StepTimes) -> str:
-    """The median seconds of NTP and REFINE steps and their ratio: `NTP step 0.51 s, REFINE step 0.61 s, ratio 1.20`."""
+    """Write the median seconds of steps and their ratio: `NTP step 0.51 s, REFINE step 0.61 s, ratio 1.20`."""
     kinds = (("NTP", times.ntp), ("REFINE", times.refine))
     parts = [f"{kind} step {median(seconds):.3g} s" for kind, seconds in kinds if seconds]
     ratio = [] if times.ratio is None else [f"ratio {times.ratio:.2f}"]
@@ -66,7 +66,7 @@ def median_line(times: StepTimes) -> str:
 
 
 def number(row: Row, key: str, form: str) -> str:
-    """A number of the row: - where it has none, nan for null, which stands for a number that was not finite."""
+    """Write a number of the row: - where it has none, nan for null, which stands for one that was not finite."""
     if key not in row:
         return "-"
     text = "nan" if row[key] is None else f"{row[key]:{form}}"
@@ -99,7 +99,7 @@ def _amount(value: float | None) -> str:
 
 
 def _short_power(value: float | None) -> str:
-    """One digit and its power of ten: 1e-6."""
+    """Write one digit and its power of ten: 1e-6."""
     if value is None or not math.isfinite(value):
         return "nan"
     digit, power = f"{value:.0e}".split("e")

@@ -50,7 +50,7 @@ _STYLE: dict[Any, Any] = {
 
 
 def draw(name: str, paint: Callable[[Sequence[Axes]], None], widths: Sequence[float] = (1,)) -> str:
-    """Axes side by side, painted, as an <svg> element. `name` makes its ids unique on the page."""
+    """Paint axes side by side and return an <svg> element. `name` makes its ids unique on the page."""
     buffer = io.StringIO()
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
         figure = Figure(figsize=(9.2, 2.9), layout="constrained")
@@ -73,6 +73,6 @@ def draw(name: str, paint: Callable[[Sequence[Axes]], None], widths: Sequence[fl
 
 
 def standalone(svg: str) -> str:
-    """A figure as a file of its own: it brings the page's colours with it."""
+    """Return a figure as a file of its own, which brings the page's colours with it."""
     tag, rest = svg.split(">", 1)
     return f"{tag}><style>{COLOURS}</style>{rest}"

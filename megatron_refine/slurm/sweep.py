@@ -9,7 +9,7 @@ from megatron_refine.config.words import read_yaml, settle_points, spell
 
 
 def points(path: Path, config: Config) -> list[list[str]]:
-    """Overrides of each point, with a run folder of its own below config.run.dir.
+    """Return the overrides of each point, with a run folder of its own below config.run.dir.
 
     The file holds {key: [values]}, a grid, or [{key: value}, ...]. Raises ConfigError with file and remedy.
     """
