@@ -17,11 +17,11 @@ export TORCH_INDEX
 # seconds that torchrun gives a run to save in, after Ctrl-C
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT ?= 600
 
-.PHONY: help train train-sglang bench test test-all test-gpu test-sglang test-slurm test-chaos lint clean
+.PHONY: help train train-sglang bench test test-all test-gpu test-sglang test-slurm test-chaos lint configuration clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 15
 
 train: .venv/ready ## train a tiny model with REFINE on two CPU ranks; MODEL=a file of configs/models
 	@$(BIN)/torchrun --standalone --nproc-per-node 2 -m megatron_refine.train --config configs/quickstart.yaml \
@@ -65,6 +65,9 @@ test-chaos: .venv/ready ## kill ranks at random moments, KILLS=20 times; SEED= r
 lint: .venv/ready ## ruff and mypy
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
+
+configuration: .venv/ready ## write docs/configuration.md, from the schema and docs/configuration.in.md
+	@$(BIN)/python -m megatron_refine.config.document $(ARGS)
 
 clean: ## remove the environment and all caches; runs/ stays
 	rm -rf .venv .venv-sglang .cache .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -25,9 +25,7 @@ class DeltaNetConfig(ModelConfig):
         description="Width of all values, as a multiple of `model.hidden_size`. A head's share must be a whole number.",
     )
     conv_size: int = Field(4, ge=2, description="Taps of the short convolution on q, k and v.")
-    allow_neg_eigval: bool = Field(
-        False, description="Let beta, the write strength, lie in (0, 2). false: in (0, 1)."
-    )
+    allow_neg_eigval: bool = Field(False, description="Let beta, the write strength, lie in (0, 2). false: in (0, 1).")
 
     @property
     def head_dim_k(self) -> int:

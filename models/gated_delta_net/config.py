@@ -24,9 +24,7 @@ class GatedDeltaNetConfig(ModelConfig):
     )
     conv_size: int = Field(4, ge=2, description="Taps of the short convolution on q, k and v.")
     use_gate: bool = Field(True, description="Multiply the normed output of each head by a SiLU gate.")
-    allow_neg_eigval: bool = Field(
-        False, description="Let beta, the write strength, lie in (0, 2). false: in (0, 1)."
-    )
+    allow_neg_eigval: bool = Field(False, description="Let beta, the write strength, lie in (0, 2). false: in (0, 1).")
 
     @property
     def value_heads(self) -> int:

@@ -38,7 +38,9 @@ class LactConfig(ModelConfig):
         "scale after each update, and add the next one to that.",
     )
     use_muon: bool = Field(False, description="Make the updates of the fast weights orthogonal (Muon).")
-    use_momentum: bool = Field(True, description="Give the updates momentum, by a factor that is predicted from each token.")
+    use_momentum: bool = Field(
+        True, description="Give the updates momentum, by a factor that is predicted from each token."
+    )
     learnable_ttt_scale: bool = Field(
         True, description="Scale what is read from the fast weights by a factor that is predicted per token and head."
     )
