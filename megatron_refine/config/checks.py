@@ -24,7 +24,8 @@ def check_world_size(config: Config, world_size: int) -> int:
     if sequences % (dp * config.train.micro_batch_size):
         key = "update.mini_batch_size" if config.update.mini_batch_size else "train.global_batch_size"
         raise ConfigError(
-            f"{key}={sequences} is no multiple of dp*train.micro_batch_size = {dp}*{config.train.micro_batch_size}"
+            f"{key}={sequences} is no multiple of dp*train.micro_batch_size = {dp}*{config.train.micro_batch_size}: "
+            "change one of them or the number of processes"
         )
     return dp
 

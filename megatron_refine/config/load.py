@@ -60,7 +60,7 @@ def _validated(tree: dict[str, Any], schema: type[S], path: str) -> S:
         raise ConfigError("\n".join([*(f"{path}: {p}" for p in problems),
                                      *(_explain(e, path, schema) for e in error.errors())])) from None  # fmt: skip
     except RecursionError:
-        raise ConfigError(f"{path}: nested too deeply, or an alias within itself") from None
+        raise ConfigError(f"{path}: is nested too deeply, or an alias stands within itself; flatten it") from None
     if problems:
         raise ConfigError("\n".join(f"{path}: {problem}" for problem in problems))
     return found
@@ -80,7 +80,8 @@ def _overlay(trees: list[dict[str, Any]]) -> dict[str, Any]:
 def _read(path: str) -> dict[str, Any]:
     tree = read_yaml(path)
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: must hold sections (model:, data:, ...)" + (", is empty" if tree is None else ""))
+        empty = "; it is empty" if tree is None else ""
+        raise ConfigError(f"{path}: must hold sections (model:, data:, ...){empty}")
     return {key: value for key, value in tree.items() if value is not None}  # `train:` alone means the defaults
 
 
@@ -145,7 +146,7 @@ def _override(tree: dict[str, Any], text: str) -> None:
     for name in path:
         tree = tree.setdefault(name, {})
         if not isinstance(tree, dict):
-            raise ConfigError(f"{key}: {name} is a value, not a section")
+            raise ConfigError(f"{key}: {name} is a value, not a section; write section.key=value")
     tree[last] = Said(value)
 
 

@@ -63,7 +63,7 @@ class Config(Section):
         return self.update.mode == "fused" or (self.update.mode == "auto" and exact)
 
     def mini_batch_at(self, step: int, refine: bool) -> int:
-        """Return the sequences of an optimizer step of batch `step`: all if it is NTP only, but in a baseline to match."""
+        """Return the sequences of an optimizer step of a batch: all of an NTP-only one, but in a matched baseline."""
         matched = not self.refine.enabled and self.train.match != "data" and step >= self.refine.start_step
         return self.mini_batch_size if refine or matched else self.train.global_batch_size
 

@@ -84,7 +84,7 @@ def find_files(paths: list[str], key: str) -> Walk:
     walk = Walk()
     for path in paths:
         if not path or "\0" in path:
-            raise ConfigError(f"{key}: {shown(path)!r} is no path; correct it")
+            raise ConfigError(f"{key}: {shown(path)!r} is not a path; correct it")
         _find(_native(path), key, walk)
     return walk
 

@@ -114,7 +114,7 @@ class _Cells:
             if name in self.row:
                 return name, self.row[name]
         wanted, present = " or ".join(names), ", ".join(map(str, self.row))
-        raise ConfigError(f"{self.where}: no column {wanted}; it has {present or 'none'}: name one of these")
+        raise ConfigError(f"{self.where}: has no column {wanted}; it has {present or 'none'}: name one of these")
 
     def _text(self, name: str, value: Any) -> str:
         if problem := flaw(value) or ("" if value else "an empty text"):

@@ -119,7 +119,7 @@ def form_of(path: Path, key: str) -> Form:
     if says.packing and packing != says.packing:
         found = "is empty" if not head else "is something else"
         raise refusal(
-            path, key, f"is no {says.packing} file, as its name says: it {found}; fetch it again or rename it"
+            path, key, f"is not the {says.packing} file that its name says: it {found}; fetch it again or rename it"
         )
     if packing:
         with opened(path, Form(says.kind, packing), key) as stream:
@@ -129,7 +129,7 @@ def form_of(path: Path, key: str) -> Form:
 
 
 def _checked(path: Path, key: str, kind: str, packing: str, head: bytes, end: bytes) -> str:
-    """Return the kind of a file whose name says `kind`: that, or parquet. Raises ConfigError for another one's bytes."""
+    """Return the kind of a file whose name says `kind`: that, or parquet. Raises ConfigError for other bytes."""
     if head.startswith(_PARQUET) and (kind == "parquet" or (end == _PARQUET and not packing)):
         if packing or kind in ("jsonl", "json"):
             how = f" packed with {packing}; unpack it" if packing else f", no {kind} file; name it .parquet"
@@ -141,7 +141,7 @@ def _checked(path: Path, key: str, kind: str, packing: str, head: bytes, end: by
     first = head.removeprefix(BOM).lstrip()[:1]
     if kind == "parquet":
         found = {b"": "is empty", b"{": "looks like JSON lines"}.get(first, "is something else")
-        raise refusal(path, key, f"is no parquet file, as its name says: it {found}; fetch it again or rename it")
+        raise refusal(path, key, f"is not the parquet file that its name says: it {found}; fetch it again or rename it")
     if kind == "jsonl" and first == b"[":
         raise refusal(path, key, "begins with a JSON array, not with an object on a line; name it .json")
     return kind
@@ -159,7 +159,8 @@ def opened(path: Path, form: Form, key: str) -> Iterator[IO[bytes]]:
             if isinstance(error, OSError) and error.errno is not None:
                 raise
             reason = " ".join(str(error).split())
-            raise refusal(path, key, f"broken {form.packing} file: {reason}; fetch it again or leave it out") from None
+            what = f"is a broken {form.packing} file: {reason}; fetch it again or leave it out"
+            raise refusal(path, key, what) from None
 
 
 def _unpacked(file: IO[bytes], packing: str) -> contextlib.AbstractContextManager[Any]:

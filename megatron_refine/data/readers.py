@@ -33,12 +33,13 @@ def _read_text(path: Path, column: str, key: str, form: Form) -> str:
     with opened(path, form, key) as file:
         content = file.read()
     if (nul := content.find(b"\0")) >= 0:
-        raise refusal(path, key, f"no text: byte {nul} is NUL (damaged, binary or UTF-16); restore it or leave it out")
+        what = f"is not text: byte {nul} is NUL (damaged, binary or UTF-16); restore it or leave it out"
+        raise refusal(path, key, what)
     try:
         text = content.removeprefix(BOM).decode()  # not read_text: line ends stay what they are
     except UnicodeDecodeError as error:
         raise refusal(
-            path, key, f"not UTF-8 text (byte {error.start + len(BOM) * form.bom}); convert it, or leave it out "
+            path, key, f"is not UTF-8 text (byte {error.start + len(BOM) * form.bom}); convert it, or leave it out "
             "(tables are known by their names, .jsonl and .parquet)"
         ) from None  # fmt: skip
     if found := _rows_in(text, column, path.suffix.lower()):
@@ -96,11 +97,11 @@ def read_rows(path: Path, key: str, form: Form | None = None) -> Iterator[dict[s
     """Yield the rows of a table in file order: column -> value, whatever its type.
 
     Values come as they stand in the file, odd characters too. Raises ConfigError naming the file and, in JSON, the
-    line, for a file that is no table, that is broken or that cannot be read.
+    line, for a file that is not a table, that is broken or that cannot be read.
     """
     form = form or form_of(path, key)
     if not form.is_table:
-        raise refusal(path, key, "no table (known by their names: .jsonl and .parquet); convert or rename it")
+        raise refusal(path, key, "is not a table (known by their names: .jsonl and .parquet); convert or rename it")
     if form.kind == "parquet":
         yield from _parquet_rows(path, key)
         return
@@ -126,7 +127,7 @@ def _read_table(path: Path, column: str, key: str, form: Form) -> Iterator[str]:
     for number, row in enumerate(read_rows(path, key, form), 1):
         if column not in row:
             names = ", ".join(map(str, row)) or "none"
-            raise ConfigError(f"{where}: row {number} has no such column; it has {names}")
+            raise ConfigError(f"{where}: row {number} has no such column; it has {names}: name one of these")
         if found := flaw(row[column]):
             raise ConfigError(f"{where}: row {number} holds {found}; fix the row or name another column")
         yield row[column]
@@ -139,7 +140,7 @@ def _object(value: Any) -> dict[str, Any]:
 
 
 def _broken(path: Path, key: str, kind: str, reason: str) -> ConfigError:
-    return refusal(path, key, f"broken {kind} file: {reason}; repair it or leave it out")
+    return refusal(path, key, f"is a broken {kind} file: {reason}; repair it or leave it out")
 
 
 def _jsonl_rows(lines: IO[bytes], path: Path, key: str) -> Iterator[dict[str, Any]]:

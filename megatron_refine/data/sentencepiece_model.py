@@ -63,7 +63,7 @@ def _load(path: Path, key: str) -> "SentencePieceProcessor":
         from sentencepiece import SentencePieceProcessor
     except ImportError:
         raise ConfigError(
-            f"{key}: {path}: a sentencepiece model is read by the package sentencepiece: pip install sentencepiece"
+            f"{key}: {path}: is read by the package sentencepiece, which is missing: pip install sentencepiece"
         ) from None
     try:
         data = path.read_bytes()
@@ -75,7 +75,7 @@ def _load(path: Path, key: str) -> "SentencePieceProcessor":
     except (OSError, RuntimeError, ValueError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise ConfigError(
-            f"{key}: {path}: no valid sentencepiece model: {reason}; fetch it again, or name a tokenizer.json "
+            f"{key}: {path}: is not a valid sentencepiece model: {reason}; fetch it again, or name a tokenizer.json "
             "(known by its name's .json)"
         ) from None
 

@@ -119,7 +119,7 @@ def _numbers(
     ids = value if isinstance(value, list) else [] if value is None else [value]
     for i in ids:
         if type(i) is not int or (i > vocabulary.largest_id and role != "pad"):
-            what = f"declares {field} {shown(repr(i))}, {shown(path.name)} has ids up to {vocabulary.largest_id}"
+            what = f"declares {field} {shown(repr(i))}, but {shown(path.name)} has ids up to {vocabulary.largest_id}"
             raise refusal(path.with_name(name), key, f"{what}; correct it, or move the tokenizer away from it")
     return [i for i in ids if 0 <= i <= vocabulary.largest_id]  # -1: some say none so
 

@@ -29,7 +29,7 @@ def adjusted_threshold(documents: Iterable[tuple[str, np.ndarray]], rule: RowRul
     usable = sorted({share(text) for text, ids in documents if rule.rows(ids)})
     if len(usable) < 2:
         raise ConfigError(
-            f"data.paths: only one document has the {rule.min_length} tokens of a row, training and evaluation need "
-            "one each; lower data.min_length or data.seq_length, or name data.valid_paths"
+            f"data.paths: only one document has the {rule.min_length} tokens of a row, but training and evaluation "
+            "need one each; lower data.min_length or data.seq_length, or name data.valid_paths"
         )
     return min(max(threshold, usable[0] + 1), usable[-1])

@@ -55,7 +55,7 @@ class JsonTokenizer:
             self._tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises nothing more specific
             reason = " ".join(str(error).split())
-            raise refusal(path, key, f"no valid tokenizer.json: {reason}; replace or delete it") from None
+            raise refusal(path, key, f"is not a valid tokenizer.json: {reason}; replace or delete it") from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
@@ -100,8 +100,8 @@ def load_tokenizer(path: Path, vocab_size: int, key: str) -> Tokenizer:
     largest = max(tokenizer.largest_id, *(i for i in (tokenizer.bos_id, *tokenizer.ends) if i is not None), -1)
     if largest >= vocab_size:
         raise ConfigError(
-            f"{key}: {path}: has token ids up to {largest}, model.vocab_size={vocab_size} allows {vocab_size - 1}; "
-            f"set model.vocab_size={largest + 1} or more"
+            f"{key}: {path}: has token ids up to {largest}, but model.vocab_size={vocab_size} allows {vocab_size - 1} "
+            f"at most; set model.vocab_size={largest + 1} or more"
         )
     return tokenizer
 

@@ -104,7 +104,7 @@ def read_progress(run_dir: Path) -> dict[str, Any] | None:
         return None
     kept: dict[str, Any] = read_json(path)
     if not isinstance(kept, dict) or kept.keys() != {"step", "consumed_samples", "data"}:
-        raise TornError(f"{path}: damaged: {str(kept)[:80]} is no progress; delete it or restore it")
+        raise TornError(f"{path}: damaged: {str(kept)[:80]} is not a run's progress; delete it or restore it")
     return kept
 
 

@@ -59,5 +59,5 @@ def read(path: str | Path) -> list[Row]:
     rows = read_rows(Path(path))
     for row in rows:
         if not isinstance(row.get("step"), int | float):
-            raise TornError(f"{path}: damaged: {str(row)[:80]} is no row of metrics; remove this line")
+            raise TornError(f"{path}: damaged: {str(row)[:80]} is not a row of metrics; remove this line")
     return rows

@@ -42,7 +42,7 @@ class Job:
         if self.engine_nodes and engine.urls:
             raise ConfigError("--engine-nodes: engine.urls names servers that run already; leave out one of the two")
         if self.engine_nodes and not engine.python:
-            raise ConfigError("--engine-nodes: engine.python is missing: name the interpreter that has SGLang")
+            raise ConfigError("--engine-nodes: engine.python is missing; set it to the interpreter that has SGLang")
         for text in (f"run.dir={self.run_dir}", f"--name={self.name}", *map(_folder, self.points)):
             if re.search(r"[\\\n\r]", text):
                 raise ConfigError(f"{text!r}: a job cannot have a backslash or a new line in it; choose another")

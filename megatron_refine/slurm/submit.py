@@ -40,5 +40,6 @@ def _sbatch(script: Path, options: list[str]) -> str:
     except FileNotFoundError:
         raise ConfigError("sbatch: not found; submit from a login node, or look at it with --dry-run") from None
     if done.returncode:
-        raise ConfigError(f"{script}: refused: {' '.join(done.stderr.split())}")
+        said = " ".join(done.stderr.split())
+        raise ConfigError(f"{script}: refused by sbatch: {said}; correct the site file or the options")
     return done.stdout.strip().split(";")[0]
