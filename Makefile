@@ -15,11 +15,11 @@ export OMP_NUM_THREADS := 1
 CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/megatron_refine
 export TORCH_INDEX
 
-.PHONY: help train train-sglang bench test test-all test-gpu test-sglang test-slurm test-chaos lint docs clean
+.PHONY: help train train-sglang bench test test-all test-gpu test-sglang test-slurm test-chaos lint docs configuration clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 15
 
 train: .venv/ready ## train a tiny model with REFINE on two CPU ranks; MODEL=a file of configs/models
 	@$(BIN)/megatron-refine train --ranks 2 --config configs/quickstart.yaml \
@@ -75,6 +75,9 @@ docs: .venv-docs/ready ## build the documentation as a site, in site/
 	@test -x .venv-docs/bin/python || $(or $(PYTHON),false) -m venv .venv-docs
 	@.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt "$(DOCS)"
 	@touch $@
+
+configuration: .venv/ready ## write docs/configuration.md, from the schema and docs/configuration.in.md
+	@$(BIN)/python -m megatron_refine.config.document $(ARGS)
 
 clean: ## remove the environments, the site and all caches; runs/ stays
 	rm -rf .venv .venv-sglang .venv-docs site .cache .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -100,10 +100,10 @@ WRONG: list[tuple[Declared, str]] = [
     ({"tokenizer_config": {"eos_token": 7}}, "declares eos_token 7, which"),
     ({"tokenizer_config": {"bos_token": ["<s>"]}}, "declares bos_token ['<s>'], which"),
     ({"config": {"eos_token_id": 900}},
-     "config.json: declares eos_token_id 900, tokenizer.json has ids up to 279; correct it, or move the tokenizer"),
+     "config.json: declares eos_token_id 900, but tokenizer.json has ids up to 279; correct it, or move the tokenizer"),
     ({"tokenizer_config": {"eos_token": "</s>"}, "generation_config": {"eos_token_id": [2, 280]}},
-     "generation_config.json: declares eos_token_id 280, tokenizer.json has ids up to 279"),
-    ({"config": {"bos_token_id": "1"}}, "config.json: declares bos_token_id '1', tokenizer.json has ids"),
+     "generation_config.json: declares eos_token_id 280, but tokenizer.json has ids up to 279"),
+    ({"config": {"bos_token_id": "1"}}, "config.json: declares bos_token_id '1', but tokenizer.json has ids"),
     ({"config": {"eos_token_id": True}}, "declares eos_token_id True"),
     ({"config": {"eos_token_id": 2.0}}, "declares eos_token_id 2.0"),
     ({"generation_config": [1]}, "generation_config.json: holds no JSON object; correct it"),
@@ -160,7 +160,7 @@ def test_a_sentencepiece_model_s_own_come_last(tmp_path: Path) -> None:
     added = {"eos_token": "<|new|>", "added_tokens_decoder": {"400": {"content": "<|new|>"}, "x": 1, "5": {}}}
     folder = declare(model, tmp_path / "d", tokenizer_config=added)
     assert found(folder) == (1, 400, 3, (400,))
-    with pytest.raises(ConfigError, match=r"has token ids up to 400, model\.vocab_size=400 allows 399; set .*=401"):
+    with pytest.raises(ConfigError, match=r"up to 400, but model\.vocab_size=400 allows 399 at most; set .*=401"):
         load_tokenizer(folder, 400, "data.tokenizer")
     with pytest.raises(ConfigError, match=r"declares eos_token '<\|gone\|>', which tokenizer\.model does not have"):
         found(declare(model, tmp_path / "e", tokenizer_config={"eos_token": "<|gone|>"}))

@@ -60,7 +60,7 @@ def test_rows_of_a_file_that_was_torn(tmp_path: Path) -> None:
 def test_a_row_without_its_step(tmp_path: Path, row: str) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(f'{row}\n{{"step": 3}}\n', encoding="utf-8")
-    with pytest.raises(TornError, match=r"metrics\.jsonl: damaged: .* is no row of metrics; remove this line"):
+    with pytest.raises(TornError, match=r"metrics\.jsonl: damaged: .* is not a row of metrics; remove this line"):
         read(path)
 
 

@@ -10,9 +10,8 @@ import pytest
 import yaml
 
 from megatron_refine.cli import convert, evaluate, lm_eval
-from megatron_refine.config import ConfigError, absolute, files_and_overrides, read_as
+from megatron_refine.config import Config, ConfigError, Data, Engine, Eval, absolute, files_and_overrides, read_as
 from megatron_refine.config.paths import resolved
-from megatron_refine.config.schema import Config, Data, Engine, Eval
 from megatron_refine.config.words import spell
 from megatron_refine.estimate.hardware import read_hardware
 from megatron_refine.models.family import FAMILIES

@@ -17,7 +17,7 @@ _SHORTEST_ROW = 2  # one token to read and one to predict
 
 @dataclass(frozen=True)
 class RowRule:
-    """How a document becomes rows. Lengths are in tokens and count BOS."""
+    """The rule by which a document becomes rows. Lengths are in tokens and count BOS."""
 
     seq_length: int
     min_length: int
@@ -26,17 +26,17 @@ class RowRule:
 
     @classmethod
     def of(cls, data: Data, bos: int | None) -> "RowRule":
-        """The rule of a configuration; `bos` is the token that begins every row, or None."""
+        """Return the rule of a configuration; `bos` is the token that begins every row, or None."""
         return cls(data.seq_length, max(data.min_length or data.seq_length, _SHORTEST_ROW), data.split_documents, bos)
 
     def document_length(self, ids: np.ndarray) -> int:
-        """Tokens of the document as one uncut row."""
+        """Return the number of tokens of the document as one uncut row."""
         return len(ids) + (self.bos is not None)
 
     def rows(self, ids: np.ndarray) -> list[np.ndarray]:
-        """The rows of a document of token ids [length], each [min_length .. seq_length]; none where it is too short.
+        """Return the rows of a document's token ids [length], each [min_length .. seq_length]; none if it is too short.
 
-        Without `split` the document's head, with it consecutive pieces that do not overlap.
+        Without `split` there is one row, the document's head; with it the pieces of the document, one after another.
         """
         head = np.array([] if self.bos is None else [self.bos], ids.dtype)
         step = self.seq_length - len(head)
@@ -64,7 +64,7 @@ class RowRule:
 
 @dataclass
 class Record:
-    """What a pair of .bin/.idx files holds: the .json beside them."""
+    """The .json beside a pair of .bin/.idx files: what they hold."""
 
     fingerprint: str  # of the configuration, the corpus and the tokenizer
     seq_length: int
@@ -82,7 +82,7 @@ class Record:
 
 
 class RowWriter:
-    """Writes `<prefix>.bin`, `.idx` and `.json`. A context manager: the files are complete when it closes."""
+    """Writer of `<prefix>.bin`, `.idx` and `.json`. A context manager: the files are complete when it closes."""
 
     def __init__(self, prefix: Path, rule: RowRule, vocab_size: int, fingerprint: str) -> None:
         from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder  # late: takes seconds

@@ -40,7 +40,7 @@ class Prepared:
 
     @property
     def counts(self) -> dict[str, dict[str, int]]:
-        """Per side: documents read, documents dropped as too short, rows, tokens in the rows."""
+        """Documents read, documents dropped as too short, rows, and tokens in the rows, of each side."""
         keys = ("documents", "dropped", "rows", "tokens")
         return {side: {key: getattr(getattr(self, side).record, key) for key in keys} for side in SIDES}
 
@@ -54,20 +54,20 @@ class _Sources:
     threshold: int
 
     def sided(self, tokenizer: Tokenizer, threshold: int) -> Iterator[tuple[str, np.ndarray]]:
-        """Every document as (side, token ids [length])."""
+        """Yield every document as (side, token ids [length])."""
         for text, ids in encode_all(tokenizer, _progress(self.train)):
             yield "valid" if share(text) < threshold else "train", ids
         for _, ids in encode_all(tokenizer, _progress(self.valid) if self.valid else ()):
             yield "valid", ids
 
     def identity(self, cache_dir: Path) -> list[str | int | None]:
-        """What of the corpus decides the rows."""
+        """Return what decides the rows: the fingerprints of the corpora and the threshold."""
         valid = self.valid.fingerprint(cache_dir) if self.valid else None
         return [self.train.fingerprint(cache_dir), valid, self.threshold]
 
 
 def prepare(config: Config, say: Callable[[str], None] = lambda _: None) -> Prepared:
-    """The packed rows of `config.data`, written to data.cache_dir unless they are there already.
+    """Return the packed rows of `config.data`, written to data.cache_dir unless they are there already.
 
     `say` is told which files are read and which special tokens are taken, a line each. Several processes may prepare
     the same data at once. Raises ConfigError for any input that cannot be used.
@@ -118,7 +118,7 @@ def _get_tokenizer(
 
 
 def _training_texts(sources: _Sources) -> Iterable[str]:
-    """Documents that are not held out; all of them where that would leave none."""
+    """Return the documents that are not held out; all of them where that would leave none."""
     empty = True
     for text in sources.train.documents():
         if share(text) >= sources.threshold:

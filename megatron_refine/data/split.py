@@ -1,4 +1,4 @@
-"""Which documents are held out: decided by their text alone, so that equal documents never stand on both sides."""
+"""Held-out documents: their text alone decides, so that equal documents never stand on both sides."""
 
 import hashlib
 from collections.abc import Iterable
@@ -12,12 +12,12 @@ _WHOLE = 1 << 64
 
 
 def share(text: str) -> int:
-    """A document's place in [0, 2^64), uniform over documents. Below the threshold it is held out."""
+    """Return a document's place in [0, 2^64), uniform over documents. Below the threshold it is held out."""
     return int.from_bytes(hashlib.sha256(text.encode(errors="surrogatepass")).digest()[:8], "big")
 
 
 def threshold_of(fraction: float) -> int:
-    """The threshold that holds out `fraction` of the documents."""
+    """Return the threshold that holds out `fraction` of the documents."""
     return int(fraction * _WHOLE)
 
 

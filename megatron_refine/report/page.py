@@ -42,14 +42,14 @@ _SPACES = {" ": "·", "\n": "↵\n", "\t": "→\t", "\r": "␍"}
 
 
 def document(title: str, body: Iterable[str]) -> str:
-    """A whole page; `title` is plain text, `body` HTML."""
+    """Return a whole page; `title` is plain text, `body` HTML."""
     meta = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
     head = f'<html lang="en"><head>{meta}<title>{escape(title)}</title><style>{COLOURS}{_CSS}</style></head>'
     return "\n".join(["<!doctype html>", head, "<body>", *body, "</body></html>", ""])
 
 
 def section(title: str, body: str, note: str = "") -> str:
-    """A heading, its content, and a sentence on how to read it."""
+    """Return a heading, its content, and a sentence on how to read it."""
     name = re.sub(r"\W+", "-", title.lower())
     note = f'<p class="note">{note}</p>' if note else ""
     return f'<section id="{name}"><h2>{title}</h2>{body}{note}</section>'
@@ -61,18 +61,18 @@ def figure(svg: str) -> str:
 
 
 def text(sentence: str) -> str:
-    """A sentence of plain text."""
+    """Return a sentence of plain text as a paragraph."""
     return f"<p>{escape(sentence)}</p>"
 
 
 def tiles(facts: Iterable[tuple[str, str]]) -> str:
-    """Headline numbers: name and value, plain text."""
+    """Return headline numbers; name and value are plain text."""
     cells = (f'<div class="tile"><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>' for name, value in facts)
     return f'<dl class="tiles">{"".join(cells)}</dl>'
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[str]], numbers: Iterable[int] = ()) -> str:
-    """A table of HTML cells under plain headings; the columns `numbers` are set flush right."""
+    """Return a table of HTML cells under plain headings; the columns `numbers` are set flush right."""
     flush = set(numbers)
 
     def line(cells: Sequence[str], tag: str) -> str:
@@ -85,7 +85,7 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[str]], numbers: Itera
 
 
 def visible(text: str, matched: int = 0) -> str:
-    """Text as code with its white space in view; its first `matched` characters are highlighted."""
+    """Return text as code with its white space in view and its first `matched` characters highlighted."""
     marked = f"<mark>{_spell(text[:matched])}</mark>" if matched else ""
     return f"<code>{marked}{_spell(text[matched:])}</code>"
 

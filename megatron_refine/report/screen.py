@@ -45,7 +45,7 @@ def _losses(metrics: Row) -> str:
 
 
 def eval_line(metrics: Row) -> str:
-    """One evaluation on held-out sequences; rewards and greedy matches only where rollouts were made."""
+    """Describe an evaluation on held-out sequences; rewards and greedy matches only where rollouts were made."""
     parts = [
         f"eval step {metrics['step']}: ntp {number(metrics, 'eval/ntp_loss', '.2f')}",
         f"accuracy {number(metrics, 'eval/ntp_accuracy', '.1%')}",
@@ -59,7 +59,7 @@ def eval_line(metrics: Row) -> str:
 
 
 def comparison(evals: Sequence[tuple[str, Row]], times: StepTimes) -> str:
-    """The end of a run: a labelled row an evaluation, then the median seconds of NTP and REFINE steps."""
+    """Describe a finished run: a labelled row an evaluation, then the median seconds of NTP and REFINE steps."""
     width = max((len(label) for label, _ in evals), default=0)
     lines = [" " * width + "  step" + "".join(f"  {heading:>8}" for heading in COLUMNS)] if evals else []
     for label, row in evals:
@@ -69,7 +69,7 @@ def comparison(evals: Sequence[tuple[str, Row]], times: StepTimes) -> str:
 
 
 def median_line(times: StepTimes) -> str:
-    """The median seconds of NTP and REFINE steps and their ratio: `NTP step 0.51 s, REFINE step 0.61 s, ratio 1.20`."""
+    """Write the median seconds of steps and their ratio: `NTP step 0.51 s, REFINE step 0.61 s, ratio 1.20`."""
     kinds = (("NTP", times.ntp), ("REFINE", times.refine))
     parts = [f"{kind} step {median(seconds):.3g} s" for kind, seconds in kinds if seconds]
     ratio = [] if times.ratio is None else [f"ratio {times.ratio:.2f}"]
@@ -77,7 +77,7 @@ def median_line(times: StepTimes) -> str:
 
 
 def number(row: Row, key: str, form: str) -> str:
-    """A number of the row: - where it has none, nan for null, which stands for a number that was not finite."""
+    """Write a number of the row: - where it has none, nan for null, which stands for one that was not finite."""
     if key not in row:
         return "-"
     text = "nan" if row[key] is None else f"{row[key]:{form}}"
