@@ -76,7 +76,7 @@ docs: .venv-docs/ready ## build the documentation as a site, in site/
 	@.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt "$(DOCS)"
 	@touch $@
 
-configuration: .venv/ready ## write docs/configuration.md, from the schema and docs/configuration.in.md
+configuration: .venv/ready ## write docs/configuration.md, from the schema and docs/configuration.md.in
 	@$(BIN)/python -m megatron_refine.config.document $(ARGS)
 
 clean: ## remove the environments, the site and all caches; runs/ stays

@@ -1,4 +1,4 @@
-"""Write docs/configuration.md: docs/configuration.in.md, and a table of keys for each section and family.
+"""Write docs/configuration.md: docs/configuration.md.in, and a table of keys for each section and family.
 
     python -m megatron_refine.config.document [--check]
 
@@ -23,9 +23,9 @@ from megatron_refine.config.schema import Config, ModelConfig
 from megatron_refine.config.words import spell
 
 PAGE = Path(__file__).parents[2] / "docs/configuration.md"
-TEMPLATE = PAGE.with_suffix(".in.md")
+TEMPLATE = PAGE.with_suffix(".md.in")
 HERE = "{sections}"  # the line of the template where sections and keys are put
-NOTE = "<!-- Written by `make configuration`: edit configuration.in.md and the schema instead. -->\n\n"
+NOTE = "<!-- Written by `make configuration`: edit configuration.md.in and the schema instead. -->\n\n"
 _HEAD = "| key | type | default | meaning |\n|---|---|---|---|\n"
 _BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
