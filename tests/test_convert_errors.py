@@ -332,3 +332,13 @@ def test_two_conversions_have_the_same_tensors(ranks: Any, tmp_path: Path, conve
         assert [ranks(1, convert, arguments=command)[0].code for command in commands] == [0, 0]
     first, second = tensors(tmp_path / "b1"), tensors(tmp_path / "b2")
     assert first.keys() == second.keys() and all(second[n].equal(t) for n, t in first.items())
+
+
+@pytest.mark.parametrize("content", ['{"model.safetensors": "0123abcd"}', '["model.safetensors"]', '{"a": {"size": 1}}'])
+def test_another_programs_checksums_are_left_alone(tmp_path: Path, content: str) -> None:
+    """They are a file like others: kept, not compared."""
+    from megatron_refine.convert.hf_folder import HFFolder
+
+    source = hf_folder(tmp_path / "hf")
+    (source / "checksums.json").write_text(content, encoding="utf-8")
+    assert "checksums.json" in [path.name for path in HFFolder(source).other_files()]
