@@ -5,6 +5,7 @@ Nothing here imports torch, so `--help`, `--dry-run` and every configuration err
 schema.py   the whole, and the model's section; its other sections are in inputs.py, training.py and running.py
 load.py     files and overrides -> a checked configuration;  checks.py  contradictions between keys
 words.py    what a word of a file or an override means;  paths.py  what is expanded in a path
+document.py  the keys, their types, defaults and meanings, as docs/configuration.md
 """
 
 from megatron_refine.config.base import ConfigError, Section
