@@ -334,7 +334,7 @@ def test_two_conversions_have_the_same_tensors(ranks: Any, tmp_path: Path, conve
     assert first.keys() == second.keys() and all(second[n].equal(t) for n, t in first.items())
 
 
-@pytest.mark.parametrize("content", ['{"model.safetensors": "0123abcd"}', '["model.safetensors"]', '{"a": {"size": 1}}'])
+@pytest.mark.parametrize("content", ['{"model.safetensors": "01ab"}', '["model.safetensors"]', '{"a": {"size": 1}}'])
 def test_another_programs_checksums_are_left_alone(tmp_path: Path, content: str) -> None:
     """They are a file like others: kept, not compared."""
     from megatron_refine.convert.hf_folder import HFFolder

@@ -94,7 +94,7 @@ def write_checksums(folder: Path) -> None:
 
 
 def _checksums(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return the hashes that a conversion wrote: none of a folder from elsewhere, whose file of that name is its own."""
+    """Return the hashes that a conversion wrote; none of a folder from elsewhere, which may have a file so named."""
     listed = read_json(folder / CHECKSUMS) if (folder / CHECKSUMS).exists() else {}
     entries = listed.values() if isinstance(listed, dict) else [None]
     ours = all(isinstance(entry, dict) and entry.keys() == {"size", "sha256"} for entry in entries)
