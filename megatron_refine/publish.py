@@ -14,7 +14,7 @@ from megatron_refine.data.special_tokens import KEPT
 from megatron_refine.data.tokenizer import FILES, Tokenizer, load_tokenizer
 from megatron_refine.files import copy, read_json, write, write_json
 from megatron_refine.models import family
-from megatron_refine.trainer.manifest import read_manifest
+from megatron_refine.trainer.manifest import ORIGIN, read_manifest
 from megatron_refine.trainer.source import Source
 
 CARD, GENERATION, TOKENIZER_CONFIG = "README.md", "generation_config.json", "tokenizer_config.json"
@@ -27,6 +27,12 @@ from transformers import PretrainedConfig
 
 class Config(PretrainedConfig):
     model_type = "{model_type}"
+
+    def __init__(self, **fields):
+        super().__init__(**fields)
+        for name, value in fields.items():
+            if not hasattr(self, name):
+                setattr(self, name, value)
 '''
 
 
@@ -35,35 +41,42 @@ def complete(folder: Path, source: Source) -> None:
     trained = read_manifest(source.folder).get("config")
     if source.run is None or trained is None:  # a conversion
         return
+    came = (source.folder / ORIGIN / CONFIG).is_file()  # its config.json and its card are those that it came with
     config = read_json(folder / CONFIG)
-    config["max_position_embeddings"] = trained.get("data", {}).get("seq_length", config.get("max_position_embeddings"))
+    before = dict(config)
+    if not came:
+        config["max_position_embeddings"] = trained["data"]["seq_length"]
     tokenizer = next((path for name in FILES if (path := source.run / name).is_file()), None)
     if tokenizer:
-        config |= _put_tokenizer(tokenizer, folder, source.model.vocab_size, trained)
-    if "auto_map" not in config:
+        config |= _put_tokenizer(tokenizer, folder, source.model.vocab_size, trained, came)
+    if not came:
         config["auto_map"] = {"AutoConfig": "configuration.Config"}
         write(folder / "configuration.py", _CODE.format(model_type=config["model_type"]))
-    write_json(folder / CONFIG, config, indent=2)
-    write(folder / CARD, _card(source, trained, tokenizer))
+    if config != before:
+        write_json(folder / CONFIG, config, indent=2)
+    if not (folder / CARD).is_file():
+        write(folder / CARD, _card(source, trained, tokenizer))
 
 
-def _put_tokenizer(path: Path, folder: Path, vocab_size: int, trained: Mapping[str, Any]) -> dict[str, Any]:
+def _put_tokenizer(
+    path: Path, folder: Path, vocab_size: int, trained: Mapping[str, Any], came: bool
+) -> dict[str, Any]:  # fmt: skip
     """Copy the run's tokenizer and declare its special tokens. Returns the fields of config.json about them.
 
-    The files of the same tokenizer that the model came with stay as they are.
+    The files of the same tokenizer that the model came with stay as they are, and so do those fields.
     """
     tokenizer = load_tokenizer(path, vocab_size, "data.tokenizer")
     ids = {f"{role}_token_id": getattr(tokenizer.special, role) for role in ("bos", "eos", "pad")}
     ends = list(tokenizer.ends)
-    came = folder / path.name
-    if not (came.is_file() and filecmp.cmp(path, came, shallow=False) and (folder / TOKENIZER_CONFIG).is_file()):
-        for name in (*FILES, *_DECLARED, KEPT):
-            (folder / name).unlink(missing_ok=True)
-        copy(path, came)
-        write_json(folder / TOKENIZER_CONFIG, _declared(path, tokenizer, trained), indent=2)
-    if not (folder / GENERATION).is_file():
-        known = {key: value for key, value in ids.items() if value is not None}
-        write_json(folder / GENERATION, known | ({"eos_token_id": ends} if len(ends) > 1 else {}), indent=2)
+    theirs = folder / path.name
+    if came and theirs.is_file() and filecmp.cmp(path, theirs, shallow=False):
+        return {}
+    for name in (*FILES, *_DECLARED, KEPT):
+        (folder / name).unlink(missing_ok=True)
+    copy(path, theirs)
+    write_json(folder / TOKENIZER_CONFIG, _declared(path, tokenizer, trained), indent=2)
+    known = {key: value for key, value in ids.items() if value is not None}
+    write_json(folder / GENERATION, known | ({"eos_token_id": ends} if len(ends) > 1 else {}), indent=2)
     return ids
 
 

@@ -147,7 +147,7 @@ def test_the_command_ends_with_one_line(ranks: Any, tmp_path: Path) -> None:
     def run(arguments: list[str]) -> End:
         return ranks(1, convert, arguments=arguments)[0]
 
-    refused(run(to_megatron(tmp_path / "none", megatron)), 2, r"none: no such folder; name a folder with config\.json")
+    refused(run(to_megatron(tmp_path / "none", megatron)), 2, "none: no such folder; name a run")
     megatron.mkdir()
     (megatron / "notes").write_text("mine", encoding="utf-8")
     refused(run(to_megatron(source, megatron)), 2, rf"^{megatron}: exists and is not empty; name a new folder")

@@ -111,7 +111,7 @@ def scripted(kind: str, command: list[str], tasks: list[str], length: int, rows:
     said = {e.prompt: script(kind, p.task, e.references, i) for p in parts for i, e in enumerate(p.examples)}
 
     class Scripted(Answerer):
-        def _answer(self, questions: list[Question], prompts: list[list[int]]) -> list[str]:
+        def _answer(self, questions: list[Question], prompts: list[list[int]], _: Any) -> list[str]:
             texts = []
             for q in questions:
                 ids = self.tokenizer.encode([said[q.prompt][0]])[0]
@@ -333,7 +333,7 @@ def test_models_that_cannot_be_loaded(data: Path, ranks: Zygote, tmp_path: Path)
         end = ranks(1, evaluate, arguments=arguments(tmp_path / name, data, tmp_path / "out", "trec", *more))[0]
         assert words in end.err and end.err.count("\n") == 1 and not end.out, end.err
         codes[name] = end.code
-    assert codes == {"gone": 2, "empty": 4, "damaged": 2}
+    assert codes == {"gone": 2, "empty": 2, "damaged": 2}
 
 
 def test_corrected_answers_are_scored_anew(model: Path, data: Path, ranks: Zygote, tmp_path: Path) -> None:

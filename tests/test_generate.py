@@ -59,6 +59,7 @@ def test_decoding_from_states_equals_whole_passes(model: str, ranks: Zygote, tmp
         assert run(*overrides) == expected * 2, overrides
 
 
+@torch.no_grad()
 def drawn(config: Config, top_p: float, temperature: float) -> Any:
     """On a rank: tokens drawn after one row with many uniforms, and the row's probabilities at the temperature."""
     from megatron_refine.trainer import forward, head

@@ -4,6 +4,7 @@ import argparse
 import ast
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -257,6 +258,7 @@ def command(arguments: list[str], missing: bool = False) -> End:
 
     from megatron_refine.cli.lm_eval import main
 
+    os.environ["HF_HUB_OFFLINE"] = "1"
     if missing:
         sys.modules |= {"lm_eval": None, "lm_eval.api.model": None}  # type: ignore[dict-item]
     else:

@@ -63,7 +63,7 @@ CASES = {
     "no file of a task": (["eval.tasks=[qasper]", "eval.data={folder}/hf"], "eval.data: {folder}/hf: no file of "),
     "prompts": (["train.phase=posttrain", "data.tokenizer={golden}"], "task.paths: train.phase=posttrain trains on"),
     "phase's tokenizer": (["train.phase=posttrain", "task.paths=[{folder}/qa.jsonl]"], "data.tokenizer: train.phase="),
-    "answers": (["train.phase=posttrain", "task.paths=[{folder}/rows.jsonl]", "data.tokenizer={golden}"], "row 1: no"),
+    "answers": (["train.phase=posttrain", "task.paths=[{folder}/rows.jsonl]", "data.tokenizer={golden}"], "no column "),
     "interpreter": (["engine.kind=sglang", "engine.python=" + sys.executable], "has no SGLang; install it there, or"),
     "no interpreter": (["engine.kind=sglang", "engine.python=/nowhere/python"], "/nowhere/python: no such interpreter"),
     "key": (["run.wandb=online"], "run.wandb=online: "),

@@ -115,11 +115,11 @@ def test_bash_runs_what_was_asked_for(tmp_path: Path, ran: Any, monkeypatch: pyt
     (place, arguments), run = ran(text)[0], folder / "r u n"
     assert place == str(folder)
     start = arguments.index(sys.executable)
-    assert arguments[start : start + 5] == [
+    assert arguments[start : start + 6] == [
         sys.executable, "-m", "megatron_refine", "train", "--config", str(ROOT / QUICKSTART)
     ]  # fmt: skip
     monkeypatch.chdir("/")
-    config = load(QUICKSTART_FILE, arguments[start + 5 :], FAMILIES)
+    config = load(QUICKSTART_FILE, arguments[start + 6 :], FAMILIES)
     assert config.run.dir == str(run) and config.run.seed == 7 and config.data.text_column == "a #2"
     assert config.data.paths == [f"{folder}/my docs", f"{folder}/it's"]
     assert config.data.cache_dir == f"{folder}/.cache/data"
@@ -151,8 +151,9 @@ def test_bash_starts_servers_beside_the_trainer(tmp_path: Path, ran: Any, monkey
     words = ["--engine-nodes", "1", "engine.kind=sglang", f"engine.python={sys.executable}", "run.dir=r"]
     text = script(tmp_path, *words, config=str(ROOT / QUICKSTART), run_dir=False)
     (_, first), (_, second) = ran(text, STEPS="2")
-    trainer, server = (first, second) if "-m" in first else (second, first)
-    assert server[1:4] == ["-m", "megatron_refine", "serve"] and server[-2:] == ["--hosts", "10.0.0.n2"]
+    trainer, server = (first, second) if "train" in first else (second, first)
+    start = server.index("-m")
+    assert server[start : start + 3] == ["-m", "megatron_refine", "serve"] and server[-2:] == ["--hosts", "10.0.0.n2"]
     assert f"run.dir={folder}/r" in server and option(server, "--output").endswith("/r/logs/slurm-7-0/engine-%n.log")
     config = load(QUICKSTART_FILE, trainer[trainer.index(str(ROOT / QUICKSTART)) + 1 :], FAMILIES)
     assert config.engine.urls == ["http://10.0.0.n2:30000"] and config.engine.master_address == "10.0.0.n1"

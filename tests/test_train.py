@@ -218,9 +218,10 @@ def test_dry_run_is_light_and_leaves_nothing(tmp_path: Path, cache: Path) -> Non
     config = runs.write_config(tmp_path, tmp_path / "cache")
     code = (
         "import sys; from megatron_refine.train import main; code = main(); "
-        "print('heavy:', *sorted({'torch', 'megatron', 'numpy'} & sys.modules.keys())); sys.exit(code)"
+        "print('heavy:', *sorted({'torch', 'megatron', 'wandb'} & sys.modules.keys())); sys.exit(code)"
     )
-    command = [sys.executable, "-c", code, "--config", str(config), "--dry-run", "train.steps=7"]
+    words = ["--dry-run", "train.steps=7", "refine.reward=cosine"]  # a reward of one's own is tried, on tensors
+    command = [sys.executable, "-c", code, "--config", str(config), *words]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8")
     assert done.returncode == 0 and not done.stderr
     assert "steps: 7" in done.stdout and done.stdout.splitlines()[-1] == "heavy:"

@@ -58,12 +58,12 @@ def main(arguments: list[str]) -> int:
 
 def run(options: argparse.Namespace) -> str:
     """On each rank: what is asked is checked before the weights are read. Returns the first rank's table."""
-    _reach_hub()
     from megatron_refine.files import write
 
     _, _, text, weights = found(options)
     if options.out.is_dir():
         raise ConfigError(f"--out {options.out}: is a folder; name a file")
+    _reach_hub()
     from megatron_refine.eval.harness import HarnessLM  # tells where lm_eval is missing
 
     manager, names = find_tasks(options, text.path)

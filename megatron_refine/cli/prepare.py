@@ -19,7 +19,9 @@ def main(arguments: list[str]) -> int:
 
     try:
         config = load(options.config, options.overrides, FAMILIES)
-        from megatron_refine.data.prepare import prepare  # late: a wrong configuration is told at once
+        import megatron_refine.installed  # noqa: F401  late: a wrong configuration is told at once
+
+        from megatron_refine.data.prepare import prepare
 
         prepared = prepare(config, say=print)
     except ConfigError as error:
