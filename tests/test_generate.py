@@ -59,7 +59,6 @@ def test_decoding_from_states_equals_whole_passes(model: str, ranks: Zygote, tmp
         assert run(*overrides) == expected * 2, overrides
 
 
-@torch.no_grad()
 def drawn(config: Config, top_p: float, temperature: float) -> Any:
     """On a rank: tokens drawn after one row with many uniforms, and the row's probabilities at the temperature."""
     from megatron_refine.trainer import forward, head
@@ -70,7 +69,8 @@ def drawn(config: Config, top_p: float, temperature: float) -> Any:
     row = rows.local[15] if config.parallel.cp == 1 else rows.local[-1]
     uniform = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
     tokens, logprobs = head.sample(unwrap(model), row.expand(4000, -1), uniform, temperature, top_p)
-    logits = head._gather(unwrap(model).logits(row[None]), unwrap(model).pg_collection.tp).flatten()
+    with torch.no_grad():
+        logits = head._gather(unwrap(model).logits(row[None]), unwrap(model).pg_collection.tp).flatten()
     return tokens, logprobs, (logits[: unwrap(model).real_vocab] / temperature).softmax(-1)
 
 

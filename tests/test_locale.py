@@ -21,8 +21,8 @@ from megatron_refine.cli import prepare
 assert sys.getfilesystemencoding() == "ascii", sys.getfilesystemencoding()
 config, texts = sys.argv[1:]
 print(find_corpus([os.path.dirname(texts) + "/" + "\\u2603"], "text", "k").fingerprint(Path(texts, ".cache")))
-code = prepare.main(["--config", config])
 speak_utf8()
+code = prepare.main(["--config", config])
 sys.exit(code or main(["--config", config]))
 """
 

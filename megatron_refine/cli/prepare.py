@@ -19,9 +19,7 @@ def main(arguments: list[str]) -> int:
 
     try:
         config = load(options.config, options.overrides, FAMILIES)
-        import megatron_refine.installed  # noqa: F401  late: a wrong configuration is told at once
-
-        from megatron_refine.data.prepare import prepare
+        from megatron_refine.data.prepare import prepare  # late: a wrong configuration is told at once
 
         prepared = prepare(config, say=print)
     except ConfigError as error:
