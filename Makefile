@@ -1,5 +1,5 @@
 # `make train` and `make test` do all set-up. Needs Python 3.11 or newer, with venv and pip; nothing else.
-#   make train ARGS="train.steps=20"      overrides of configs/quickstart.yaml
+#   make train ARGS="train.steps=400"     overrides of configs/quickstart.yaml
 #   make train MODEL=lact_tiny            another model of configs/models/
 #   make test TORCH_INDEX=<url>           take PyTorch from this wheel index
 #   make test PYTHON=/path/to/python3.11
@@ -14,25 +14,23 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 export OMP_NUM_THREADS := 1
 CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/megatron_refine
 export TORCH_INDEX
-# seconds that torchrun gives a run to save in, after Ctrl-C
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT ?= 600
 
-.PHONY: help train train-sglang bench test test-all test-gpu test-sglang test-slurm test-chaos lint clean
+.PHONY: help train train-sglang bench test test-all test-gpu test-sglang test-slurm test-chaos lint docs configuration clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 15
 
 train: .venv/ready ## train a tiny model with REFINE on two CPU ranks; MODEL=a file of configs/models
-	@$(BIN)/torchrun --standalone --nproc-per-node 2 -m megatron_refine.train --config configs/quickstart.yaml \
+	@$(BIN)/megatron-refine train --ranks 2 --config configs/quickstart.yaml \
 		$(if $(MODEL),--config configs/models/$(MODEL).yaml run.dir=runs/quickstart_$(MODEL)) $(ARGS)
 
 train-sglang: .venv/ready .venv-sglang/ready ## the same with rollouts from an SGLang server on the CPU
-	@$(BIN)/torchrun --standalone --nproc-per-node 2 -m megatron_refine.train --config configs/quickstart.yaml \
+	@$(BIN)/megatron-refine train --ranks 2 --config configs/quickstart.yaml \
 		--config configs/engines/quickstart_sglang.yaml $(ARGS)
 
 bench: .venv/ready ## time steps of the quickstart: NTP-only, fused and two-pass in turn
-	@$(BIN)/torchrun --standalone --nproc-per-node 2 tools/bench.py step --config configs/quickstart.yaml $(ARGS)
+	@$(BIN)/torchrun --standalone --nproc-per-node 2 -m megatron_refine bench step --config configs/quickstart.yaml $(ARGS)
 
 # Several tests at once: one that has a single rank leaves the other cores idle. JOBS=0 runs them in this process.
 JOBS := logical
@@ -66,8 +64,23 @@ lint: .venv/ready ## ruff and mypy
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 
-clean: ## remove the environment and all caches; runs/ stays
-	rm -rf .venv .venv-sglang .cache .pytest_cache .mypy_cache .ruff_cache *.egg-info
+# The generator has an environment of its own: without PyTorch it is there in seconds. DOCS is the extra docs of setup.py.
+# Material is maintained until May 2027; its makers go on with Zensical, which reads the same mkdocs.yml.
+DOCS := mkdocs-material
+docs: .venv-docs/ready ## build the documentation as a site, in site/
+	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build
+	@echo "site/index.html"
+
+.venv-docs/ready: setup.py constraints.txt
+	@test -x .venv-docs/bin/python || $(or $(PYTHON),false) -m venv .venv-docs
+	@.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt "$(DOCS)"
+	@touch $@
+
+configuration: .venv/ready ## write docs/configuration.md, from the schema and docs/configuration.md.in
+	@$(BIN)/python -m megatron_refine.config.document $(ARGS)
+
+clean: ## remove the environments, the site and all caches; runs/ stays
+	rm -rf .venv .venv-sglang .venv-docs site .cache .pytest_cache .mypy_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # An environment that was made before from the same files is linked from CACHE (tools/environment.sh).

@@ -1,3 +1,3 @@
 """REFINE training of fast-weight language models on Megatron-Core."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -1,5 +1,6 @@
 """How a run ends: exit codes, and the line that goes with each failure."""
 
+from megatron_refine.convert.errors import ConversionError
 from megatron_refine.engine.errors import EngineError
 from megatron_refine.files import TornError
 from megatron_refine.trainer.errors import (
@@ -13,7 +14,8 @@ from megatron_refine.trainer.errors import (
 from megatron_refine.trainer.watchdog import EXIT_LOST
 
 CODES: dict[type[Exception], int] = {
-    NonFiniteError: 3, FencedError: 7, CheckpointError: 4, TornError: 4, EngineError: 5, MismatchError: 6,
+    NonFiniteError: 3, FencedError: 7, CheckpointError: 4, ConversionError: 4, TornError: 4, EngineError: 5,
+    MismatchError: 6,
 }  # fmt: skip
 
 

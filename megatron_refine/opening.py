@@ -1,26 +1,17 @@
 """How a run begins: the ranks meet, and what the first of them finds wrong ends all of them alike."""
 
-import contextlib
 import json
 import os
-import sys
 from pathlib import Path
 from tempfile import TemporaryFile
 
-from megatron_refine import platform
+from megatron_refine import platform, preflight
 from megatron_refine.config import Config, ConfigError
-from megatron_refine.files import TornError
 from megatron_refine.phases.sources import Sources
-from megatron_refine.report import tracking
-from megatron_refine.report.folder import read_progress
-from megatron_refine.step.hooks import check_hooks
 from megatron_refine.trainer.errors import FULL, CheckpointError, FencedError, disk_failed
-from megatron_refine.trainer.manifest import complete_folders
 from megatron_refine.trainer.ownership import Ownership, attempt_token
 from megatron_refine.trainer.parallel import join
-from megatron_refine.trainer.resumption import Past, past_of_checkpoint, past_of_run, refuse
 
-CHECKPOINTS = "checkpoints"  # folder of a run
 _KINDS: dict[str, type[Exception]] = {
     "ConfigError": ConfigError, "FencedError": FencedError, "CheckpointError": CheckpointError,
 }  # fmt: skip
@@ -44,13 +35,9 @@ def _prepare(config: Config) -> dict[str, object]:
     folder, token = Path(config.run.dir), attempt_token()
     try:
         _check_writable(folder)
-        past = past_of(config)
-        if past:
-            refuse(past, config)
-        check_hooks(config)
-        tracking.check(config)
-        Sources.of(config)  # the other ranks find the rows
-        Ownership(folder, token).claim(lambda line: sys.stdout.write(line + "\n"))
+        preflight.check(config)
+        Sources.of(config, _tell)  # the other ranks find the rows
+        Ownership(folder, token).claim(_tell)
     except OSError as error:
         return {"error": "CheckpointError", "message": str(disk_failed(error))}
     except tuple(_KINDS.values()) as error:
@@ -59,19 +46,9 @@ def _prepare(config: Config) -> dict[str, object]:
     return {"token": token}
 
 
-def past_of(config: Config) -> Past | None:
-    """What the run in run.dir was configured as where it stands; None of a new one, or one without a checkpoint, which
-    begins anew. Raises ConfigError where config.yaml is none."""
-    run = Path(config.run.dir)
-    found = complete_folders(run / CHECKPOINTS)
-    if found:
-        with contextlib.suppress(CheckpointError):  # a damaged one is told when it is loaded
-            return past_of_checkpoint(found[-1])
-    try:
-        progress = read_progress(run)
-    except TornError as error:
-        raise ConfigError(str(error)) from None
-    return past_of_run(run) if progress and progress["step"] else None
+def _tell(line: str) -> None:
+    """A line on the screen, before there is a run folder."""
+    print(line, flush=True)
 
 
 def _check_writable(folder: Path) -> None:

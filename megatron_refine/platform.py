@@ -10,6 +10,7 @@ import ctypes
 import functools
 import os
 import resource
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -47,6 +48,7 @@ def install() -> None:
     if _installed:
         return
     _installed = True
+    unused = sys.modules.setdefault("wandb", None)  # type: ignore[arg-type]  # Megatron imports it where it is, for seconds
     for package in (
         r"torch\.distributed",
         r"megatron\.core",
@@ -64,6 +66,8 @@ def install() -> None:
         _patch_megatron_jit()
         _patch_megatron_rng()
     _repair_distributed_optimizer()
+    if unused is None:
+        del sys.modules["wandb"]
 
 
 def global_rank() -> int:
@@ -165,21 +169,19 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def peak_flops() -> float:
-    """FLOP/s of one device in matrix multiplication: the data sheet's for a known GPU, else measured (0.1 s)."""
+def machine() -> str:
+    """This process's machine in words."""
     if has_gpu():
-        name = torch.cuda.get_device_name()
-        known = [flops for key, flops in GPU_PEAK_FLOPS.items() if key in name]
-        if known:
-            return known[0]
-    a = torch.randn(512, 512, device=device())
-    best, deadline = float("inf"), time.perf_counter() + 0.1
-    while time.perf_counter() < deadline:
-        start = time.perf_counter()
-        a @ a
-        synchronize()
-        best = min(best, time.perf_counter() - start)
-    return 2 * 512**3 / best
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    cores = len(os.sched_getaffinity(0))
+    return f"{cores} core{'s' if cores > 1 else ''}, CPU"
+
+
+def peak_flops() -> float | None:
+    """Return dense bf16 FLOP/s of one GPU by its data sheet. None of a GPU that is not listed, and of a CPU, whose
+    ranks share cores: a share of a measured peak said 143 % there."""
+    name = torch.cuda.get_device_name() if has_gpu() else ""
+    return next((flops for key, flops in GPU_PEAK_FLOPS.items() if key in name), None)
 
 
 def rng_state() -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +17,8 @@ from megatron_refine.estimate.flops import batch_flops
 from megatron_refine.eval.answers import Answerer
 from megatron_refine.eval.heldout import HeldOut
 from megatron_refine.eval.suite import TaskEvaluation, score_table
-from megatron_refine.opening import CHECKPOINTS, claim
+from megatron_refine.models import family
+from megatron_refine.opening import claim
 from megatron_refine.phases.sources import Sources
 from megatron_refine.phases.testtime import TestTime
 from megatron_refine.records import Batch, RolloutEngine
@@ -30,6 +30,7 @@ from megatron_refine.trainer.model import build_model
 from megatron_refine.trainer.optimizer import Updater
 from megatron_refine.trainer.parallel import Ranks, init_parallel
 from megatron_refine.trainer.signals import StopRequest
+from megatron_refine.trainer.source import CHECKPOINTS, find
 from megatron_refine.trainer.used import used
 from megatron_refine.trainer.watchdog import Watchdog
 
@@ -54,6 +55,7 @@ class Session:
         self.config, self.watch = config, watch
         self.folder: RunFolder | None = None
         self.code = 1  # of the command, once it is known
+        self._owed: dict[str, float] = {}  # what the next row tells of this one's save
         self.changes: list[resumption.Change] = []
         # before anything long: SIGUSR1 would end the process
         self.stop = StopRequest(self._fenced, self._needed, self._save_due)
@@ -75,7 +77,9 @@ class Session:
     def _build(self) -> None:
         config = self.config
         self.ranks = init_parallel(config)
-        self.sources, device = Sources.of(config, self._tell), platform.device()
+        self.sources, device = Sources.of(config), platform.device()
+        parameters = family.flops(config.model.family).parameters(config.model)
+        self._tell(f"building {config.model.family}, {parameters:,} parameters, on {self.ranks.world} ranks")
         model = build_model(config, self.ranks)
         self.updater = Updater(config, model, self.ranks)
         self.engine = _engine(config, model, self.ranks, self.say)
@@ -90,7 +94,6 @@ class Session:
         self.tasks = TaskEvaluation(config, self.answerer, self.sources.count_tokens)
         self.checkpoints = Checkpoints(Path(config.run.dir) / CHECKPOINTS, config, self.ranks, self.owner)
         self.watch.detail = lambda: self.step.clock.stage
-        self.peak_flops = platform.peak_flops() * self.ranks.world
 
     def __enter__(self) -> "Session":
         return self
@@ -122,7 +125,7 @@ class Session:
         progress = None if self.config.resets else self.checkpoints.load_latest(self.updater, self._tell)
         if progress is None:
             if self.config.checkpoint.load:
-                self.checkpoints.load_weights(Path(self.config.checkpoint.load), self.updater)
+                self.checkpoints.load_weights(find(Path(self.config.checkpoint.load), "checkpoint.load"), self.updater)
             kept = read_progress(Path(self.config.run.dir)) if self.config.resets else None
             progress = Progress(**kept) if kept else fresh
         if progress.data != fresh.data:
@@ -148,7 +151,7 @@ class Session:
     def _tell(self, line: str) -> None:
         """Before there is a run folder."""
         if self.ranks.is_main:
-            sys.stdout.write(line + "\n")
+            _show(line)
 
     def _fenced(self) -> bool:
         return self.ranks.is_main and self.owner.lost()
@@ -174,13 +177,16 @@ class Session:
             size = min(size, self.phase.num_samples - done.consumed_samples)
         self.progress = Progress(done.step + 1, done.consumed_samples + size, done.data)
         share = size / self.config.train.global_batch_size
-        metrics |= self.engine.metrics()
+        metrics |= self.engine.metrics() | self._owed
+        self._owed = {}
+        if peak := platform.peak_flops():
+            work = share * batch_flops(self.config, refine)
+            metrics["perf/mfu"] = work / seconds / peak / self.ranks.world
         return metrics | {
             "step": self.progress.step,
             "consumed_samples": self.progress.consumed_samples,
             "time/step": seconds,
             "perf/tokens_per_sec": size * self.config.data.seq_length / seconds,
-            "perf/mfu": share * batch_flops(self.config, refine) / seconds / self.peak_flops,
             "perf/peak_memory_bytes": platform.peak_memory_bytes(),
         }
 
@@ -200,15 +206,16 @@ class Session:
             self.say(f"eval step {self.progress.step}: " + ", ".join(f"{label} {s}" for label, s in scores.items()))
         return metrics | {f"task/{label}": score.mean for label, score in scores.items()}
 
-    def save(self) -> dict[str, float]:
-        """Write a checkpoint; its seconds. Nothing where each batch starts from the same weights."""
+    def save(self) -> None:
+        """Write a checkpoint; the next row of metrics has its seconds. Nothing where each batch starts from the same
+        weights."""
         if self.config.resets:
-            return {}
+            return
         start = time.perf_counter()
         folder = self.checkpoints.save(self.progress, self.updater)
         seconds, self._saved = time.perf_counter() - start, time.monotonic()
         self.say(f"checkpoint {folder} ({seconds:.1f}s)")
-        return {"time/checkpoint": seconds}
+        self._owed = {"time/checkpoint": seconds}
 
     def record(self, row: dict[str, Any]) -> None:
         """What there is to know of a step; where no checkpoint is written, the progress too. Raises FencedError."""

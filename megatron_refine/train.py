@@ -1,26 +1,27 @@
 """Train a fast-weight model with next-token prediction and REFINE.
 
-    python -m megatron_refine.train --config configs/quickstart.yaml [key.sub=value ...] [--dry-run]
+    megatron-refine train --config configs/quickstart.yaml [--ranks 8] [--dry-run] [key.sub=value ...]
 
-Ranks come from torchrun or SLURM. The same command resumes the run. Exit codes: 0 done, 2 configuration or data,
-3 loss or gradient not finite, 4 checkpoint, 5 engine cannot go on, 6 engine and trainer disagree on the rollouts,
-7 another attempt has taken the run over, 8 a rank was lost or hung, 75 stopped after saving, by Ctrl-C, a signal or the
-end of the job's time (7, 8 and 75: run again to go on), 130 ended at once by Ctrl-C, 1 anything else.
+--ranks starts ranks on this machine; without it torchrun or SLURM does. The same command resumes the run.
+
+Exit codes: 0 done, 2 configuration or data, 3 loss or gradient not finite, 4 checkpoint, 5 engine cannot go on, 6
+engine and trainer disagree on the rollouts, 7 another attempt has taken the run over, 8 a rank was lost or hung, 75
+stopped after saving, by Ctrl-C, a signal or the end of the job's time, 130 ended at once by Ctrl-C, 1 anything else.
+After 7, 8 and 75 run the same command again to go on.
 """
 
-import argparse
 import contextlib
 import sys
 from typing import TYPE_CHECKING, Any
 
-from megatron_refine import interrupt, launcher
+from megatron_refine import interrupt, launcher, usage
 from megatron_refine.files import speak_utf8
 
 if TYPE_CHECKING:
     from megatron_refine import config as configuration
     from megatron_refine.session import Session
 
-EXIT_CONFIG, EXIT_REQUEUE = 2, 75
+EXIT_CONFIG, EXIT_CHECKPOINT, EXIT_REQUEUE = 2, 4, 75
 
 
 def train(session: "Session") -> int:
@@ -47,10 +48,10 @@ def train(session: "Session") -> int:
             with watch("evaluation"):
                 metrics |= session.evaluate()
         verdict = session.stop.agreed()
+        session.record(metrics)  # before the save: a run that goes on from a checkpoint has the rows of all its steps
         if _due(step, config.checkpoint.every) or verdict or step == last:
             with watch("save"):
-                metrics |= session.save()
-        session.record(metrics)
+                session.save()
         if verdict.stops and step < last:
             session.say(
                 f"stopped by {session.stop.name or 'another rank'} after step {step}: run the same command to go on"
@@ -66,15 +67,16 @@ def _due(step: int, every: int) -> bool:
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse, check, then dry-run or train. Every failure ends in one line."""
-    speak_utf8()
-    parser = argparse.ArgumentParser(prog="python -m megatron_refine.train", description=__doc__.split("\n")[0])
-    parser.add_argument("--config", required=True, action="append", help="a YAML file; several: later ones win")
+    parser = usage.parser("train", __doc__)
+    usage.add_config(parser)
     parser.add_argument("--dry-run", action="store_true", help="print configuration and estimate; start nothing")
+    parser.add_argument("--ranks", type=int, default=0, metavar="N", help="start N ranks on this machine, one a GPU")
     parser.add_argument("--gpus", type=int, help="world size of the dry run (default: that of the environment)")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override a key of the configuration")
     options = parser.parse_intermixed_args(arguments)
     from megatron_refine import config as configuration  # late, as all that takes long: Ctrl-C is one line
+    from megatron_refine import preflight
     from megatron_refine.models.family import FAMILIES
+    from megatron_refine.trainer.errors import CheckpointError
 
     try:
         config = configuration.load(options.config, options.overrides, FAMILIES)
@@ -85,19 +87,36 @@ def main(arguments: list[str] | None = None) -> int:
 
             world = options.gpus or max(world, config.parallel.model_size)
             print(config.to_yaml() + "\n" + plan(config, world, Hardware()))
+            configuration.check_world_size(config, world)
+            preflight.check(config)
             return 0
-        configuration.check_world_size(config, world)
-        launcher.check()
+        if options.ranks < 0 or (options.ranks and world > 1):
+            what = "must be 1 or more" if options.ranks < 0 else f"a launcher has started {world} ranks; leave it out"
+            raise configuration.ConfigError(f"--ranks={options.ranks}: {what}")
+        configuration.check_world_size(config, options.ranks or world)
+        launch = launcher.check()
+        if options.ranks or world == 1 or (launcher.under_torchrun() and launch.rank == 0):  # SLURM's: when they met
+            preflight.check(config)
+        if options.ranks:
+            from megatron_refine.ranks import start
+
+            files = [word for file in options.config for word in ("--config", file)]
+            return start(options.ranks, ["train", *files, *options.overrides])
         return _run(config)
     except (configuration.ConfigError, launcher.LaunchError) as error:
         if launcher.speaks() or isinstance(error, launcher.LaunchError):
             print(error, file=sys.stderr)
         return EXIT_CONFIG
+    except CheckpointError as error:
+        print(error, file=sys.stderr)
+        return EXIT_CHECKPOINT
 
 
 def _run(config: "configuration.Config") -> int:
     """`train` with its failures as exit codes, and all that it started ended."""
     interrupt.listen()  # before threads that would not block its signal
+    if launcher.speaks():
+        print("importing PyTorch and Megatron-Core", flush=True)
     import torch.distributed as dist
 
     from megatron_refine.exits import ending_of
@@ -127,4 +146,5 @@ def _run(config: "configuration.Config") -> int:
 
 
 if __name__ == "__main__":
+    speak_utf8()
     sys.exit(interrupt.quiet(main))

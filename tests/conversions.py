@@ -25,7 +25,7 @@ TEXTS = {
 
 def convert(arguments: list[str], patch: Callable[[], None] | None = None) -> End:
     """On a rank: the command; `patch` breaks something first."""
-    from tools.convert_checkpoint import main
+    from megatron_refine.cli.convert import main
 
     if patch:
         patch()

@@ -34,7 +34,7 @@ TREE: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 TP2 = ("parallel.tp=2", "parallel.sp=true")
 # keys of a row that differ from attempt to attempt; weights are numbered anew in each
-VOLATILE = ("time/", "perf/", "attempt")
+VOLATILE = ("time/", "perf/", "attempt", "wall")
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def command(
 
     _fault = fault
     RefineStep.explore_wave = _observed(RefineStep.explore_wave, record)  # type: ignore[method-assign]
-    save = Session.save if saves else lambda self: {}
+    save = Session.save if saves else lambda self: None
     Session.save = failing(broken)(save) if broken else save  # type: ignore[method-assign]
     with _captured() as texts:
         code = main(arguments)

@@ -1,5 +1,6 @@
 """The benchmarks: what they compare gives the same result, and the command lines run."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from megatron_refine import platform
+from megatron_refine.bench.baseline import Record
 from megatron_refine.bench.hf import ntp_step
 from megatron_refine.bench.timing import saved_bytes
 from megatron_refine.config import Config, ConfigError, load
@@ -82,7 +84,7 @@ def test_saved_bytes_count_each_storage_once() -> None:
 
 def command(arguments: list[str]) -> End:
     """On a rank: the benchmark."""
-    from tools.bench import main
+    from megatron_refine.cli.bench import main
 
     with _captured() as texts:
         code = main(arguments)
@@ -124,3 +126,16 @@ def test_what_cannot_be_measured(more: list[str], words: str, ranks: Zygote, tmp
     config = runs.write_config(tmp_path, tmp_path / "cache")
     end = ranks(1, command, arguments=["step", "--config", str(config), *more])[0]
     assert (end.code, end.out) == (2, "") and end.err.startswith(words) and end.err.count("\n") == 1
+
+
+def test_ratios_are_written_and_compared(ranks: Zygote, tmp_path: Path) -> None:
+    """A step that is said to cost a thousandth of an NTP step: code 1, a line for it, and today's ratios in a file."""
+    config = runs.write_config(tmp_path, tmp_path / "cache", train={"global_batch_size": 2, "micro_batch_size": 1})
+    kept, today = tmp_path / "kept.json", tmp_path / "today.json"
+    record = Record("", load([str(config)], ["refine.reward=cosine"], FAMILIES), 1, out=kept)
+    record.keep({"seconds": {"fused / NTP": 0.001}, "saved bytes": {}}, 1)
+    line = ["step", "--config", str(config), "--rounds", "1", "refine.reward=cosine"]
+    end = ranks(1, command, arguments=[*line, "--json", str(today), "--check", str(kept)])[0]
+    assert end.code == 1 and "two-pass" in end.out, end.err
+    assert end.err.startswith(f"{kept}: fused / NTP, seconds: ") and end.err.count("\n") == 1
+    assert json.loads(today.read_text(encoding="utf-8"))["ratios"]["saved bytes"]["fused / NTP"] > 1

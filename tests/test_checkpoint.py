@@ -174,9 +174,10 @@ def test_every_family_reshards(ranks: Any, tmp_path: Path, model: str) -> None:
 def new_run(config: Config, source: Path) -> Any:
     """On a rank: a step from a checkpoint's weights; weights before and after, Adam's state, learning rate's step."""
     from megatron_refine.trainer.model import unwrap
+    from megatron_refine.trainer.source import find
 
     step, checkpoints = start(config)
-    checkpoints.load_weights(source, step.updater)
+    checkpoints.load_weights(find(source), step.updater)
     assert not step.updater.optimizer.optimizer.state or adam_steps(step) == {0}
     before = {n: p.detach().clone() for n, p in unwrap(step.model).named_parameters()}
     step(part(2, step), 0, refine=False)
@@ -273,9 +274,10 @@ def kept_and_measured(config: Config, source: Path) -> Any:
     from megatron_refine.trainer.checkpoint import Progress
     from megatron_refine.trainer.errors import CheckpointError
     from megatron_refine.trainer.manifest import ORIGIN, payload
+    from megatron_refine.trainer.source import find
 
     step, checkpoints = start(config)
-    checkpoints.load_weights(source, step.updater)
+    checkpoints.load_weights(find(source), step.updater)
     step(part(0, step), 0, refine=False)
     kept = []
     for number in range(1, 4):

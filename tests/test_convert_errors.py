@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_refine.convert.errors import ConversionError
 from megatron_refine.convert.source import HFSource
 from megatron_refine.files import fingerprint
-from tests.conversions import GOLDEN, convert, hf_folder, rewrite, shard_in_two, tensors, to_hf, to_megatron
+from tests.conversions import GOLDEN, TEXTS, convert, hf_folder, rewrite, shard_in_two, tensors, to_hf, to_megatron
 from tests.runs import End
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
@@ -147,7 +147,7 @@ def test_the_command_ends_with_one_line(ranks: Any, tmp_path: Path) -> None:
     def run(arguments: list[str]) -> End:
         return ranks(1, convert, arguments=arguments)[0]
 
-    refused(run(to_megatron(tmp_path / "none", megatron)), 2, r"none: no such folder; name a folder with config\.json")
+    refused(run(to_megatron(tmp_path / "none", megatron)), 2, "none: no such folder; name a run")
     megatron.mkdir()
     (megatron / "notes").write_text("mine", encoding="utf-8")
     refused(run(to_megatron(source, megatron)), 2, rf"^{megatron}: exists and is not empty; name a new folder")
@@ -319,7 +319,9 @@ def test_a_conversion_in_a_run_folder_is_not_taken_for_its_checkpoint(
     message = ranks(1, resumed, config=config, source=folder)[0]
     assert re.search(rf"^{folder}: holds weights alone, no run to go on with; .*checkpoint\.load=", message)
     end = ranks(1, convert, arguments=to_hf(tmp_path / "run", tmp_path / "back"))[0]
-    refused(end, 2, rf"run: holds checkpoints and is none; name one of them, as {folder}")
+    assert (end.code, end.out) == (0, f"wrote {tmp_path}/back, from {folder}\n")
+    assert sorted(p.name for p in (tmp_path / "back").iterdir()) == sorted([*TEXTS, "checksums.json", "config.json",
+                                                                            "model.safetensors"])  # fmt: skip
 
 
 def test_two_conversions_have_the_same_tensors(ranks: Any, tmp_path: Path, converted: Path) -> None:
@@ -330,3 +332,13 @@ def test_two_conversions_have_the_same_tensors(ranks: Any, tmp_path: Path, conve
         assert [ranks(1, convert, arguments=command)[0].code for command in commands] == [0, 0]
     first, second = tensors(tmp_path / "b1"), tensors(tmp_path / "b2")
     assert first.keys() == second.keys() and all(second[n].equal(t) for n, t in first.items())
+
+
+@pytest.mark.parametrize("content", ['{"model.safetensors": "01ab"}', '["model.safetensors"]', '{"a": {"size": 1}}'])
+def test_another_programs_checksums_are_left_alone(tmp_path: Path, content: str) -> None:
+    """They are a file like others: kept, not compared."""
+    from megatron_refine.convert.hf_folder import HFFolder
+
+    source = hf_folder(tmp_path / "hf")
+    (source / "checksums.json").write_text(content, encoding="utf-8")
+    assert "checksums.json" in [path.name for path in HFFolder(source).other_files()]

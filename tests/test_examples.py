@@ -68,7 +68,7 @@ def test_columns_by_name(tmp_path):
     columns = Columns(prompt="question", answers="gold", task="set", max_new_tokens="limit")
     assert read(tmp_path, jsonl(row), columns=columns) == [Example("s", 0, "q", ("a",), 3)]
     assert "column set holds nothing" in failure(tmp_path, jsonl(row | {"set": None}), columns=columns)
-    assert "no column limit; it has" in failure(
+    assert "has no column limit; it has" in failure(
         tmp_path, jsonl({"question": "q", "gold": "a", "set": "s"}), columns=columns
     )
 
@@ -121,9 +121,9 @@ def test_half_a_surrogate_pair_is_refused(tmp_path):
 
 GOOD = {"prompt": "p", "answers": ["a"]}
 BAD_ROWS = [
-    ({"answers": ["a"], "id": 1}, "no column prompt; it has answers, id: name one of these"),
-    ({"prompt": "p", "id": 1}, "no column answers or answer; it has prompt, id: name one of these"),
-    ({}, "no column prompt; it has none"),
+    ({"answers": ["a"], "id": 1}, "has no column prompt; it has answers, id: name one of these"),
+    ({"prompt": "p", "id": 1}, "has no column answers or answer; it has prompt, id: name one of these"),
+    ({}, "has no column prompt; it has none"),
     (GOOD | {"prompt": None}, "column prompt holds nothing (null or missing); fix the row or name another column"),
     (GOOD | {"prompt": 5}, "column prompt holds int, not text; fix the row"),
     (GOOD | {"prompt": ["p"]}, "column prompt holds list, not text"),
@@ -159,7 +159,7 @@ def test_bad_rows_are_named(tmp_path, row, expected):
         ({"prompt": ["p"], "answers": pyarrow.array([None], pyarrow.list_(pyarrow.string()))}, "holds nothing"),
         ({"prompt": ["p", "q"], "answers": [["a"], []]}, "row 2: column answers holds an empty list"),
         ({"prompt": ["p"], "answers": [["a"]], "max_gen_tokens": [4.0]}, "holds 4.0"),
-        ({"text": ["p"]}, "row 1: no column prompt; it has text"),
+        ({"text": ["p"]}, "row 1: has no column prompt; it has text"),
         ({"prompt": pyarrow.array([], pyarrow.string())}, "holds no rows; fill it or leave it out"),
     ],
 )
@@ -178,7 +178,7 @@ def test_bad_parquet_rows_are_named(tmp_path, columns, expected):
         ("a.jsonl", b"", "holds no rows"),
         ("a.parquet", b"PAR1 not a table", "broken parquet file: "),
         ("a.parquet", parquet(prompt=["p"], answers=["a"])[:-9], "broken parquet file: "),
-        ("a.csv", b"prompt,answers", "no table (known by their names: .jsonl and .parquet); convert or rename it"),
+        ("a.csv", b"prompt,answers", "is not a table (known by their names: .jsonl and .parquet); convert or rename"),
     ],
 )
 def test_bad_files_are_named(tmp_path, name, content, expected):

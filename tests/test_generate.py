@@ -57,3 +57,36 @@ def test_decoding_from_states_equals_whole_passes(model: str, ranks: Zygote, tmp
     assert run() == expected
     for overrides in (["parallel.tp=2", "parallel.sp=true"], ["parallel.cp=2"], ["parallel.pp=2"]):
         assert run(*overrides) == expected * 2, overrides
+
+
+def drawn(config: Config, top_p: float, temperature: float) -> Any:
+    """On a rank: tokens drawn after one row with many uniforms, and the row's probabilities at the temperature."""
+    from megatron_refine.trainer import forward, head
+    from megatron_refine.trainer.model import unwrap
+
+    model, _ = parity.build(config, torch.float64)
+    rows = forward.main_pass(model, parity.batch(1, 16).tokens).rows
+    row = rows.local[15] if config.parallel.cp == 1 else rows.local[-1]
+    uniform = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
+    tokens, logprobs = head.sample(unwrap(model), row.expand(4000, -1), uniform, temperature, top_p)
+    with torch.no_grad():
+        logits = head._gather(unwrap(model).logits(row[None]), unwrap(model).pg_collection.tp).flatten()
+    return tokens, logprobs, (logits[: unwrap(model).real_vocab] / temperature).softmax(-1)
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.5, 0.1, 1e-9])
+def test_the_nucleus_is_the_fewest_tokens_of_that_probability(top_p: float, ranks: Zygote, tmp_path: Path) -> None:
+    """Against the definition, over the whole vocabulary; at two ranks the same draws."""
+    configs = {tp: parity.small_config(tmp_path, f"parallel.tp={tp}") for tp in (1, 2)}
+    found = [ranks(tp, drawn, config=config, top_p=top_p, temperature=0.7)[0] for tp, config in configs.items()]
+    tokens, logprobs, probabilities = found[0]
+    falling = probabilities.sort(descending=True)
+    count = int((falling.values.cumsum(-1) - falling.values < top_p).sum())
+    nucleus = falling.indices[:count]
+    share = probabilities[nucleus].sum()
+    for token in nucleus[:5].tolist():
+        expected = float(probabilities[token] / share)
+        assert float((tokens == token).double().mean()) == pytest.approx(expected, abs=1 / 4000)
+        assert torch.allclose(logprobs[tokens == token].exp(), torch.tensor(expected), rtol=1e-6)
+    assert set(tokens.tolist()) <= set(nucleus.tolist())
+    assert found[1][0].equal(tokens)

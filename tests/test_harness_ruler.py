@@ -46,9 +46,10 @@ def scripted(model: Path) -> Any:
     from megatron_refine.eval.answers import Question
     from megatron_refine.eval.harness import HarnessLM
     from megatron_refine.eval.tasks import TASKS
+    from megatron_refine.trainer.source import find
 
     platform.install()
-    source, said = load.find(model), list[str]()
+    source, said = find(model), list[str]()
     lm = HarnessLM(load.load(source, load.layout(source), load.text(source)))
 
     def say(question: Question) -> str:
@@ -78,8 +79,9 @@ def scores(model: Path) -> dict[str, Any]:
     from lm_eval.tasks.ruler import common_utils
 
     from megatron_refine.eval import load, ruler, tasks
+    from megatron_refine.trainer.source import find
 
-    found, text, pairs = harness_results(model), load.text(load.find(model)), dict[str, Any]()
+    found, text, pairs = harness_results(model), load.text(find(model)), dict[str, Any]()
     for name in OFFLINE:
         task, samples = tasks.of(name), found["samples"][name]
         example = next(ruler.generate(name, LENGTH, [0], 1, text.count))

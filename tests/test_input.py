@@ -123,9 +123,9 @@ def test_texts_of_every_form_are_one_document(tmp_path: Path, name: str, content
 STAY = {
     "README": "{ braces }\n", "a.py": '{"a": 1}\n', "b.py": '{"a": 1}\n{"b": f(x)}\n', "a.md": "[![badge](x)](y)\n",
     "a.tex": "{\\bf x}\n", "a.log": '{"a": 1} and more\n{"b": 2}\n', "list.txt": "[1, 2]\n[3]\n", "empty.txt": "",
-    "notebook.ipynb": '{\n "cells": [],\n "nbformat": 4\n}\n', "parts.txt": "PAR1 is a word\n", 
+    "notebook.ipynb": '{\n "cells": [],\n "nbformat": 4\n}\n', "parts.txt": "PAR1 is a word\n",
     "BZh.txt": "BZh9 too\n",
-    "twice.txt": "\ufeff\ufeffa", "names.csv": "name,age\nx,1\n", "one.json5": "{'text': 'a'}\n", 
+    "twice.txt": "\ufeff\ufeffa", "names.csv": "name,age\nx,1\n", "one.json5": "{'text': 'a'}\n",
     "objects.txt": "[{}, 1]", "blank.txt": " \n\t\n",
 }  # fmt: skip
 
@@ -151,15 +151,15 @@ REFUSED = {  # name -> content, words of the line
     "a.jsonl": (PARQUET, "is a parquet file, no jsonl file; name it .parquet"),
     "b.json": (PARQUET, "is a parquet file, no json file; name it .parquet"),
     "array.jsonl": (ARRAY, "begins with a JSON array, not with an object on a line; name it .json"),
-    "lines.parquet": (LINES, "is no parquet file, as its name says: it looks like JSON lines; fetch it again"),
-    "prose.parquet": (b"some text", "is no parquet file, as its name says: it is something else"),
-    "empty.parquet": (b"", "is no parquet file, as its name says: it is empty"),
+    "lines.parquet": (LINES, "is not the parquet file that its name says: it looks like JSON lines; fetch it again"),
+    "prose.parquet": (b"some text", "is not the parquet file that its name says: it is something else"),
+    "empty.parquet": (b"", "is not the parquet file that its name says: it is empty"),
     "cut.parquet": (PARQUET[:-30], "broken parquet file: "),
     "page.parquet": (PARQUET[:4] + bytes(40) + PARQUET[44:], "broken parquet file: "),
     "a.parquet.gz": (gzip.compress(PARQUET), "is a parquet file packed with gzip; unpack it"),
-    "plain.jsonl.gz": (LINES, "is no gzip file, as its name says: it is something else; fetch it again or rename it"),
-    "empty.txt.gz": (b"", "is no gzip file, as its name says: it is empty"),
-    "other.txt.gz": (zstd(b"a"), "is no gzip file"),
+    "plain.jsonl.gz": (LINES, "is not the gzip file that its name says: it is something else; fetch it again"),
+    "empty.txt.gz": (b"", "is not the gzip file that its name says: it is empty"),
+    "other.txt.gz": (zstd(b"a"), "is not the gzip file"),
     "cut.jsonl.gz": (gzip.compress(os.urandom(5000).hex().encode())[:-20], "broken gzip file: "),
     "flip.txt.gz": (gzip.compress(b"abc")[:-8] + bytes(8), "broken gzip file: CRC"),
     "cut.txt.bz2": (bz2.compress(b"abc" * 999)[:-9], "broken bzip2 file: "),
@@ -175,10 +175,10 @@ REFUSED = {  # name -> content, words of the line
     "more.json": (b'[{"text": "a"}]\n{"text": "b"}', "line 2: '{' where the file should end"),
     "list.json": (b'{"text": "a"}, {"text": "b"}', "broken json file: line 1: "),
     "blanks.json": (b'[{"text": "a"} {"text": "b"}]', "line 1: no ',' where one should be"),
-    "config.json": (b'{"name": "x"}', "row 1 has no such column; it has name"),
+    "config.json": (b'{"name": "x"}', "row 1 has no such column; it has name: name one of these"),
     "latin.json": (b'{"text": "\xe9"}', "broken json file: line 1: 'utf-8' codec"),
-    "nul.txt": (bytes(4096), "no text: byte 0 is NUL"),
-    "tail.txt": (b"text" + bytes(99), "no text: byte 4 is NUL (damaged, binary or UTF-16); restore it or leave it out"),
+    "nul.txt": (bytes(4096), "is not text: byte 0 is NUL"),
+    "tail.txt": (b"text" + bytes(99), "is not text: byte 4 is NUL (damaged, binary or UTF-16); restore it or leave"),
     "nul.jsonl": (LINES + bytes(512), "broken jsonl file: line 4: NUL bytes, as a power cut leaves them"),
     "nul.json": (ARRAY[:20] + bytes(512), "broken json file: line 2: NUL bytes"),
     "wide.txt": ("some text".encode("utf-16"), "is UTF-16 text; convert it to UTF-8, with iconv -t UTF-8"),
@@ -308,7 +308,7 @@ def test_what_is_no_file_is_named(tmp_path: Path) -> None:
 
 def test_paths_that_are_none(tmp_path: Path) -> None:
     for path in ("", "a\0b"):
-        with pytest.raises(ConfigError, match=r"data\.paths: '.*' is no path; correct it"):
+        with pytest.raises(ConfigError, match=r"data\.paths: '.*' is not a path; correct it"):
             find_corpus([path], "text", "data.paths")
     assert "no such file or folder; correct the path" in failure(Path("x" * 300))
     put(tmp_path, (".hidden/1.txt", b"one"))
@@ -388,5 +388,5 @@ def test_files_of_tasks_of_every_form(tmp_path: Path) -> None:
         assert [e.task for e in files.read(task, str(tmp_path / name), "--data")] == ["qasper"]
     (tmp_path / "linked").symlink_to(tmp_path / "qasper.json")
     assert files.find(task, str(tmp_path / "linked"), "--data").name == "qasper.json"
-    with pytest.raises(ConfigError, match=r"torn\.jsonl: broken jsonl file: line 1"):
+    with pytest.raises(ConfigError, match=r"torn\.jsonl: is a broken jsonl file: line 1"):
         files.find(task, str(put(tmp_path / "torn", ("torn.jsonl", b"{"))), "--data")

@@ -16,13 +16,13 @@ from pathlib import Path
 from megatron_refine.data.corpus import find_corpus
 from megatron_refine.files import speak_utf8
 from megatron_refine.train import main
-from tools import prepare_data
+from megatron_refine.cli import prepare
 
 assert sys.getfilesystemencoding() == "ascii", sys.getfilesystemencoding()
 config, texts = sys.argv[1:]
 print(find_corpus([os.path.dirname(texts) + "/" + "\\u2603"], "text", "k").fingerprint(Path(texts, ".cache")))
-code = prepare_data.main(["--config", config])
 speak_utf8()
+code = prepare.main(["--config", config])
 sys.exit(code or main(["--config", config]))
 """
 

@@ -183,8 +183,6 @@ def test_post_training_evaluates_answers(ranks: Zygote, files: Path, tmp_path: P
 
 
 BAD: list[tuple[str, str, list[str]]] = [
-    ("posttrain", "task.paths=[]", ["task.paths", "jsonl or parquet"]),
-    ("posttrain", "data.tokenizer=''", ["data.tokenizer", "the model that it starts from"]),
     ("midtrain", "", ["task.paths", "train.phase=posttrain"]),
     ("posttrain", "task.inner_step=false", ["task.inner_step=false", "refine.enabled=false"]),
     ("posttrain", "train.match=compute", ["train.match=compute", "refine.enabled=false"]),

@@ -255,18 +255,19 @@ def roads(config: Config, folders: list[Path], run: Path) -> list[list[str]]:
     """On a rank: the errors of all roads by which a checkpoint enters, for each folder; and rng comes back."""
     from megatron_refine.eval import load
     from megatron_refine.trainer.conversion import MegatronSource
+    from megatron_refine.trainer.source import find
 
     step, checkpoints = start(config)
 
     def evaluated(folder: Path) -> Any:
-        source = load.find(folder)
+        source = find(folder)
         return load.load(source, load.layout(source), load.Text(folder, None, None))  # type: ignore[arg-type]
 
     found = []
     for folder in folders:
         tries: list[Callable[[], Any]] = [
             lambda f=folder: checkpoints.load(f, step.updater),  # type: ignore[misc]
-            lambda f=folder: checkpoints.load_weights(f, step.updater),  # type: ignore[misc]
+            lambda f=folder: checkpoints.load_weights(find(f), step.updater),  # type: ignore[misc]
             lambda f=folder: MegatronSource(f),  # type: ignore[misc]
             lambda f=folder: evaluated(f),  # type: ignore[misc]
         ]

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from megatron_refine.config import Config, load
+from megatron_refine.config import Config, check_world_size, load
 from megatron_refine.estimate import estimate
 from megatron_refine.estimate.flops import step_flops
 from megatron_refine.estimate.hardware import Hardware
 from megatron_refine.estimate.layouts import layout_of, layouts
-from megatron_refine.estimate.plan import plan, summary, throughput, times
+from megatron_refine.estimate.plan import dividing, plan, summary, throughput, times
 from megatron_refine.estimate.timing import collective_seconds, step_time
 from megatron_refine.estimate.traffic import Traffic, step_traffic
 from megatron_refine.models.family import FAMILIES
@@ -190,6 +190,30 @@ def test_the_command_line(tmp_path: Path) -> None:
     ):
         code, out, err = run(str(LARGE), *arguments)
         assert code == 2 and not out and says in err and len(err.splitlines()) == 1, err
+
+
+PRESETS = sorted(path.name for path in (ROOT / "configs").glob("*.yaml") if path.stem != "bench")
+
+
+def test_a_plan_is_never_refused_for_what_it_does_not_need() -> None:
+    """Data, tokenizer, prompts, a batch that divides: for every preset and number of GPUs."""
+    assert len(PRESETS) >= 9
+    for name in PRESETS:
+        config = load([str(ROOT / "configs" / name)], [], FAMILIES)
+        for world in (8, 64, 256, 1024):
+            text, dp = plan(config, world, Hardware()), world // config.parallel.model_size
+            unit = dp * config.train.micro_batch_size
+            assert text.startswith("note: a mini-batch of ") == (config.mini_batch_size % unit != 0), (name, world)
+            assert "layouts that fit" in text, (name, world)
+            fitted, note = dividing(config, world)
+            assert check_world_size(fitted, world) == dp and dividing(fitted, world) == (fitted, "")
+            assert not note or f"(multiples of {unit} divide)" in note
+
+
+def test_a_plan_keeps_the_number_of_mini_batches_whole() -> None:
+    config, note = dividing(large("train.global_batch_size=96", "update.mini_batch_size=48"), 256)
+    assert (config.train.global_batch_size, config.update.mini_batch_size) == (128, 64)
+    assert "planned with update.mini_batch_size=64, train.global_batch_size=128" in note
 
 
 def test_it_imports_neither_torch_nor_megatron() -> None:

@@ -9,17 +9,18 @@ from xml.etree import ElementTree
 
 import pytest
 
+from megatron_refine.cli import compare
 from megatron_refine.report.html import write_report
 from megatron_refine.report.metrics import KEYS, MetricsLog, Row, read
 from megatron_refine.report.page import visible
-from megatron_refine.report.screen import comparison, eval_line, step_line
+from megatron_refine.report.screen import comparison, duration, eval_line, step_line
 from megatron_refine.report.summary import StepTimes, milestones, step_times
-from tools import compare_runs
 
 REFINE_ROW: Row = {
     "step": 12, "train/loss": 2.19, "train/ntp_loss": 2.19, "train/nsp_loss": -0.002, "rollout/reward_mean": 0.42,
     "rollout/reward_std": 0.11, "rollout/logprob_gap_mean": 1e-6, "perf/tokens_per_sec": 8100.0, "perf/mfu": 0.31,
     "time/score": 0.21, "time/rollout": 0.02, "time/update": 0.74, "time/sync": 0.0, "time/step": 1.0,
+    "train/lr": 3e-4, "train/grad_norm": 0.816, "perf/peak_memory_bytes": 3 << 29,
 }  # fmt: skip
 EVAL: Row = {
     "step": 150, "eval/ntp_loss": 3.21, "eval/ntp_accuracy": 0.382, "eval/entropy": 3.05, "eval/reward_mean": 0.412,
@@ -115,7 +116,7 @@ SECTIONS = [
 
 def test_keys_are_those_of_a_row() -> None:
     assert KEYS >= REFINE_ROW.keys() | EVAL.keys() | {"consumed_samples", "attempt", "perf/peak_memory_bytes"}
-    assert len(KEYS) == 3 + 9 + 9 + 5 + 5 + 3 + 10
+    assert len(KEYS) == 4 + 9 + 9 + 5 + 5 + 3 + 10
 
 
 def test_metrics_round_trip_writes_what_is_not_finite_as_null(tmp_path: Path) -> None:
@@ -153,14 +154,14 @@ def test_a_broken_line_within_the_file_is_an_error(tmp_path: Path) -> None:
 
 
 def test_step_line_of_a_refine_step() -> None:
-    assert step_line(REFINE_ROW, 100) == (
-        "step 12/100 loss 2.19 ntp 2.19 nsp -0.002 reward 0.42±0.11 | 8.1k tok/s mfu 31% "
-        "| score 21% rollout 2% update 74% sync 0.0s | gap 1e-6"
+    assert step_line(REFINE_ROW, 100, left=4000.0) == (
+        "step 12/100 loss 2.19 ntp 2.19 nsp -0.002 reward 0.42±0.11 | lr 3e-4 grad 0.82 "
+        "| 8.1k tok/s mfu 31% 1.00s mem 1.5G | score 21% rollout 2% update 74% sync 0.0s gap 1e-6 | left 67m"
     )
     odd = REFINE_ROW | {"train/nsp_loss": -1e-9, "rollout/logprob_gap_mean": 0.0, "perf/mfu": None, "train/loss": None}
     assert step_line(odd, 100) == (
-        "step 12/100 loss nan ntp 2.19 nsp 0.000 reward 0.42±0.11 | 8.1k tok/s "
-        "| score 21% rollout 2% update 74% sync 0.0s | gap 0"
+        "step 12/100 loss nan ntp 2.19 reward 0.42±0.11 | lr 3e-4 grad 0.82 | 8.1k tok/s 1.00s mem 1.5G "
+        "| score 21% rollout 2% update 74% sync 0.0s gap 0"
     )
 
 
@@ -168,17 +169,22 @@ def test_step_line_of_a_refine_step() -> None:
     ("share", "text"), [(0.0, ""), (0.002, " masked <1%"), (0.031, " masked 3%"), (1.0, " masked 100%")]
 )
 def test_step_line_says_how_many_rollouts_were_masked(share: float, text: str) -> None:
-    assert step_line(REFINE_ROW | {"rollout/masked_fraction": share}, 100).endswith(f" | gap 1e-6{text}")
+    assert step_line(REFINE_ROW | {"rollout/masked_fraction": share}, 100).endswith(f" gap 1e-6{text}")
 
 
 @pytest.mark.parametrize("gap", [math.nan, math.inf, None])
 def test_step_line_of_a_gap_that_is_not_finite(gap: float | None) -> None:
-    assert step_line(REFINE_ROW | {"rollout/logprob_gap_mean": gap}, 100).endswith(" | gap nan")
+    assert step_line(REFINE_ROW | {"rollout/logprob_gap_mean": gap}, 100).endswith(" gap nan")
 
 
 def test_step_line_of_an_ntp_step() -> None:
     row = {"step": 3, "train/loss": 6.789, "perf/tokens_per_sec": 812.4, "perf/mfu": 0.4, "time/step": 0.517}
-    assert step_line(row, 100) == "step 3/100 loss 6.79 | 812 tok/s mfu 40% | 0.52s"
+    assert step_line(row, 100) == "step 3/100 loss 6.79 | lr nan grad - | 812 tok/s mfu 40% 0.52s mem -"
+
+
+def test_durations_as_people_say_them() -> None:
+    seconds = (4.6, 89, 100, 5900, 6100, 86_400, 200_000)
+    assert [duration(s) for s in seconds] == ["5s", "89s", "2m", "98m", "1h42m", "24h00m", "2d08h"]
 
 
 def test_eval_line() -> None:
@@ -212,7 +218,7 @@ def test_report_has_every_section_and_escapes_text(tmp_path: Path) -> None:
     run = write_run(tmp_path, synthetic_rows(ntp_steps=120, refine_steps=80), synthetic_samples(400))
     page = Page(write_report(run))
     assert page.headings == SECTIONS
-    assert page.tags.count("svg") == 5
+    assert page.tags.count("svg") == 2 * 5  # for a wide screen and a narrow one
     assert len(page.ids) == len(set(page.ids))
     assert "script" not in page.tags and SCRIPT in page.text
     assert "At most 12.5% of a step's rollouts were masked" in page.text
@@ -253,7 +259,7 @@ def test_runs_are_compared_in_one_picture(tmp_path: Path, capsys: pytest.Capture
             log.append(row)
         log.close()
     picture, runs = tmp_path / "curves.svg", [str(tmp_path / name) for name in ("native", "sglang")]
-    assert compare_runs.main([*runs, "--out", str(picture)]) == 0
+    assert compare.main([*runs, "--out", str(picture)]) == 0
     drawn = ElementTree.fromstring(picture.read_text(encoding="utf-8"))
     texts = {element.text for element in drawn.iter() if element.tag.endswith("}text")}
     assert {"native", "sglang", "NTP loss, nats a token"} <= texts and "--blue: #" in picture.read_text(
@@ -277,6 +283,6 @@ def test_folders_that_cannot_be_compared(
     for name, text in (("run", '{"step": 1}\n'), ("other/run", '{"step": 1}\n'), ("broken", "no\nrow\n")):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "metrics.jsonl").write_text(text, encoding="utf-8")
-    assert compare_runs.main([*(str(tmp_path / name) for name in folders), "--out", str(tmp_path / "x.svg")]) == 2
+    assert compare.main([*(str(tmp_path / name) for name in folders), "--out", str(tmp_path / "x.svg")]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and not (tmp_path / "x.svg").exists()

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from launch import submit
+from megatron_refine.cli import submit
 from tests import runs, sglang_lane
 from tests.slurm_cluster import GPUS, Cluster
 from tests.zygote import DEADLINE

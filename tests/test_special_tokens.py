@@ -17,6 +17,7 @@ from megatron_refine.eval.answers import Answerer, Question
 from megatron_refine.eval.evaluation import identity
 from megatron_refine.models.delta_net.config import DeltaNetConfig
 from megatron_refine.trainer.manifest import ORIGIN
+from megatron_refine.trainer.source import Source
 from tests.test_tokenizer import config_of, trained
 
 VOCAB = 280
@@ -99,10 +100,10 @@ WRONG: list[tuple[Declared, str]] = [
     ({"tokenizer_config": {"eos_token": 7}}, "declares eos_token 7, which"),
     ({"tokenizer_config": {"bos_token": ["<s>"]}}, "declares bos_token ['<s>'], which"),
     ({"config": {"eos_token_id": 900}},
-     "config.json: declares eos_token_id 900, tokenizer.json has ids up to 279; correct it, or move the tokenizer"),
+     "config.json: declares eos_token_id 900, but tokenizer.json has ids up to 279; correct it, or move the tokenizer"),
     ({"tokenizer_config": {"eos_token": "</s>"}, "generation_config": {"eos_token_id": [2, 280]}},
-     "generation_config.json: declares eos_token_id 280, tokenizer.json has ids up to 279"),
-    ({"config": {"bos_token_id": "1"}}, "config.json: declares bos_token_id '1', tokenizer.json has ids"),
+     "generation_config.json: declares eos_token_id 280, but tokenizer.json has ids up to 279"),
+    ({"config": {"bos_token_id": "1"}}, "config.json: declares bos_token_id '1', but tokenizer.json has ids"),
     ({"config": {"eos_token_id": True}}, "declares eos_token_id True"),
     ({"config": {"eos_token_id": 2.0}}, "declares eos_token_id 2.0"),
     ({"generation_config": [1]}, "generation_config.json: holds no JSON object; correct it"),
@@ -159,7 +160,7 @@ def test_a_sentencepiece_model_s_own_come_last(tmp_path: Path) -> None:
     added = {"eos_token": "<|new|>", "added_tokens_decoder": {"400": {"content": "<|new|>"}, "x": 1, "5": {}}}
     folder = declare(model, tmp_path / "d", tokenizer_config=added)
     assert found(folder) == (1, 400, 3, (400,))
-    with pytest.raises(ConfigError, match=r"has token ids up to 400, model\.vocab_size=400 allows 399; set .*=401"):
+    with pytest.raises(ConfigError, match=r"up to 400, but model\.vocab_size=400 allows 399 at most; set .*=401"):
         load_tokenizer(folder, 400, "data.tokenizer")
     with pytest.raises(ConfigError, match=r"declares eos_token '<\|gone\|>', which tokenizer\.model does not have"):
         found(declare(model, tmp_path / "e", tokenizer_config={"eos_token": "<|gone|>"}))
@@ -212,7 +213,7 @@ def test_an_evaluation_takes_the_tokenizer_that_the_run_trained_with(tmp_path: P
     model = DeltaNetConfig(family="delta_net", vocab_size=VOCAB, **sizes)
     checkpoint = tmp_path / "run/checkpoints/step_0000001"
     declare(plain, checkpoint / ORIGIN, tokenizer_config={"eos_token": "<|im_end|>"})
-    source = load.Source(checkpoint, model, is_checkpoint=False, run=tmp_path / "run")
+    source = Source(checkpoint, model, is_checkpoint=False, run=tmp_path / "run")
     first = load.text(source)
     assert first.path == checkpoint / ORIGIN / "tokenizer.json" and first.tokenizer.ends == (4,)
     trained_with = declare(plain, tmp_path / "other", config={"eos_token_id": [4, 3]}) / "tokenizer.json"
@@ -221,5 +222,5 @@ def test_an_evaluation_takes_the_tokenizer_that_the_run_trained_with(tmp_path: P
     assert second.path == tmp_path / "run/tokenizer.json" and second.tokenizer.ends == (4, 3)
     found = [identity(source, text, "fp32") for text in (first, second)]
     assert [key for key in found[0] if found[0][key] != found[1][key]] == ["ends"]
-    wider = load.Source(checkpoint, model.model_copy(update={"norm_eps": 1e-3}), is_checkpoint=False)
+    wider = Source(checkpoint, model.model_copy(update={"norm_eps": 1e-3}), is_checkpoint=False)
     assert identity(wider, first, "fp32")["model"] != found[0]["model"]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from launch import submit
+from megatron_refine.cli import submit
 from megatron_refine.config import ConfigError, load
 from megatron_refine.config.load import read_as
 from megatron_refine.config.paths import resolved
@@ -55,8 +55,16 @@ def test_what_the_site_says_is_what_sbatch_reads(tmp_path: Path) -> None:
         "srun_options=(--cpu-bind=none --container-image=image.sqsh --container-mounts=/data:/data)",
     ):  # fmt: skip
         assert line in text
-    command = f"-m megatron_refine.train --config {ROOT / QUICKSTART} run.dir={tmp_path}/run data.cache_dir="
+    command = f"-m megatron_refine train --config {ROOT / QUICKSTART} run.dir={tmp_path}/run data.cache_dir="
     assert f"train=(/opt/python {command}{os.getcwd()}/.cache/data)" in text
+
+
+def test_words_go_before_the_interpreter_of_every_rank(tmp_path: Path) -> None:
+    engine = ["--engine-nodes", "1", "engine.kind=sglang", f"engine.python={sys.executable}"]
+    site = {"prefix": ["apptainer", "exec", "--nv", "an image.sif"], "python": "/opt/python"}
+    text = script(tmp_path, "--nodes", "1", *engine, site=site)
+    assert "\ntrain=(apptainer exec --nv 'an image.sif' /opt/python -m megatron_refine" in text
+    assert "\nserve=(apptainer exec --nv 'an image.sif' /opt/python " in text
 
 
 HOSTILE = "a b%j#c $(id) it's=1"  # of a folder: blank, %, #, quotes, what bash would run
@@ -107,11 +115,11 @@ def test_bash_runs_what_was_asked_for(tmp_path: Path, ran: Any, monkeypatch: pyt
     (place, arguments), run = ran(text)[0], folder / "r u n"
     assert place == str(folder)
     start = arguments.index(sys.executable)
-    assert arguments[start : start + 5] == [
-        sys.executable, "-m", "megatron_refine.train", "--config", str(ROOT / QUICKSTART)
+    assert arguments[start : start + 6] == [
+        sys.executable, "-m", "megatron_refine", "train", "--config", str(ROOT / QUICKSTART)
     ]  # fmt: skip
     monkeypatch.chdir("/")
-    config = load(QUICKSTART_FILE, arguments[start + 5 :], FAMILIES)
+    config = load(QUICKSTART_FILE, arguments[start + 6 :], FAMILIES)
     assert config.run.dir == str(run) and config.run.seed == 7 and config.data.text_column == "a #2"
     assert config.data.paths == [f"{folder}/my docs", f"{folder}/it's"]
     assert config.data.cache_dir == f"{folder}/.cache/data"
@@ -143,8 +151,9 @@ def test_bash_starts_servers_beside_the_trainer(tmp_path: Path, ran: Any, monkey
     words = ["--engine-nodes", "1", "engine.kind=sglang", f"engine.python={sys.executable}", "run.dir=r"]
     text = script(tmp_path, *words, config=str(ROOT / QUICKSTART), run_dir=False)
     (_, first), (_, second) = ran(text, STEPS="2")
-    trainer, server = (first, second) if "-m" in first else (second, first)
-    assert str(ROOT / "tools/serve.py") in server and server[-2:] == ["--hosts", "10.0.0.n2"]
+    trainer, server = (first, second) if "train" in first else (second, first)
+    start = server.index("-m")
+    assert server[start : start + 3] == ["-m", "megatron_refine", "serve"] and server[-2:] == ["--hosts", "10.0.0.n2"]
     assert f"run.dir={folder}/r" in server and option(server, "--output").endswith("/r/logs/slurm-7-0/engine-%n.log")
     config = load(QUICKSTART_FILE, trainer[trainer.index(str(ROOT / QUICKSTART)) + 1 :], FAMILIES)
     assert config.engine.urls == ["http://10.0.0.n2:30000"] and config.engine.master_address == "10.0.0.n1"
@@ -212,7 +221,7 @@ def test_engine_nodes_follow_those_that_train(tmp_path: Path) -> None:
     engine = ["engine.kind=sglang", f"engine.python={sys.executable}"]
     text = script(tmp_path, "--nodes", "1", "--engine-nodes", "2", *engine)
     assert "--nodes=3" in options_of(text) and "train_nodes=1 ranks_per_node=2\nengine_nodes=2" in text
-    assert f"tools/serve.py --port 30000 --config {ROOT / QUICKSTART}" in text
+    assert f"-m megatron_refine serve --port 30000 --config {ROOT / QUICKSTART}" in text
 
 
 @pytest.mark.parametrize(
@@ -280,6 +289,16 @@ def test_a_dry_run_prints_script_and_estimate(tmp_path: Path) -> None:
     assert "memory of a rank" in done.stdout and not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("site", [{"prefix": ["apptainer", "exec", "image.sif"]}, {"container": "image.sqsh"}, {}])
+def test_the_interpreters_of_an_image_are_not_looked_for_here(tmp_path: Path, site: dict[str, Any]) -> None:
+    (tmp_path / "site.yaml").write_text(yaml.safe_dump(site | {"gpus_per_node": 2}), encoding="utf-8")
+    words = ["engine.kind=sglang", "engine.python=/opt/sglang/bin/python", f"run.dir={tmp_path}/run"]
+    done = command(QUICKSTART, "--site", str(tmp_path / "site.yaml"), "--dry-run", *words)
+    expected = "" if site else "engine.python=/opt/sglang/bin/python: no such interpreter"
+    assert done.returncode == (0 if site else 2) and done.stderr.startswith(expected), done.stderr
+    assert not site or "engine.python=/opt/sglang/bin/python" in done.stdout
+
+
 def test_without_slurm_the_line_says_so(tmp_path: Path) -> None:
     done = command(QUICKSTART, "--gpus-per-node", "2", f"run.dir={tmp_path}/run", path=str(tmp_path))
     assert done.returncode == 2 and done.stderr == (
@@ -301,3 +320,7 @@ def test_the_examples_are_what_the_command_writes(name: str, arguments: list[str
     job = submit.build(submit.parse([*arguments, "--site", "launch/site.yaml", "--name", name]))
     expected = job.script().replace(f"{ROOT}/", "").replace(str(ROOT), "/path/to/megatron_refine")
     assert (ROOT / f"launch/{name}.sbatch").read_text(encoding="utf-8") == expected
+
+
+def test_the_example_of_a_site_has_every_key() -> None:
+    assert yaml.safe_load((ROOT / "launch/site.yaml").read_text(encoding="utf-8")).keys() == Site.model_fields.keys()

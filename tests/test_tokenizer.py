@@ -177,7 +177,7 @@ def test_other_files_are_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "tokenizer.model"
     path.write_bytes(content)
     message = failure(path)
-    assert f"data.tokenizer: {path}: no valid sentencepiece model: " in message and "; fetch it again" in message
+    assert f"data.tokenizer: {path}: is not a valid sentencepiece model: " in message and "; fetch it again" in message
 
 
 def test_a_cut_file_is_refused_wherever_it_ends(tmp_path: Path) -> None:
@@ -198,16 +198,17 @@ def test_a_cut_file_is_refused_wherever_it_ends(tmp_path: Path) -> None:
 def test_bad_choices_are_named(tmp_path: Path, unigram: Path, monkeypatch: Any) -> None:
     missing = tmp_path / "tokenizer.model"
     assert f"{missing}: no such file; name a tokenizer.json, a tokenizer.model or their folder" in failure(missing)
-    large = f"{MISTRAL}: has token ids up to 31999, model.vocab_size=31999 allows 31998; set model.vocab_size=32000"
+    allowed = "but model.vocab_size=31999 allows 31998 at most; set model.vocab_size=32000"
+    large = f"{MISTRAL}: has token ids up to 31999, {allowed}"
     assert large in failure(MISTRAL, 31999)
     assert large in failure(MISTRAL.parent, 31999)
     with pytest.raises(ConfigError, match=r"data\.add_bos=true: .*/tokenizer\.model has no BOS piece; set data"):
         prepare(config_of(tmp_path, unigram, 400, add_bos=True))
     named = tmp_path / "tokenizer.json"  # a sentencepiece model under another's name
     named.write_bytes(MISTRAL.read_bytes())
-    assert f"{named}: no valid tokenizer.json: " in failure(named)
+    assert f"{named}: is not a valid tokenizer.json: " in failure(named)
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
-    assert failure(MISTRAL).endswith("is read by the package sentencepiece: pip install sentencepiece")
+    assert failure(MISTRAL).endswith("the package sentencepiece, which is missing: pip install sentencepiece")
 
 
 # Data

@@ -60,7 +60,7 @@ def test_rows_of_a_file_that_was_torn(tmp_path: Path) -> None:
 def test_a_row_without_its_step(tmp_path: Path, row: str) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(f'{row}\n{{"step": 3}}\n', encoding="utf-8")
-    with pytest.raises(TornError, match=r"metrics\.jsonl: damaged: .* is no row of metrics; remove this line"):
+    with pytest.raises(TornError, match=r"metrics\.jsonl: damaged: .* is not a row of metrics; remove this line"):
         read(path)
 
 
@@ -178,7 +178,8 @@ def test_what_fails_in_the_opening_fails_every_rank(tmp_path: Path, monkeypatch:
     def full(self: Any, say: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "run/OWNER")
 
-    monkeypatch.setattr(opening.Sources, "of", lambda config: None)
+    monkeypatch.setattr(opening.Sources, "of", lambda config, say: None)
+    monkeypatch.setattr(opening.preflight, "check", lambda config: None)
     monkeypatch.setattr(opening.Ownership, "claim", full)
     assert opening._prepare(config) == {
         "error": "CheckpointError",
@@ -190,7 +191,8 @@ def test_what_fails_in_the_opening_fails_every_rank(tmp_path: Path, monkeypatch:
 def test_a_torn_owner_is_passed_over_with_a_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(opening.Sources, "of", lambda config: None)
+    monkeypatch.setattr(opening.Sources, "of", lambda config, say: None)
+    monkeypatch.setattr(opening.preflight, "check", lambda config: None)
     for content in TORN.values():
         (tmp_path / "run").mkdir(exist_ok=True)
         (tmp_path / "run/OWNER").write_bytes(content)

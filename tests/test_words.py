@@ -9,16 +9,15 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_refine.config import ConfigError, absolute, files_and_overrides, read_as
+from megatron_refine.cli import convert, evaluate, lm_eval
+from megatron_refine.config import Config, ConfigError, Data, Engine, Eval, absolute, files_and_overrides, read_as
 from megatron_refine.config.paths import resolved
-from megatron_refine.config.schema import Config, Data, Engine, Eval
 from megatron_refine.config.words import spell
 from megatron_refine.estimate.hardware import read_hardware
 from megatron_refine.models.family import FAMILIES
 from megatron_refine.scaling.sweep import points, read_sweep
 from megatron_refine.slurm.site import Site
 from tests.test_config import TREE, problem, read
-from tools import convert_checkpoint, evaluate, lm_eval_harness
 
 ROOT = Path(__file__).parents[1]
 # To YAML 1.1 a comment, octal, hexadecimal, sexagesimal, booleans, dates, nothing, a mapping, a list
@@ -258,9 +257,9 @@ def test_tools_expand_what_the_shell_did_not(monkeypatch: pytest.MonkeyPatch, ca
     found = evaluate.parse(["~/m", "--tasks=niah", "--out=~/o", "--data=~/d", "--heldout", "~/h", "--tokenizer=~/t"])
     assert (found.model, found.out, found.data) == (home / "m", home / "o", f"{home}/d")
     assert (found.heldout, found.tokenizer, found.essays) == ([f"{home}/h"], f"{home}/t", "")
-    found = lm_eval_harness.parse(["m", "--tasks=x", "--out=~/o", "--include-path=$HOME/i"])
+    found = lm_eval.parse(["m", "--tasks=x", "--out=~/o", "--include-path=$HOME/i"])
     assert (found.model, found.out, found.include_path) == (Path("m"), home / "o", [f"{home}/i"])
-    found = convert_checkpoint.parse(["hf-to-megatron", "--hf=~/h", "--megatron=~/m"])
+    found = convert.parse(["hf-to-megatron", "--hf=~/h", "--megatron=~/m"])
     assert (found.hf, found.megatron) == (home / "h", home / "m")
     with pytest.raises(SystemExit):
         evaluate.parse(["m", "--tasks=niah", "--out=$NOT_SET/o"])

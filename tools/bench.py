@@ -1,83 +1,8 @@
-"""Benchmarks. All kinds are taken in turn in one process, so that a machine whose speed drifts slows all of them alike.
+"""`megatron-refine bench` under an older name."""
 
-    torchrun --nproc-per-node 2 tools/bench.py step --config FILE [--official] [--rounds 12] [key.sub=value ...]
-
-step     seconds and saved bytes of an NTP-only step, a fused and a two-pass REFINE step, and their ratios; with
-         --official the official scheme too, with --hf an NTP step of flash-linear-attention's model (one rank each)
-length   seconds of an NTP-only and a fused step over the length of the sequences; --plot draws them
-rollout  rollouts from forked states, and from prefixes that are prefilled first, padded or not
-profile  the ten hottest operators (on a GPU: kernels) of an NTP-only and a fused step
-kernels  the mixer's operation in chunks, and a token after the other
-sync     weights to an SGLang server, and plain broadcasts of as many bytes to a process that only receives them
-data     text to rows, rows to batches
-"""
-
-import argparse
-import os
 import sys
-from functools import partial
 
-from megatron_refine import config as configuration
-from megatron_refine import launcher
-from megatron_refine.config.paths import path_argument
-from megatron_refine.files import speak_utf8
-from megatron_refine.interrupt import quiet
-from megatron_refine.models.family import FAMILIES
-
-
-def main(arguments: list[str]) -> int:
-    """Run a benchmark; the first rank prints. Returns the exit code: 0, or 2 where configuration or data are wrong."""
-    speak_utf8()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("benchmark", choices=["step", "length", "profile", "rollout", "kernels", "sync", "data"])
-    parser.add_argument("--config", required=True, action="append", metavar="FILE", help="a YAML file; later ones win")
-    parser.add_argument("--rounds", type=int, default=12, help="measurements of each kind (default: 12)")
-    parser.add_argument("--official", action="store_true", help="step: the official scheme too")
-    parser.add_argument("--hf", action="store_true", help="step: flash-linear-attention's model too; needs a GPU")
-    parser.add_argument("--lengths", default="4096,8192,16384,32768,65536", help="length: tokens of a sequence")
-    parser.add_argument("--plot", type=path_argument, metavar="FILE", help="length: an .svg or .png of it")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="values that replace the file's")
-    options = parser.parse_intermixed_args(arguments)
-    try:
-        config = configuration.load(options.config, options.overrides, FAMILIES)
-        table = run(options, config, alone=launcher.check().world == 1)
-    except (configuration.ConfigError, launcher.LaunchError) as error:
-        if launcher.speaks() or isinstance(error, launcher.LaunchError):
-            print(error, file=sys.stderr)
-        return 2
-    if table:
-        print(table)
-    return 0
-
-
-def run(options: argparse.Namespace, config: configuration.Config, alone: bool) -> str:
-    """The table of the benchmark; "" but on the first rank. alone: whether there is no other rank."""
-    if options.rounds < 1:
-        raise configuration.ConfigError(f"--rounds={options.rounds}: must be 1 or more")
-    if options.hf and not alone:
-        raise configuration.ConfigError("--hf: runs on one rank")
-    if options.official and not (alone and config.fused):
-        raise configuration.ConfigError("--official: runs on one rank, with one optimizer step a batch; set update.*")
-    try:
-        lengths = [int(text) for text in options.lengths.split(",")]
-    except ValueError:
-        raise configuration.ConfigError(f"--lengths={options.lengths}: not whole numbers with commas between") from None
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    import torch.distributed as dist
-
-    from megatron_refine.bench import data, kernels, length, profile, rollout, step, sync
-
-    runs = {
-        "step": partial(step.run, official=options.official, hf=options.hf),
-        "length": partial(length.run, lengths=lengths, plot=options.plot),
-        "profile": profile.run, "rollout": rollout.run, "kernels": kernels.run, "sync": sync.run, "data": data.run,
-    }  # fmt: skip
-    try:
-        return runs[options.benchmark](config, options.rounds)  # type: ignore[operator]
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
+from megatron_refine.cli import run
 
 if __name__ == "__main__":
-    sys.exit(quiet(lambda: main(sys.argv[1:])))
+    sys.exit(run("bench"))

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Keeps finished environments, so that another clone, or the next run of the checks, links one instead of installing it.
 #
-#   tools/environment.sh restore|keep FOLDER CACHE PYTHON FILE...
+#   tools/environment.sh restore|keep|name FOLDER CACHE PYTHON FILE...
 #
 # A kept environment is CACHE/<FOLDER>-<hash>: the hash is that of the FILEs, PYTHON's version, the machine, its GPU and
-# TORCH_INDEX. `restore` ends with 1 where there is none, or where FOLDER exists; an empty CACHE keeps nothing. Files are
-# hard links where CACHE is on the same file system: pip replaces files, it writes into none. What is not used for 30
-# days is removed.
+# TORCH_INDEX; `name` prints it. `restore` ends with 1 where there is none, or where FOLDER exists; an empty CACHE keeps
+# nothing. Files are hard links where CACHE is on the same file system: pip replaces files, it writes into none. What is
+# not used for 30 days is removed.
 set -euo pipefail
 action=$1 folder=$2 cache=$3 python=$4
 shift 4
@@ -23,6 +23,7 @@ kept=$cache/${folder#.}-$hash
 link() { cp -al "$1" "$2" 2>/dev/null || { rm -rf "$2" && cp -a "$1" "$2"; }; }
 
 case $action in
+name) basename -- "$kept" ;;
 restore)
     [ -f "$kept/origin" ] && [ ! -e "$folder" ] || exit 1
     echo "linking the environment $folder from $cache"

@@ -1,57 +1,8 @@
-"""An SGLang server of a run on a node of its own; it gets its weights from the trainer.
+"""`megatron-refine serve` under an older name."""
 
-    python tools/serve.py --hosts 10.0.0.3,10.0.0.4 --port 30000 --config FILE [key.sub=value ...]
-
-Started by a job's script (launch/submit.py --engine-nodes), once on each engine node. It begins with random weights.
-"""
-
-import argparse
-import os
 import sys
-from pathlib import Path
 
-from megatron_refine import config as configuration
-from megatron_refine import launcher
-from megatron_refine.files import speak_utf8, write_json
-from megatron_refine.interrupt import quiet
-from megatron_refine.models.family import FAMILIES
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Become the server. Returns only where it cannot: 2."""
-    speak_utf8()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hosts", required=True, help="addresses of all servers; a node takes its own and binds to it")
-    parser.add_argument("--port", type=int, required=True, help="of every server")
-    parser.add_argument("--config", required=True, action="append", help="YAML files of the run; later ones win")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="as for the training command")
-    options = parser.parse_intermixed_args(arguments)
-    try:
-        node, hosts = launcher.read().node, options.hosts.split(",")
-        if node >= len(hosts):
-            raise configuration.ConfigError(f"--hosts={options.hosts}: none for SLURM_NODEID={node}; name one a node")
-        host = hosts[node]
-        config = configuration.load(options.config, [*options.overrides, f"engine.host={host}"], FAMILIES)
-        return serve(config, options.port, Path(config.run.dir) / "engine" / f"node_{node}")
-    except (configuration.ConfigError, launcher.LaunchError) as error:
-        print(error, file=sys.stderr)
-        return 2
-
-
-def serve(config: configuration.Config, port: int, folder: Path) -> int:
-    """Write config.json, which is all of the model that the server needs, into `folder`, and start."""
-    from megatron_refine.convert.fields import CONFIG, fresh_config
-    from megatron_refine.engine.launch import command, environment
-
-    if not config.engine.python:
-        raise configuration.ConfigError("engine.python: missing; name the interpreter that has SGLang")
-    folder.mkdir(parents=True, exist_ok=True)
-    dtype = {"fp32": "float32", "bf16": "bfloat16"}[config.train.precision]
-    write_json(folder / CONFIG, fresh_config(config.model, dtype))
-    line = [*command(config, folder, port, folder), "--load-format", "dummy"]
-    os.chdir(folder)  # python -m puts the working directory before all packages
-    os.execve(line[0], line, environment(config.engine))
-
+from megatron_refine.cli import run
 
 if __name__ == "__main__":
-    sys.exit(quiet(main))
+    sys.exit(run("serve"))

@@ -4,6 +4,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from megatron_refine.bench.baseline import Ratios, Record
 from megatron_refine.bench.timing import Timings, saved_bytes
 from megatron_refine.config import Config
 from megatron_refine.records import Batch
@@ -12,11 +13,13 @@ KINDS = {"NTP": None, "fused": "fused", "two-pass": "two_pass"}
 OFFICIAL, HF = "official", "fla NTP"
 
 
-def run(config: Config, rounds: int, official: bool = False, hf: bool = False) -> str:
+def run(
+    config: Config, rounds: int, official: bool = False, hf: bool = False, record: Record | None = None
+) -> str:
     """`rounds` steps of each kind on one model, which goes on learning from all of them. The first rank's table.
 
     On one rank, with `official` its scheme is one of the kinds (one optimizer step a batch), with `hf` an NTP step of
-    flash-linear-attention's model.
+    flash-linear-attention's model. The ratios go to `record`.
     """
     import torch.distributed as dist
 
@@ -43,12 +46,24 @@ def run(config: Config, rounds: int, official: bool = False, hf: bool = False) -
     kept = {kind: saved_bytes(lambda kind=kind: kinds[kind](batches(0), 0)) for kind in KINDS}  # type: ignore[misc]
     if not ranks.is_main:
         return ""
+    if record:
+        record.keep(ratios(timings, kept), rounds)
     notes = {kind: _note(stages.get(kind, {}), kept.get(kind), kept["NTP"]) for kind in kinds}
     speeds = (_speed(config, ranks.world, kind, statistics.median(timings.seconds[kind])) for kind in KINDS)
     tables = [shapes(config, ranks.world, rounds), timings.table("NTP", notes), "; ".join(speeds)]
     if official:
         tables.append(f"official / fused {timings.ratio(OFFICIAL, 'fused'):.1f}: median of the rounds")
     return "\n".join(tables)
+
+
+def ratios(timings: Timings, kept: dict[str, int]) -> Ratios:
+    """Seconds and saved bytes of each kind, divided by those of the NTP step, and of the official one by the fused."""
+    pairs = [(kind, "NTP") for kind in timings.seconds if kind != "NTP"]
+    pairs += [(OFFICIAL, "fused")] if OFFICIAL in timings.seconds else []
+    return {
+        "seconds": {f"{kind} / {base}": round(timings.ratio(kind, base), 4) for kind, base in pairs},
+        "saved bytes": {f"{kind} / NTP": round(kept[kind] / kept["NTP"], 4) for kind in kept if kind != "NTP"},
+    }
 
 
 class Batches:
@@ -110,8 +125,9 @@ def _speed(config: Config, world: int, kind: str, seconds: float) -> str:
 
     tokens = config.train.global_batch_size * config.data.seq_length / seconds
     own = config.model_copy(update={"update": config.update.model_copy(update={"mode": KINDS[kind] or "auto"})})
-    utilization = batch_flops(own, kind != "NTP") / seconds / world / platform.peak_flops()
-    return f"{kind} {tokens:.0f} tokens/s, mfu {utilization:.0%}"
+    work, peak = batch_flops(own, kind != "NTP") / seconds / world, platform.peak_flops()
+    share = f"mfu {work / peak:.0%}" if peak else f"{work / 1e9:.1f} GFLOP/s a rank"
+    return f"{kind} {tokens:.0f} tokens/s, {share}"
 
 
 def _note(stages: dict[str, list[float]], kept: int | None, base: int) -> str:

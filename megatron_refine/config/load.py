@@ -10,9 +10,10 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from megatron_refine.config.base import ConfigError
 from megatron_refine.config.checks import cross_check
 from megatron_refine.config.paths import expand, resolved
-from megatron_refine.config.schema import Config, ConfigError, ModelConfig, with_model
+from megatron_refine.config.schema import Config, ModelConfig, with_model
 from megatron_refine.config.words import Said, read_yaml, settle, spell
 
 S = TypeVar("S", bound=BaseModel)
@@ -37,7 +38,7 @@ def load(paths: str | Path | list[str], overrides: list[str], families: dict[str
 
 
 def _merged(files: Sequence[str], overrides: Sequence[str]) -> tuple[str, dict[str, Any]]:
-    """What messages call the files, and all that they and the overrides say."""
+    """Return the files' name in messages, and the tree of all that they and the overrides say."""
     models = [preset(o.removeprefix("model=")) for o in overrides if o.startswith("model=")]
     tree = _overlay([*(_read(file) for file in files), *(_model(file) for file in models)])
     for override in (o for o in overrides if not o.startswith("model=")):
@@ -46,7 +47,7 @@ def _merged(files: Sequence[str], overrides: Sequence[str]) -> tuple[str, dict[s
 
 
 def read_as(path: Path, schema: type[S]) -> S:
-    """A YAML file with a schema of its own. Raises ConfigError with one line a problem."""
+    """Read a YAML file that has a schema of its own. Raises ConfigError with one line a problem."""
     return _validated(_read(str(path)), schema, str(path))
 
 
@@ -59,14 +60,14 @@ def _validated(tree: dict[str, Any], schema: type[S], path: str) -> S:
         raise ConfigError("\n".join([*(f"{path}: {p}" for p in problems),
                                      *(_explain(e, path, schema) for e in error.errors())])) from None  # fmt: skip
     except RecursionError:
-        raise ConfigError(f"{path}: nested too deeply, or an alias within itself") from None
+        raise ConfigError(f"{path}: is nested too deeply, or an alias stands within itself; flatten it") from None
     if problems:
         raise ConfigError("\n".join(f"{path}: {problem}" for problem in problems))
     return found
 
 
 def _overlay(trees: list[dict[str, Any]]) -> dict[str, Any]:
-    """Sections merged key by key; a model section that names its family is a whole model and replaces the other."""
+    """Merge sections key by key; a model section that names its family is a whole model and replaces the other."""
     merged: dict[str, Any] = {}
     for tree in trees:
         for name, section in tree.items():
@@ -79,12 +80,13 @@ def _overlay(trees: list[dict[str, Any]]) -> dict[str, Any]:
 def _read(path: str) -> dict[str, Any]:
     tree = read_yaml(path)
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: must hold sections (model:, data:, ...)" + (", is empty" if tree is None else ""))
+        empty = "; it is empty" if tree is None else ""
+        raise ConfigError(f"{path}: must hold sections (model:, data:, ...){empty}")
     return {key: value for key, value in tree.items() if value is not None}  # `train:` alone means the defaults
 
 
 def _model(path: str) -> dict[str, Any]:
-    """The model's section of a file, whatever else stands there."""
+    """Read the model's section of a file, and nothing else that stands there."""
     tree = _read(path)
     if "model" not in tree:
         raise ConfigError(f"model={path}: has no section model; name the file with --config for its other sections")
@@ -92,7 +94,7 @@ def _model(path: str) -> dict[str, Any]:
 
 
 def preset(name: str) -> str:
-    """The file of a model's name, or a file as it is named. Raises ConfigError where there is neither."""
+    """Return the file of a preset, or `name` if it names a file. Raises ConfigError where it is neither."""
     models = Path(str(resources.files("megatron_refine"))) / "configs/models"
     if (models / f"{name}.yaml").is_file() and "/" not in name:
         return str(models / f"{name}.yaml")
@@ -105,7 +107,7 @@ def preset(name: str) -> str:
 
 
 def files_and_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The words of a command line, told apart: a file may have = in its name, or in that of its folder."""
+    """Tell the files of a command line from its overrides: a file may have = in its name, or in that of its folder."""
     files = [w for w in words if "=" not in w or "/" in w.partition("=")[0] or os.path.isfile(w)]
     return files, [word for word in words if word not in files]
 
@@ -113,7 +115,7 @@ def files_and_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
 def absolute(
     files: Sequence[str], overrides: Sequence[str], families: dict[str, type[ModelConfig]], before: Sequence[str] = ()
 ) -> list[str]:
-    """Overrides that give the same configuration in any working directory and environment.
+    """Return overrides that give the same configuration in any working directory and environment.
 
     before: overrides that stand before them, and stay. Every path that is relative or holds a variable is written out,
     whether overrides, files or defaults say it. Raises ConfigError.
@@ -128,7 +130,7 @@ def absolute(
 
 
 def absolute_file(path: str) -> str:
-    """A file as the command line names it. Raises ConfigError."""
+    """Expand a file's name on the command line and make it absolute. Raises ConfigError."""
     try:
         return str(Path(expand(path)).absolute())
     except ValueError as error:
@@ -144,7 +146,7 @@ def _override(tree: dict[str, Any], text: str) -> None:
     for name in path:
         tree = tree.setdefault(name, {})
         if not isinstance(tree, dict):
-            raise ConfigError(f"{key}: {name} is a value, not a section")
+            raise ConfigError(f"{key}: {name} is a value, not a section; write section.key=value")
     tree[last] = Said(value)
 
 

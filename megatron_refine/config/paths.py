@@ -6,7 +6,7 @@ A key holds a path where the schema says PathText, or one of what is made of it 
 import argparse
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -16,7 +16,7 @@ VARIABLE = re.compile(r"\$(?:\{([^}]*)\}|([A-Za-z_][A-Za-z0-9_]*))")
 
 
 def expand(text: str) -> str:
-    """A path with `~`, `~user`, `$VAR` and `${VAR}` replaced.
+    """Replace `~`, `~user`, `$VAR` and `${VAR}` in a path.
 
     Raises ValueError for a variable that is not set, an unknown user, and a character that no path can hold.
     """
@@ -49,13 +49,21 @@ _PATH, _PROGRAM = object(), object()
 PathText = Annotated[str, AfterValidator(expand), _PATH]
 ProgramText = Annotated[str, AfterValidator(expand), _PROGRAM]  # a name alone is one that PATH finds
 
+
+def is_path(marks: Sequence[Any]) -> bool:
+    """Tell by the marks of its type whether a key holds a path."""
+    return _PATH in marks or _PROGRAM in marks
+
+
 RequiredPath = Annotated[PathText, AfterValidator(_filled)]
 FilePaths = list[RequiredPath]
 
 
 def resolved(config: BaseModel, tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str | list[str]]]:
-    """Keys whose paths depend on the working directory or, as `tree` says them, on the environment; these paths,
-    absolute."""
+    """Yield each key whose path depends on the working directory or the environment, with the path made absolute.
+
+    tree: what files and overrides say, before paths are expanded.
+    """
     for name, field in type(config).model_fields.items():
         value = getattr(config, name)
         if isinstance(value, BaseModel):
@@ -65,7 +73,7 @@ def resolved(config: BaseModel, tree: dict[str, Any], prefix: str = "") -> Itera
             *field.metadata,
             *(m for item in get_args(field.annotation) for m in getattr(item, "__metadata__", ())),
         ]
-        if _PATH not in marks and _PROGRAM not in marks:
+        if not is_path(marks):
             continue
         absolute: Any = [_absolute(path) for path in value] if isinstance(value, list) else _absolute(value)
         found = _PROGRAM in marks and "/" not in value  # by PATH
@@ -78,7 +86,7 @@ def _absolute(path: str) -> str:
 
 
 def text_argument(text: str) -> str:
-    """A path on the command line, expanded where the shell did not: for argparse."""
+    """Expand a path of the command line where the shell did not. A type for argparse."""
     try:
         return expand(text)
     except ValueError as error:
@@ -86,5 +94,5 @@ def text_argument(text: str) -> str:
 
 
 def path_argument(text: str) -> Path:
-    """`text_argument` as a Path."""
+    """Return `text_argument` as a Path."""
     return Path(text_argument(text))

@@ -14,8 +14,8 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import yaml
 from pydantic import BaseModel
 
+from megatron_refine.config.base import ConfigError
 from megatron_refine.config.paths import expand
-from megatron_refine.config.schema import ConfigError
 
 INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]{0,30})")
 DECIMAL = re.compile(r"[-+]?(?=[0-9.]+[.eE]|\.)([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
@@ -25,11 +25,11 @@ BARE = re.compile(r"""(?!['"])[^,\[\]{}\n]*[^,\[\]{}\s]""")  # an item of a list
 
 
 class Word(str):
-    """A scalar of a YAML file that stands there without quotes, not yet read."""
+    """An unquoted scalar of a YAML file, not yet read as a type."""
 
 
 class Said(str):
-    """The value of an override, not yet read."""
+    """The value of an override, not yet read as a type."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -52,7 +52,7 @@ for _tag in ("bool", "int", "float", "timestamp", "value", "str"):
 
 
 def read_yaml(path: str | Path) -> Any:
-    """What a YAML file holds: Words where it has scalars without quotes. Raises ConfigError."""
+    """Read a YAML file, its unquoted scalars as Words. Raises ConfigError."""
     try:
         return yaml.load(Path(expand(str(path))).read_text(encoding="utf-8-sig"), _Loader)
     except OSError as error:
@@ -66,7 +66,7 @@ def read_yaml(path: str | Path) -> Any:
 
 
 def settle(value: Any, kind: Any, key: str, problems: list[str]) -> Any:
-    """`value` with its Words read as the type `kind` of the schema asks; what cannot be adds a line to `problems`."""
+    """Read the Words in `value` as the type `kind` of the schema. One that cannot be read adds a line to `problems`."""
     kind = get_args(kind)[0] if get_origin(kind) is Annotated else kind
     form, of = get_origin(kind) or kind, get_args(kind)
     if kind is Any or value is None:
@@ -89,7 +89,7 @@ def settle(value: Any, kind: Any, key: str, problems: list[str]) -> Any:
 
 
 def settle_points(points: Sequence[dict[str, Any]], schema: type[BaseModel], path: str | Path) -> list[dict[str, Any]]:
-    """Points of a sweep, {key of the schema: value}, with their Words read. Raises ConfigError."""
+    """Read the Words in points of a sweep, {key of the schema: value}. Raises ConfigError."""
     problems: list[str] = []
     settled = [
         {key: settle(value, _kind(schema, key), key, problems) for key, value in point.items()} for point in points
@@ -100,7 +100,7 @@ def settle_points(points: Sequence[dict[str, Any]], schema: type[BaseModel], pat
 
 
 def _kind(schema: Any, key: str) -> Any:
-    """The type of a key; that of numbers, for which text is text too, where the schema has no such key."""
+    """Return the type of a key. Without such a key: float, for which text stays text too."""
     for name in key.split("."):
         fields = schema.model_fields if isinstance(schema, type) and issubclass(schema, BaseModel) else {}
         if name not in fields:
@@ -110,7 +110,7 @@ def _kind(schema: Any, key: str) -> Any:
 
 
 def plain(word: str, key: str, problems: list[str]) -> Any:
-    """A number, a boolean or None where the word is one to people and to YAML, else its text."""
+    """Return a number, a boolean or None where the word is one to people and to YAML, else its text."""
     text = word.strip()
     if INTEGER.fullmatch(text):
         return int(text)
@@ -127,7 +127,7 @@ def plain(word: str, key: str, problems: list[str]) -> Any:
 
 
 def _collection(text: Said, form: type, key: str, problems: list[str]) -> Any:
-    """The list or the mapping that an override writes on one line, or its text where it is none."""
+    """Return the list or the mapping that an override writes on one line, or its text where it is none."""
     inner = text.strip()
     if form is dict:
         try:
@@ -149,7 +149,7 @@ def _collection(text: Said, form: type, key: str, problems: list[str]) -> Any:
 
 
 def _unquoted(text: str) -> str:
-    """The text, without the quotes that stand around all of it."""
+    """Return the text without the quotes that stand around all of it."""
     if not QUOTED.fullmatch(text):
         return str(text)
     if text[0] == "'":
@@ -161,7 +161,7 @@ def _unquoted(text: str) -> str:
 
 
 def spell(value: Any) -> str:
-    """A value as an override writes it: `settle` reads it back."""
+    """Write a value as an override does: `settle` reads it back."""
     if isinstance(value, list):
         return f"[{', '.join(map(_item, value))}]"
     if isinstance(value, bool):

@@ -1,6 +1,7 @@
 """A model folder in Hugging Face's format: its files are checked when it is opened, its tensors read one by one."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,7 +53,7 @@ class HFFolder:
         files = sorted(p for p in self.path.iterdir() if p.is_file() and not p.name.startswith("."))
         return [
             p for p in files if p.suffix not in WEIGHT_SUFFIXES and not p.name.endswith(".index.json")
-            and p.name != CHECKSUMS
+            and not (p.name == CHECKSUMS and _checksums(self.path))
         ]  # fmt: skip
 
     def _index_files(self) -> list[str]:
@@ -92,11 +93,17 @@ def write_checksums(folder: Path) -> None:
     write_json(folder / CHECKSUMS, found)
 
 
+def _checksums(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return the hashes that a conversion wrote; none of a folder from elsewhere, which may have a file so named."""
+    listed = read_json(folder / CHECKSUMS) if (folder / CHECKSUMS).exists() else {}
+    entries = listed.values() if isinstance(listed, dict) else [None]
+    ours = all(isinstance(entry, dict) and entry.keys() == {"size", "sha256"} for entry in entries)
+    return listed if ours else {}
+
+
 def _check_checksums(folder: Path) -> None:
-    """Against the hashes that a conversion wrote; a folder from elsewhere has none."""
-    if not (folder / CHECKSUMS).exists():
-        return
-    for name, wanted in sorted(read_json(folder / CHECKSUMS).items()):
+    """Compare the files with the hashes that a conversion wrote. Raises ConversionError."""
+    for name, wanted in sorted(_checksums(folder).items()):
         path = folder / name
         if not path.exists():
             raise ConversionError(f"{path}: missing; {CHECKSUMS} lists it")

@@ -25,7 +25,7 @@ _SPECIAL = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a 
 
 @dataclass
 class Walk:
-    """What was found below the paths of a corpus."""
+    """The files that were found below the paths of a corpus."""
 
     files: list[tuple[str, Path]] = field(default_factory=list)  # (name, where it is)
     hidden: list[str] = field(default_factory=list)  # files and folders that were passed over
@@ -44,17 +44,17 @@ class Corpus:
     summary: str  # how many files of which kind, and what was passed over; one line
 
     def documents(self) -> Iterator[str]:
-        """Every document, in order. Raises ConfigError for a file that cannot be read."""
+        """Yield every document, in order. Raises ConfigError for a file that cannot be read."""
         for (_, path), form in zip(self.files, self.forms, strict=True):
             yield from read_documents(path, self.column, self.key, form)
 
     @property
     def num_documents(self) -> int | None:
-        """Documents in all where that is known without reading: a text file is one, a table holds any number."""
+        """Number of documents. None where it is not known without reading: a text file is one, a table holds any."""
         return None if any(form.is_table for form in self.forms) else len(self.files)
 
     def fingerprint(self, cache_dir: Path) -> str:
-        """Hash of the files' names and contents. Digests of large files are remembered in `cache_dir`."""
+        """Hash the files' names and contents. Digests of large files are remembered in `cache_dir`."""
         total = hashlib.sha256()
         for (name, path), form in zip(self.files, self.forms, strict=True):
             known = [name, _digest(path, cache_dir, self.key), *_unlike_format_1(path, form)]
@@ -63,7 +63,7 @@ class Corpus:
 
 
 def find_corpus(paths: list[str], column: str, key: str) -> Corpus:
-    """The files under `paths`, links followed; no paths: the sources of Python's standard library.
+    """Find the files under `paths`, links followed; no paths: the sources of Python's standard library.
 
     Raises ConfigError for a path that does not exist, for a folder without files, and for a file, a folder or a link
     that cannot be read or is neither text nor a table.
@@ -80,11 +80,11 @@ def find_corpus(paths: list[str], column: str, key: str) -> Corpus:
 
 
 def find_files(paths: list[str], key: str) -> Walk:
-    """The files under `paths`, whatever they hold, in order. Raises ConfigError as `find_corpus` does."""
+    """Find the files under `paths`, whatever they hold, in order. Raises ConfigError as `find_corpus` does."""
     walk = Walk()
     for path in paths:
         if not path or "\0" in path:
-            raise ConfigError(f"{key}: {shown(path)!r} is no path; correct it")
+            raise ConfigError(f"{key}: {shown(path)!r} is not a path; correct it")
         _find(_native(path), key, walk)
     return walk
 
@@ -108,7 +108,7 @@ def _find(path: Path, key: str, walk: Walk) -> None:
 
 
 def _below(root: Path, key: str, walk: Walk) -> Iterator[Path]:
-    """Files below a folder, without hidden ones. One that cannot be listed is an error, not an omission."""
+    """Yield the files below a folder, but hidden ones. A folder that cannot be listed is an error, not an omission."""
     with reading(root, key):
         parents = frozenset(_identity(parent) for parent in root.resolve().parents)
     folders = [(root, parents)]  # each with the folders that it stands in, which a link must not lead to again
@@ -129,7 +129,7 @@ def _below(root: Path, key: str, walk: Walk) -> Iterator[Path]:
 
 
 def _identity(path: Path) -> tuple[int, int]:
-    """Device and number: the same for all names of a file or folder."""
+    """Return device and number, which are the same for all names of a file or folder."""
     status = path.stat()
     return status.st_dev, status.st_ino
 
@@ -149,18 +149,18 @@ def _check(path: Path, key: str, walk: Walk, name: str) -> None:
 
 
 def _some(names: list[str]) -> str:
-    """The first names, and how many more there are."""
+    """List the first names, and say how many more there are."""
     more = len(names) - _NAMED
     return ", ".join(map(shown, sorted(names)[:_NAMED])) + (f" and {more:,} more" if more > 0 else "")
 
 
 def _utf8(name: str) -> str:
-    """A file's name as UTF-8 reads it, whatever the locale: a corpus has one fingerprint. Odd bytes are kept."""
+    """Read a file's name as UTF-8, whatever the locale: a corpus has one fingerprint. Odd bytes are kept."""
     return name.encode(sys.getfilesystemencoding(), "surrogateescape").decode("utf-8", "surrogateescape")
 
 
 def _native(path: str) -> Path:
-    """A path as the locale's encoding writes it: that of a configuration is UTF-8, as names on the disk are."""
+    """Return a path that the locale's encoding can write. The configuration is UTF-8, and so are names on the disk."""
     try:
         path.encode(sys.getfilesystemencoding(), "surrogateescape")
     except UnicodeEncodeError:
@@ -169,14 +169,14 @@ def _native(path: str) -> Path:
 
 
 def _unlike_format_1(path: Path, form: Form) -> list[str]:
-    """What the fingerprint says of a file that the first format of rows read otherwise, or not at all."""
+    """Return what tells a file's form in the fingerprint; nothing of one that the first format of rows read alike."""
     kind = {".jsonl": "jsonl", ".parquet": "parquet"}.get(path.suffix, "text")
     same = form.kind == kind and not form.packing and not (form.bom and kind == "text")
     return [] if same else [f"{form} without BOM"]
 
 
 def _standard_library() -> Walk:
-    """Links are not followed, and what is no source is not looked at: installations differ in both."""
+    """Find the sources. Links are not followed and other files not looked at: installations differ in both."""
     root = Path(sysconfig.get_path("stdlib"))
     found = []
     for folder, subfolders, names in os.walk(root):
@@ -193,7 +193,7 @@ def _is_source(name: Path) -> bool:
 
 
 def _digest(path: Path, cache_dir: Path, key: str) -> str:
-    """SHA-256 of a file; a large one is read again only when its size or time of change differs."""
+    """Return the SHA-256 of a file. A large one is read again only when its size or time of change differs."""
     with reading(path, key):
         status = path.stat()
         if status.st_size < _REMEMBER_FROM:

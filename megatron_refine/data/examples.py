@@ -46,7 +46,7 @@ def read_examples(
     paths: list[str], columns: Columns, key: str, *, task: str = "", max_new_tokens: int = 128,
     say: Callable[[str], None] = lambda _: None,
 ) -> list[Example]:  # fmt: skip
-    """All rows of the tables at `paths` (files or folders), in order; none is left out. `say` is told what was read.
+    """Read all rows of the tables at `paths` (files or folders), in order. `say` is told what was read.
 
     task, max_new_tokens: where a row does not say (it has no such column, or null in one of a usual name). An empty
     `task` then is the file's name without lengths: qasper_16384.parquet holds "qasper".
@@ -74,7 +74,7 @@ def read_examples(
 
 @dataclass(frozen=True)
 class _Cells:
-    """One row, its cells checked as they are asked for."""
+    """One row, whose cells are checked as they are asked for."""
 
     row: dict[str, Any]
     where: str
@@ -90,11 +90,11 @@ class _Cells:
         return tuple(self._text(name, answer) for answer in (value if isinstance(value, list) else [value]))
 
     def task(self) -> str:
-        """Empty where the row does not say."""
+        """Return the name of the task; empty where the row does not say."""
         return self._text(*self._cell("task")) if self._says("task") else ""
 
     def max_new_tokens(self) -> int:
-        """0 where the row does not say."""
+        """Return the limit of the answer; 0 where the row does not say."""
         if not self._says("max_new_tokens"):
             return 0
         name, value = self._cell("max_new_tokens")
@@ -103,18 +103,18 @@ class _Cells:
         return value
 
     def _says(self, what: str) -> bool:
-        """Whether an optional cell is to be read: a column that was named must be there, a usual one may be null."""
+        """Tell whether to read an optional cell: a column that was named must be there, a usual one may be null."""
         return bool(getattr(self.columns, what)) or self.row.get(_USUAL[what][0]) is not None
 
     def _cell(self, what: str) -> tuple[str, Any]:
-        """Name and value of the column."""
+        """Return name and value of the column. Raises ConfigError where the row has none."""
         named = getattr(self.columns, what)
         names = (named,) if named else _USUAL[what]
         for name in names:
             if name in self.row:
                 return name, self.row[name]
         wanted, present = " or ".join(names), ", ".join(map(str, self.row))
-        raise ConfigError(f"{self.where}: no column {wanted}; it has {present or 'none'}: name one of these")
+        raise ConfigError(f"{self.where}: has no column {wanted}; it has {present or 'none'}: name one of these")
 
     def _text(self, name: str, value: Any) -> str:
         if problem := flaw(value) or ("" if value else "an empty text"):

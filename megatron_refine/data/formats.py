@@ -1,4 +1,4 @@
-"""What a file holds: by its name, and by its first bytes, which must not say otherwise.
+"""The kinds of files, told by name and by first bytes, which must agree.
 
 A text is a text whatever its name. A file that is none is read as what it is, or refused by name with the remedy; it is
 never taken for prose.
@@ -57,7 +57,7 @@ _OTHERS: list[tuple[bytes, str, str]] = [  # first bytes as a pattern, what begi
 
 @dataclass(frozen=True)
 class Form:
-    """How a file is read."""
+    """The form of a file: how it is read."""
 
     kind: str  # text: the whole file is one document; jsonl, json, parquet: tables
     packing: str = ""  # gzip, bzip2, xz or zstd
@@ -86,17 +86,17 @@ def reading(path: Path, key: str) -> Iterator[None]:
 
 
 def refusal(path: PurePath, key: str, reason: str) -> ConfigError:
-    """The one line for a file that is not read; `reason` ends with the remedy."""
+    """Return the one-line error for a file that is not read; `reason` ends with the remedy."""
     return ConfigError(f"{key}: {shown(path)}: {reason}")
 
 
 def shown(name: object) -> str:
-    """A file's name on one line: what cannot be printed is escaped."""
+    """Return a file's name on one line, with what cannot be printed escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(name))
 
 
 def named(path: PurePath) -> tuple[str, Form]:
-    """What a file's name says: the name without the endings that say it, and its form."""
+    """Return a file's name without the endings that tell its form, and that form."""
     stem, packing = path.name, ""
     for name, (suffixes, _) in _PACKINGS.items():
         if path.suffix.lower() in suffixes:
@@ -106,8 +106,10 @@ def named(path: PurePath) -> tuple[str, Form]:
 
 
 def form_of(path: Path, key: str) -> Form:
-    """How the file at `path` is read. Raises ConfigError where its name and its first bytes disagree, and for a file
-    that is neither text nor a table."""
+    """Tell how to read the file at `path`.
+
+    Raises ConfigError where its name and its first bytes disagree, and for a file that is neither text nor a table.
+    """
     says = named(path)[1]
     with reading(path, key), path.open("rb") as file:
         head = file.read(_HEAD)
@@ -117,7 +119,7 @@ def form_of(path: Path, key: str) -> Form:
     if says.packing and packing != says.packing:
         found = "is empty" if not head else "is something else"
         raise refusal(
-            path, key, f"is no {says.packing} file, as its name says: it {found}; fetch it again or rename it"
+            path, key, f"is not the {says.packing} file that its name says: it {found}; fetch it again or rename it"
         )
     if packing:
         with opened(path, Form(says.kind, packing), key) as stream:
@@ -127,7 +129,7 @@ def form_of(path: Path, key: str) -> Form:
 
 
 def _checked(path: Path, key: str, kind: str, packing: str, head: bytes, end: bytes) -> str:
-    """The kind of a file whose name says `kind`: the same, or a parquet file's."""
+    """Return the kind of a file whose name says `kind`: that, or parquet. Raises ConfigError for other bytes."""
     if head.startswith(_PARQUET) and (kind == "parquet" or (end == _PARQUET and not packing)):
         if packing or kind in ("jsonl", "json"):
             how = f" packed with {packing}; unpack it" if packing else f", no {kind} file; name it .parquet"
@@ -139,7 +141,7 @@ def _checked(path: Path, key: str, kind: str, packing: str, head: bytes, end: by
     first = head.removeprefix(BOM).lstrip()[:1]
     if kind == "parquet":
         found = {b"": "is empty", b"{": "looks like JSON lines"}.get(first, "is something else")
-        raise refusal(path, key, f"is no parquet file, as its name says: it {found}; fetch it again or rename it")
+        raise refusal(path, key, f"is not the parquet file that its name says: it {found}; fetch it again or rename it")
     if kind == "jsonl" and first == b"[":
         raise refusal(path, key, "begins with a JSON array, not with an object on a line; name it .json")
     return kind
@@ -147,7 +149,7 @@ def _checked(path: Path, key: str, kind: str, packing: str, head: bytes, end: by
 
 @contextlib.contextmanager
 def opened(path: Path, form: Form, key: str) -> Iterator[IO[bytes]]:
-    """The file's bytes, unpacked. Raises ConfigError naming the file where they cannot be read or unpacked."""
+    """Open the file's bytes, unpacked. Raises ConfigError naming the file where they cannot be read or unpacked."""
     broken = (EOFError, zlib.error, lzma.LZMAError)
     with reading(path, key), path.open("rb") as file:
         try:
@@ -157,7 +159,8 @@ def opened(path: Path, form: Form, key: str) -> Iterator[IO[bytes]]:
             if isinstance(error, OSError) and error.errno is not None:
                 raise
             reason = " ".join(str(error).split())
-            raise refusal(path, key, f"broken {form.packing} file: {reason}; fetch it again or leave it out") from None
+            what = f"is a broken {form.packing} file: {reason}; fetch it again or leave it out"
+            raise refusal(path, key, what) from None
 
 
 def _unpacked(file: IO[bytes], packing: str) -> contextlib.AbstractContextManager[Any]:

@@ -6,7 +6,7 @@ import numpy as np
 
 
 def sample_rows(seed: int, first: int, count: int, num_rows: int) -> np.ndarray:
-    """Rows of the samples `first` .. `first + count - 1` of a run: [count] int64 in [0, num_rows).
+    """Return the rows of the samples `first` .. `first + count - 1` of a run: [count] int64 in [0, num_rows).
 
     The run's stream of samples is one permutation of all rows after another. Sample i depends on (seed, i) alone: not
     on the batch size, the number of ranks or where the run was resumed.
@@ -30,7 +30,7 @@ def _permutation(seed: int, epoch: int, num_rows: int) -> np.ndarray:
 
 
 def rank_samples(first: int, global_batch: int, mini_batch: int, dp_rank: int, dp: int) -> np.ndarray:
-    """Samples of a batch that a data-parallel rank takes: its part of each mini-batch in turn, [global_batch / dp].
+    """Return a data-parallel rank's samples of a batch: its part of each mini-batch in turn, [global_batch / dp].
 
     The samples of an optimizer step are therefore the same at any number of ranks.
     """

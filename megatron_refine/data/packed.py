@@ -30,8 +30,8 @@ class Rows:
         _check_file(idx_path, self.record.idx_bytes, self.record.idx_sha256)
         if self.record.max_token_id >= vocab_size:
             raise ConfigError(
-                f"{bin_path}: holds token id {self.record.max_token_id}, model.vocab_size={vocab_size} allows "
-                f"{vocab_size - 1}; set model.vocab_size={self.record.max_token_id + 1} or more"
+                f"{bin_path}: holds token id {self.record.max_token_id}, but model.vocab_size={vocab_size} allows "
+                f"{vocab_size - 1} at most; set model.vocab_size={self.record.max_token_id + 1} or more"
             )
         from megatron.core.datasets.indexed_dataset import IndexedDataset  # late: takes seconds
 
@@ -51,11 +51,11 @@ class Rows:
         return self.record.fingerprint
 
     def row(self, index: int) -> np.ndarray:
-        """Token ids of one row: [length <= T], uint16 or int32, without padding."""
+        """Return the token ids of one row: [length <= T], uint16 or int32, without padding."""
         return np.array(self._rows[int(index)])  # a copy: a view would not outlive the map
 
     def batch(self, ids: Sequence[int] | np.ndarray, sample_ids: Sequence[int] | np.ndarray) -> Batch:
-        """The rows `ids` [B] as tokens [B, T], right-padded with 0.
+        """Return the rows `ids` [B] as tokens [B, T], right-padded with 0.
 
         sample_ids: [B], their places in the run's stream of samples.
         """
@@ -84,7 +84,7 @@ def _check_file(path: Path, size: int, sha256: str) -> None:
     except OSError as error:
         raise _damaged(path, f"cannot be read ({error.strerror})") from None
     if found != size:
-        raise _damaged(path, f"has {found} bytes, its record says {size}")
+        raise _damaged(path, f"has {found} bytes, but its record says {size}")
     if not intact:
         raise _damaged(path, "is damaged: its content does not have the recorded sha256")
 

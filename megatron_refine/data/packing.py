@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
 
@@ -17,7 +17,7 @@ _SHORTEST_ROW = 2  # one token to read and one to predict
 
 @dataclass(frozen=True)
 class RowRule:
-    """How a document becomes rows. Lengths are in tokens and count BOS."""
+    """The rule by which a document becomes rows. Lengths are in tokens and count BOS."""
 
     seq_length: int
     min_length: int
@@ -26,17 +26,17 @@ class RowRule:
 
     @classmethod
     def of(cls, data: Data, bos: int | None) -> "RowRule":
-        """The rule of a configuration; `bos` is the token that begins every row, or None."""
+        """Return the rule of a configuration; `bos` is the token that begins every row, or None."""
         return cls(data.seq_length, max(data.min_length or data.seq_length, _SHORTEST_ROW), data.split_documents, bos)
 
     def document_length(self, ids: np.ndarray) -> int:
-        """Tokens of the document as one uncut row."""
+        """Return the number of tokens of the document as one uncut row."""
         return len(ids) + (self.bos is not None)
 
     def rows(self, ids: np.ndarray) -> list[np.ndarray]:
-        """The rows of a document of token ids [length], each [min_length .. seq_length]; none where it is too short.
+        """Return the rows of a document's token ids [length], each [min_length .. seq_length]; none if it is too short.
 
-        Without `split` the document's head, with it consecutive pieces that do not overlap.
+        Without `split` there is one row, the document's head; with it the pieces of the document, one after another.
         """
         head = np.array([] if self.bos is None else [self.bos], ids.dtype)
         step = self.seq_length - len(head)
@@ -45,9 +45,26 @@ class RowRule:
         return [row for row in rows if len(row) >= self.min_length]
 
 
+    def cut(self, ids: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray, str]:
+        """Cut a document of token ids [length] in two: for training, and from its end `fraction` of its rows, at least
+        one, to hold out. Both give rows by `splitting`. Returns them and how many rows that are, in words; an empty
+        second part where the document gives fewer than two rows.
+        """
+        step = self.seq_length - (self.bos is not None)
+        count = len(self.splitting.rows(ids))
+        held = min(max(1, round(fraction * count)), count - 1)
+        at = len(ids) if count < 2 else (count - held) * step
+        return ids[:at], ids[at:], f"the last {held} of its {count} rows are held out"
+
+    @property
+    def splitting(self) -> "RowRule":
+        """The rule with documents cut into rows."""
+        return replace(self, split=True)
+
+
 @dataclass
 class Record:
-    """What a pair of .bin/.idx files holds: the .json beside them."""
+    """The .json beside a pair of .bin/.idx files: what they hold."""
 
     fingerprint: str  # of the configuration, the corpus and the tokenizer
     seq_length: int
@@ -61,10 +78,11 @@ class Record:
     bin_sha256: str = ""
     idx_bytes: int = 0
     idx_sha256: str = ""
+    note: str = ""  # what a reader of the screen must know
 
 
 class RowWriter:
-    """Writes `<prefix>.bin`, `.idx` and `.json`. A context manager: the files are complete when it closes."""
+    """Writer of `<prefix>.bin`, `.idx` and `.json`. A context manager: the files are complete when it closes."""
 
     def __init__(self, prefix: Path, rule: RowRule, vocab_size: int, fingerprint: str) -> None:
         from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder  # late: takes seconds
@@ -100,11 +118,13 @@ class RowWriter:
 
 
 def pack(
-    documents: Iterable[tuple[str, np.ndarray]], folder: Path, rule: RowRule, vocab_size: int, fingerprint: str
-) -> dict[str, Record]:
+    documents: Iterable[tuple[str, np.ndarray]], folder: Path, rule: RowRule, vocab_size: int, fingerprint: str,
+    note: str = "",
+) -> dict[str, Record]:  # fmt: skip
     """Write documents, pairs of a side and token ids [length], to `folder/train.*` and `folder/valid.*`."""
     with ExitStack() as stack:
         writers = {side: stack.enter_context(RowWriter(folder / side, rule, vocab_size, fingerprint)) for side in SIDES}
+        writers["valid"].record.note = note
         for side, ids in documents:
             writers[side].add(ids)
     return {side: writer.record for side, writer in writers.items()}

@@ -1,5 +1,6 @@
 """From the configuration to packed rows: done once, found again by fingerprint."""
 
+import functools
 import hashlib
 import json
 import shutil
@@ -13,7 +14,7 @@ from megatron_refine.config import Config, ConfigError
 from megatron_refine.data.corpus import Corpus, find_corpus
 from megatron_refine.data.packed import Rows
 from megatron_refine.data.packing import SIDES, Record, RowRule, pack
-from megatron_refine.data.split import adjusted_threshold, share, threshold_of
+from megatron_refine.data.split import adjusted_threshold, cut_in_two, share, threshold_of
 from megatron_refine.data.tokenizer import (
     Tokenizer,
     bos_id,
@@ -24,6 +25,7 @@ from megatron_refine.data.tokenizer import (
     train_tokenizer,
 )
 from megatron_refine.files import digest, temporary
+from megatron_refine.progress import counted
 
 _FORMAT = 1  # raise it when the same configuration gives other tokens or files
 
@@ -38,7 +40,7 @@ class Prepared:
 
     @property
     def counts(self) -> dict[str, dict[str, int]]:
-        """Per side: documents read, documents dropped as too short, rows, tokens in the rows."""
+        """Documents read, documents dropped as too short, rows, and tokens in the rows, of each side."""
         keys = ("documents", "dropped", "rows", "tokens")
         return {side: {key: getattr(getattr(self, side).record, key) for key in keys} for side in SIDES}
 
@@ -52,20 +54,20 @@ class _Sources:
     threshold: int
 
     def sided(self, tokenizer: Tokenizer, threshold: int) -> Iterator[tuple[str, np.ndarray]]:
-        """Every document as (side, token ids [length])."""
+        """Yield every document as (side, token ids [length])."""
         for text, ids in encode_all(tokenizer, _progress(self.train)):
             yield "valid" if share(text) < threshold else "train", ids
         for _, ids in encode_all(tokenizer, _progress(self.valid) if self.valid else ()):
             yield "valid", ids
 
     def identity(self, cache_dir: Path) -> list[str | int | None]:
-        """What of the corpus decides the rows."""
+        """Return what decides the rows: the fingerprints of the corpora and the threshold."""
         valid = self.valid.fingerprint(cache_dir) if self.valid else None
         return [self.train.fingerprint(cache_dir), valid, self.threshold]
 
 
 def prepare(config: Config, say: Callable[[str], None] = lambda _: None) -> Prepared:
-    """The packed rows of `config.data`, written to data.cache_dir unless they are there already.
+    """Return the packed rows of `config.data`, written to data.cache_dir unless they are there already.
 
     `say` is told which files are read and which special tokens are taken, a line each. Several processes may prepare
     the same data at once. Raises ConfigError for any input that cannot be used.
@@ -76,16 +78,19 @@ def prepare(config: Config, say: Callable[[str], None] = lambda _: None) -> Prep
         say(corpus.summary)
     try:
         identity = sources.identity(cache_dir)
-        path, tokenizer = _get_tokenizer(config, sources, _hash(identity[:1] + identity[2:]))
+        path, tokenizer = _get_tokenizer(config, sources, _hash(identity[:1] + identity[2:]), say)
         say(stated(path, tokenizer))
         rule = RowRule.of(data, bos_id(tokenizer, path) if data.add_bos else None)
         fingerprint = _hash([_FORMAT, identity, digest(path), vars(rule), data.text_column])
         folder = cache_dir / f"rows-{fingerprint[:16]}"
         if not folder.exists():
-            _write_folder(folder, sources, tokenizer, rule, config.model.vocab_size, fingerprint)
+            say(f"tokenizing {len(sources.train.files) + len(sources.valid.files if sources.valid else ()):,} files")
+            _write_folder(folder, sources, tokenizer, rule, config.model.vocab_size, fingerprint, data.valid_fraction)
     except OSError as error:  # the corpus' own failures are ConfigErrors already
         raise ConfigError(f"data.cache_dir={cache_dir}: {error.strerror}; free space or name another folder") from None
     train, valid = (Rows(folder / side, config.model.vocab_size) for side in SIDES)
+    if valid.record.note:
+        say(valid.record.note)
     return Prepared(train, valid, path)
 
 
@@ -97,7 +102,9 @@ def _find_sources(config: Config) -> _Sources:
     return _Sources(train, find_corpus(data.valid_paths, data.text_column, "data.valid_paths"), 0)
 
 
-def _get_tokenizer(config: Config, sources: _Sources, identity: str) -> tuple[Path, Tokenizer]:
+def _get_tokenizer(
+    config: Config, sources: _Sources, identity: str, say: Callable[[str], None]
+) -> tuple[Path, Tokenizer]:  # fmt: skip
     """The configured tokenizer, or the one trained on this corpus, with its path."""
     data, vocab_size = config.data, config.model.vocab_size
     if data.tokenizer:
@@ -105,12 +112,13 @@ def _get_tokenizer(config: Config, sources: _Sources, identity: str) -> tuple[Pa
     else:
         path = Path(data.cache_dir, f"tokenizer-{vocab_size}-{identity[:16]}.json")
         if not path.exists():
+            say(f"training a tokenizer of {vocab_size:,} ids")
             train_tokenizer(_training_texts(sources), vocab_size, path)
     return path, load_tokenizer(path, vocab_size, "data.tokenizer")
 
 
 def _training_texts(sources: _Sources) -> Iterable[str]:
-    """Documents that are not held out; all of them where that would leave none."""
+    """Return the documents that are not held out; all of them where that would leave none."""
     empty = True
     for text in sources.train.documents():
         if share(text) >= sources.threshold:
@@ -122,8 +130,9 @@ def _training_texts(sources: _Sources) -> Iterable[str]:
 
 
 def _write_folder(
-    folder: Path, sources: _Sources, tokenizer: Tokenizer, rule: RowRule, vocab_size: int, fingerprint: str
-) -> None:
+    folder: Path, sources: _Sources, tokenizer: Tokenizer, rule: RowRule, vocab_size: int, fingerprint: str,
+    fraction: float,
+) -> None:  # fmt: skip
     """Pack into a folder of our own, then rename it: `folder` is absent or complete."""
     unfinished = temporary(folder)
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -132,10 +141,15 @@ def _write_folder(
         records = pack(sources.sided(tokenizer, sources.threshold), unfinished, rule, vocab_size, fingerprint)
         _check_lengths(sources, records, rule)
         if not all(records[side].rows for side in SIDES):
-            # A small corpus may have all its long documents on one side. (Its trained tokenizer has then seen the one
-            # document that changes sides.)
-            threshold = adjusted_threshold(encode_all(tokenizer, sources.train.documents()), rule, sources.threshold)
-            pack(sources.sided(tokenizer, threshold), unfinished, rule, vocab_size, fingerprint)
+            # A small corpus may have all its long documents on one side, or one alone. (Its trained tokenizer has then
+            # seen what changes sides.)
+            documents = functools.partial(encode_all, tokenizer)
+            threshold = adjusted_threshold(documents(sources.train.documents()), rule, sources.threshold)
+            if threshold is not None:
+                pack(sources.sided(tokenizer, threshold), unfinished, rule, vocab_size, fingerprint)
+            else:
+                parts, note = cut_in_two(documents(sources.train.documents()), rule, fraction)
+                pack(parts, unfinished, rule.splitting, vocab_size, fingerprint, note)
         unfinished.rename(folder)
     except OSError:
         if not folder.exists():
@@ -170,10 +184,5 @@ def _hash(value: object) -> str:
 
 
 def _progress(corpus: Corpus) -> Iterable[str]:
-    """The documents of a corpus under a progress bar, where there is a terminal and it takes more than a moment."""
-    from tqdm import tqdm
-
-    # miniters: documents come in bursts, from which tqdm would conclude that it may look away for long
-    return tqdm(
-        corpus.documents(), "tokenising", corpus.num_documents, unit=" documents", delay=1, miniters=1, disable=None
-    )
+    """Yield the documents of a corpus, and show how far it is."""
+    return counted(corpus.documents(), f"tokenizing {corpus.key}", corpus.num_documents, "documents")

@@ -41,7 +41,7 @@ class Prompts:
     def batch(
         self, rows: Sequence[int], samples: Sequence[int], everyone: Sequence[int], shortest: int, answers: bool
     ) -> tuple[Batch, Tensor]:
-        """The prompts `rows` [B] as a batch, each followed by its answer if `answers`; and lengths with answers [B].
+        """Return the prompts `rows` [B] as a batch, each with its answer behind it if `answers`; and whole lengths [B].
 
         A row -1 holds no token: it fills up a batch. Rows are padded to the longest of `everyone`, the rows that all
         replicas have together, and to `shortest` at least.
@@ -65,8 +65,9 @@ class Prompts:
 def read_prompts(
     config: Config, tokenizer: Tokenizer, bos: int | None, say: Callable[[str], None] = lambda _: None
 ) -> Prompts:
-    """The rows of task.paths. In posttrain prompt and answer fit data.seq_length together, in testtime the prompt.
-    `say` is told what was read.
+    """Read the rows of task.paths. `say` is told what was read.
+
+    In posttrain a prompt and its answer fit data.seq_length together, in testtime the prompt does.
 
     Raises ConfigError naming the row where one is too long, or a prompt or an answer has no token.
     """

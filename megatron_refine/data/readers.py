@@ -18,7 +18,7 @@ _NULS = "NUL bytes, as a power cut leaves them"
 
 
 def read_documents(path: Path, column: str, key: str, form: Form | None = None) -> Iterator[str]:
-    """The documents of `path` in file order; form: what `form_of` says of it, if that is known.
+    """Yield the documents of `path` in file order; form: what `form_of` says of it, if that is known.
 
     Raises ConfigError naming the file, and the row or line where it can.
     """
@@ -33,12 +33,13 @@ def _read_text(path: Path, column: str, key: str, form: Form) -> str:
     with opened(path, form, key) as file:
         content = file.read()
     if (nul := content.find(b"\0")) >= 0:
-        raise refusal(path, key, f"no text: byte {nul} is NUL (damaged, binary or UTF-16); restore it or leave it out")
+        what = f"is not text: byte {nul} is NUL (damaged, binary or UTF-16); restore it or leave it out"
+        raise refusal(path, key, what)
     try:
         text = content.removeprefix(BOM).decode()  # not read_text: line ends stay what they are
     except UnicodeDecodeError as error:
         raise refusal(
-            path, key, f"not UTF-8 text (byte {error.start + len(BOM) * form.bom}); convert it, or leave it out "
+            path, key, f"is not UTF-8 text (byte {error.start + len(BOM) * form.bom}); convert it, or leave it out "
             "(tables are known by their names, .jsonl and .parquet)"
         ) from None  # fmt: skip
     if found := _rows_in(text, column, path.suffix.lower()):
@@ -54,7 +55,7 @@ _REMEDIES = {
 
 
 def _rows_in(text: str, column: str, suffix: str) -> str:
-    """What a text is in truth where its rows are documents; "" of a text.
+    """Say what a text is in truth if its rows look like documents; "" if it is one document.
 
     JSON lines: each of the first lines is an object, and there are two or more, or the only one has the column.
     """
@@ -73,7 +74,7 @@ def _rows_in(text: str, column: str, suffix: str) -> str:
 
 
 def _first_lines(text: str) -> Iterator[str]:
-    """The lines that begin in the first part of a text and are not blank: two at least, of a text that has them."""
+    """Yield lines that are not blank: those that begin in the first part of a text, and two of it in any case."""
     at = count = 0
     while at < len(text) and (at < _LOOK or count < 2):
         end = text.find("\n", at)
@@ -85,7 +86,7 @@ def _first_lines(text: str) -> Iterator[str]:
 
 
 def _loads(text: str) -> Any:
-    """The JSON value of a text, or None."""
+    """Return the JSON value of a text, or None."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -93,14 +94,14 @@ def _loads(text: str) -> Any:
 
 
 def read_rows(path: Path, key: str, form: Form | None = None) -> Iterator[dict[str, Any]]:
-    """Rows of a table in file order, streamed: column -> value, whatever its type.
+    """Yield the rows of a table in file order: column -> value, whatever its type.
 
     Values come as they stand in the file, odd characters too. Raises ConfigError naming the file and, in JSON, the
-    line, for a file that is no table, that is broken or that cannot be read.
+    line, for a file that is not a table, that is broken or that cannot be read.
     """
     form = form or form_of(path, key)
     if not form.is_table:
-        raise refusal(path, key, "no table (known by their names: .jsonl and .parquet); convert or rename it")
+        raise refusal(path, key, "is not a table (known by their names: .jsonl and .parquet); convert or rename it")
     if form.kind == "parquet":
         yield from _parquet_rows(path, key)
         return
@@ -109,7 +110,7 @@ def read_rows(path: Path, key: str, form: Form | None = None) -> Iterator[dict[s
 
 
 def flaw(value: object) -> str:
-    """What a cell holds instead of text that has an encoding; "" where nothing is wrong."""
+    """Say what a cell holds instead of text that has an encoding; "" where nothing is wrong."""
     if value is None:
         return "nothing (null or missing)"
     if not isinstance(value, str):
@@ -126,7 +127,7 @@ def _read_table(path: Path, column: str, key: str, form: Form) -> Iterator[str]:
     for number, row in enumerate(read_rows(path, key, form), 1):
         if column not in row:
             names = ", ".join(map(str, row)) or "none"
-            raise ConfigError(f"{where}: row {number} has no such column; it has {names}")
+            raise ConfigError(f"{where}: row {number} has no such column; it has {names}: name one of these")
         if found := flaw(row[column]):
             raise ConfigError(f"{where}: row {number} holds {found}; fix the row or name another column")
         yield row[column]
@@ -139,11 +140,12 @@ def _object(value: Any) -> dict[str, Any]:
 
 
 def _broken(path: Path, key: str, kind: str, reason: str) -> ConfigError:
-    return refusal(path, key, f"broken {kind} file: {reason}; repair it or leave it out")
+    return refusal(path, key, f"is a broken {kind} file: {reason}; repair it or leave it out")
 
 
 def _jsonl_rows(lines: IO[bytes], path: Path, key: str) -> Iterator[dict[str, Any]]:
-    """Not through `datasets`: it turns text that looks like dates into dates, and drops half surrogate pairs."""
+    """Yield the objects, one a line. (`datasets` would turn text that looks like dates into dates, and drop half
+    surrogate pairs.)"""
     for number, line in enumerate(lines, 1):  # bytes: only b"\n" ends a line, U+2028 does not
         if not line.strip():
             continue

@@ -28,26 +28,30 @@ class SentencePieceModel:
     ends: tuple[int, ...]
 
     def __init__(self, path: Path, key: str) -> None:
-        """Raises ConfigError, beginning with `key`, where the file is damaged or the library is missing."""
+        """Read the model. Raises ConfigError, beginning with `key`, where it is damaged or the library is missing."""
         self._model = _load(path, key)
         self.largest_id: int = self._model.vocab_size() - 1
         own = (self._model.bos_id(), self._model.eos_id(), self._model.pad_id())
         self.bos_id, self.eos_id, self.pad_id = (i if i >= 0 else None for i in own)
 
     def token_id(self, token: str) -> int | None:
-        """The id of a piece by its name."""
+        """Return the id of a piece by its name, None where there is none."""
         found: int = self._model.piece_to_id(token)
         return found if self._model.id_to_piece(found) == token else None  # of an unknown name: that of <unk>
 
+    def token(self, number: int) -> str:
+        """The name of an id."""
+        return str(self._model.id_to_piece(number))
+
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """Ids of each text. Control pieces never come from text: "<s>" in a document is three characters.
+        """Return the ids of each text. Control pieces never come from text: "<s>" in a document is three characters.
 
         (Pieces that a model declares as user-defined do: they are found in text before all others.)
         """
         return self._model.encode(texts)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids: what was encoded, but "▁" (U+2581) becomes a space, for which it stands in the pieces.
+        """Return the text of ids: what was encoded, but "▁" (U+2581) becomes the space that it stands for in pieces.
 
         Control pieces show by their names. Ids that the model does not have, which a padded vocabulary allows to be
         sampled, show as its unknown piece does.
@@ -63,7 +67,7 @@ def _load(path: Path, key: str) -> "SentencePieceProcessor":
         from sentencepiece import SentencePieceProcessor
     except ImportError:
         raise ConfigError(
-            f"{key}: {path}: a sentencepiece model is read by the package sentencepiece: pip install sentencepiece"
+            f"{key}: {path}: is read by the package sentencepiece, which is missing: pip install sentencepiece"
         ) from None
     try:
         data = path.read_bytes()
@@ -75,13 +79,13 @@ def _load(path: Path, key: str) -> "SentencePieceProcessor":
     except (OSError, RuntimeError, ValueError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise ConfigError(
-            f"{key}: {path}: no valid sentencepiece model: {reason}; fetch it again, or name a tokenizer.json "
+            f"{key}: {path}: is not a valid sentencepiece model: {reason}; fetch it again, or name a tokenizer.json "
             "(known by its name's .json)"
         ) from None
 
 
 def _fields(data: bytes) -> Iterator[int]:
-    """Numbers of the fields of a serialized ModelProto. Raises ValueError where it is another file or ends early.
+    """Yield the numbers of a serialized ModelProto's fields. Raises ValueError where it is another file or ends early.
 
     Source: the protocol buffers wire format. A field is its number and wire type, its length, its content.
     """
@@ -98,7 +102,10 @@ def _fields(data: bytes) -> Iterator[int]:
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:
-    """The number that begins at `at`, and where it ends: 7 bits a byte, lowest first, the last byte's top bit unset."""
+    """Return the number that begins at `at`, and where it ends.
+
+    It has 7 bits a byte, the lowest first; the top bit of its last byte is not set.
+    """
     value = shift = 0
     for end in range(at, min(at + 10, len(data))):
         value |= (data[end] & 0x7F) << shift

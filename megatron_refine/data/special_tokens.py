@@ -1,4 +1,4 @@
-"""Which tokens begin a text, end an answer and fill up: those that the files beside a tokenizer declare.
+"""Special tokens, which begin a text, end an answer or pad: those that the files beside a tokenizer declare.
 
 Asked in this order: the token named in tokenizer_config.json, then in special_tokens_map.json; the id in
 generation_config.json, then in config.json; the tokenizer itself (a sentencepiece model knows its own; in a
@@ -20,7 +20,7 @@ _ROLES = ("bos", "eos", "pad")
 
 
 class Vocabulary(Protocol):
-    """What is asked of a tokenizer to find its special tokens."""
+    """The part of a tokenizer that is asked for its special tokens."""
 
     largest_id: int
     bos_id: int | None  # by the tokenizer's file alone, as the other two
@@ -28,12 +28,12 @@ class Vocabulary(Protocol):
     pad_id: int | None
 
     def token_id(self, token: str) -> int | None:
-        """The id of a token by its name."""
+        """Return the id of a token by its name, None where there is none."""
 
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """Ids, None where there is no such token."""
+    """Ids of the special tokens, None where there is no such token."""
 
     bos: int | None
     eos: int | None  # what training appends to an answer
@@ -51,13 +51,15 @@ class SpecialTokens:
         return ("none" if value is None else str(value)) + (f" ({origin})" if origin != OWN else "")
 
     def to_json(self) -> dict[str, Any]:
-        """The content of KEPT."""
+        """Return the content of KEPT."""
         return asdict(self)
 
 
 def find_special_tokens(path: Path, vocabulary: Vocabulary, key: str) -> SpecialTokens:
-    """The special tokens of the tokenizer in the file `path`. Raises ConfigError where a declared one does not exist
-    and where a file that declares them is damaged."""
+    """Find the special tokens of the tokenizer in the file `path`.
+
+    Raises ConfigError where a declared one does not exist and where a file that declares them is damaged.
+    """
     files = {name: _read(path.with_name(name), key) for name in (KEPT, *_NAMES, *_NUMBERS)}
     if kept := files.pop(KEPT):
         try:
@@ -76,7 +78,7 @@ def find_special_tokens(path: Path, vocabulary: Vocabulary, key: str) -> Special
 def _find(
     role: str, files: dict[str, dict[str, Any]], path: Path, vocabulary: Vocabulary, key: str
 ) -> tuple[int | None, str]:
-    """The id of a role, None where there is none, and the file that says so."""
+    """Return the id of a role, None where there is none, and the file that says so."""
     absent = ""
     for name in _NAMES:
         field = f"{role}_token"
@@ -98,7 +100,7 @@ def _find(
 
 
 def _named(token: str, tree: dict[str, Any], vocabulary: Vocabulary) -> int | None:
-    """The id of a token; one that was added to a sentencepiece model stands in tokenizer_config.json alone."""
+    """Return the id of a token. One that was added to a sentencepiece model stands in tokenizer_config.json alone."""
     if (found := vocabulary.token_id(token)) is not None:
         return found
     added = tree.get("added_tokens_decoder")
@@ -111,19 +113,19 @@ def _named(token: str, tree: dict[str, Any], vocabulary: Vocabulary) -> int | No
 def _numbers(
     role: str, name: str, tree: dict[str, Any], path: Path, vocabulary: Vocabulary, key: str
 ) -> list[int]:  # fmt: skip
-    """The ids of a role in generation_config.json or config.json: one, a list of them, or none."""
+    """Return the ids of a role in generation_config.json or config.json, which hold one, a list of them, or none."""
     field = f"{role}_token_id"
     value = tree.get(field)
     ids = value if isinstance(value, list) else [] if value is None else [value]
     for i in ids:
         if type(i) is not int or (i > vocabulary.largest_id and role != "pad"):
-            what = f"declares {field} {shown(repr(i))}, {shown(path.name)} has ids up to {vocabulary.largest_id}"
+            what = f"declares {field} {shown(repr(i))}, but {shown(path.name)} has ids up to {vocabulary.largest_id}"
             raise refusal(path.with_name(name), key, f"{what}; correct it, or move the tokenizer away from it")
     return [i for i in ids if 0 <= i <= vocabulary.largest_id]  # -1: some say none so
 
 
 def _read(path: Path, key: str) -> dict[str, Any]:
-    """A JSON object; of a file that is not there an empty one."""
+    """Read a JSON object; an empty one where there is no such file. Raises ConfigError."""
     with reading(path, key):
         if not path.is_file():
             return {}

@@ -1,4 +1,4 @@
-"""Which documents are held out: decided by their text alone, so that equal documents never stand on both sides."""
+"""Held-out documents: their text alone decides, so that equal documents never stand on both sides."""
 
 import hashlib
 from collections.abc import Iterable
@@ -12,24 +12,41 @@ _WHOLE = 1 << 64
 
 
 def share(text: str) -> int:
-    """A document's place in [0, 2^64), uniform over documents. Below the threshold it is held out."""
+    """Return a document's place in [0, 2^64), uniform over documents. Below the threshold it is held out."""
     return int.from_bytes(hashlib.sha256(text.encode(errors="surrogatepass")).digest()[:8], "big")
 
 
 def threshold_of(fraction: float) -> int:
-    """The threshold that holds out `fraction` of the documents."""
+    """Return the threshold that holds out `fraction` of the documents."""
     return int(fraction * _WHOLE)
 
 
-def adjusted_threshold(documents: Iterable[tuple[str, np.ndarray]], rule: RowRule, threshold: int) -> int:
-    """The threshold nearest to `threshold` that leaves a document that gives rows on each side.
+def adjusted_threshold(documents: Iterable[tuple[str, np.ndarray]], rule: RowRule, threshold: int) -> int | None:
+    """Return the threshold nearest to `threshold` that leaves a document that gives rows on each side.
 
-    documents: texts with their token ids [length]. Raises ConfigError where only one (or copies of it) gives rows.
+    documents: texts with their token ids [length]. Returns None where only one (or copies of it) gives rows.
     """
     usable = sorted({share(text) for text, ids in documents if rule.rows(ids)})
-    if len(usable) < 2:
-        raise ConfigError(
-            f"data.paths: only one document has the {rule.min_length} tokens of a row, training and evaluation need "
-            "one each; lower data.min_length or data.seq_length, or name data.valid_paths"
-        )
-    return min(max(threshold, usable[0] + 1), usable[-1])
+    return min(max(threshold, usable[0] + 1), usable[-1]) if len(usable) > 1 else None
+
+
+def cut_in_two(
+    documents: Iterable[tuple[str, np.ndarray]], rule: RowRule, fraction: float
+) -> tuple[list[tuple[str, np.ndarray]], str]:
+    """Cut the only document that gives rows (and copies of it). Return (side, token ids) of each part, and a line.
+
+    Raises ConfigError where it is too short for a row on each side.
+    """
+    parts, note = list[tuple[str, np.ndarray]](), ""
+    for _, ids in documents:
+        if rule.rows(ids):
+            train, valid, rows = rule.cut(ids, fraction)
+            if not len(valid):
+                raise ConfigError(
+                    f"data.paths: only one document has the {rule.min_length} tokens of a row, and not those of two; "
+                    "training and evaluation need one each; lower data.min_length or data.seq_length, or name "
+                    "data.valid_paths"
+                )
+            parts += [("train", train), ("valid", valid)]
+            note = f"data.paths: one document has the length of a row: it is cut into rows, {rows}"
+    return parts, note

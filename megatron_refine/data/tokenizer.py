@@ -23,7 +23,7 @@ _BATCH_CHARS = 1 << 20  # text encoded at once: bounds memory, keeps the threads
 
 
 class Tokenizer(Protocol):
-    """What is asked of a tokenizer. Text never becomes a special token: "<s>" in a document is three characters."""
+    """A tokenizer. Text never becomes a special token: "<s>" in a document is three characters."""
 
     largest_id: int
     special: SpecialTokens  # as they are declared, and where
@@ -33,13 +33,16 @@ class Tokenizer(Protocol):
     ends: tuple[int, ...]  # each of them ends an answer
 
     def token_id(self, token: str) -> int | None:
-        """The id of a token by its name."""
+        """Return the id of a token by its name, None where there is none."""
+
+    def token(self, number: int) -> str:
+        """The name of an id."""
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """Ids of each text, without special tokens."""
+        """Return the ids of each text, without special tokens."""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids, special tokens included."""
+        """Return the text of ids, special tokens included."""
 
 
 class JsonTokenizer:
@@ -55,7 +58,7 @@ class JsonTokenizer:
             self._tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises nothing more specific
             reason = " ".join(str(error).split())
-            raise refusal(path, key, f"no valid tokenizer.json: {reason}; replace or delete it") from None
+            raise refusal(path, key, f"is not a valid tokenizer.json: {reason}; replace or delete it") from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
@@ -65,6 +68,9 @@ class JsonTokenizer:
     def token_id(self, token: str) -> int | None:
         found: int | None = self._tokenizer.token_to_id(token)
         return found
+
+    def token(self, number: int) -> str:
+        return str(self._tokenizer.id_to_token(number))
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
@@ -77,7 +83,7 @@ class JsonTokenizer:
 
 
 def find_tokenizer(path: Path, key: str) -> Path:
-    """`path`, or in a folder its tokenizer.json or else tokenizer.model. Raises ConfigError where there is none."""
+    """Return `path`, or the tokenizer.json or else tokenizer.model of a folder. Raises ConfigError without any."""
     if path.is_dir():
         for name in FILES:
             if (path / name).is_file():
@@ -90,7 +96,7 @@ def find_tokenizer(path: Path, key: str) -> Path:
 
 
 def load_tokenizer(path: Path, vocab_size: int, key: str) -> Tokenizer:
-    """The tokenizer at `path`, a file or a folder. A name in .json is a tokenizer.json, others a sentencepiece model.
+    """Read the tokenizer at `path`, a file or a folder: a name in .json as a tokenizer.json, others as sentencepiece's.
 
     Its special tokens are the declared ones (special_tokens.py). Raises ConfigError where it is missing, damaged or
     knows ids >= vocab_size, and where it lacks a declared token.
@@ -100,14 +106,14 @@ def load_tokenizer(path: Path, vocab_size: int, key: str) -> Tokenizer:
     largest = max(tokenizer.largest_id, *(i for i in (tokenizer.bos_id, *tokenizer.ends) if i is not None), -1)
     if largest >= vocab_size:
         raise ConfigError(
-            f"{key}: {path}: has token ids up to {largest}, model.vocab_size={vocab_size} allows {vocab_size - 1}; "
-            f"set model.vocab_size={largest + 1} or more"
+            f"{key}: {path}: has token ids up to {largest}, but model.vocab_size={vocab_size} allows {vocab_size - 1} "
+            f"at most; set model.vocab_size={largest + 1} or more"
         )
     return tokenizer
 
 
 def stated(path: Path, tokenizer: Tokenizer) -> str:
-    """A line: which tokenizer is taken, and which special tokens from which file."""
+    """Say in a line which tokenizer is taken, and which special tokens from which file."""
     return f"tokenizer {shown(path)}: {tokenizer.special}"
 
 
@@ -125,6 +131,12 @@ def keep_tokenizer(path: Path, tokenizer: Tokenizer, folder: Path) -> None:
     (folder / other).unlink(missing_ok=True)  # of an earlier attempt, which had another tokenizer
 
 
+def check_vocabulary(vocab_size: int) -> None:
+    """Raise ConfigError where no byte-level BPE can be that small."""
+    if vocab_size < _SMALLEST_BPE:
+        raise ConfigError(f"model.vocab_size={vocab_size}: a byte-level BPE needs {_SMALLEST_BPE} or more; raise it")
+
+
 def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path) -> None:
     """Train a byte-level BPE of exactly `vocab_size` ids and write it to `path`. The same texts give the same bytes.
 
@@ -132,8 +144,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path) -> None:
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    if vocab_size < _SMALLEST_BPE:
-        raise ConfigError(f"model.vocab_size={vocab_size}: a byte-level BPE needs {_SMALLEST_BPE} or more; raise it")
+    check_vocabulary(vocab_size)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -154,7 +165,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path) -> None:
 
 
 def bos_id(tokenizer: Tokenizer, path: Path) -> int:
-    """The id of the BOS token. Raises ConfigError where the vocabulary has none."""
+    """Return the id of the BOS token. Raises ConfigError where the vocabulary has none."""
     if tokenizer.bos_id is not None:
         return tokenizer.bos_id
     names = f"has none of the tokens {', '.join(_BOS_NAMES)}" if _is_json(path) else "has no BOS piece"
@@ -164,14 +175,14 @@ def bos_id(tokenizer: Tokenizer, path: Path) -> int:
 
 
 def encode_all(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
-    """Each text with its token ids ([length] int64, no special tokens), in order."""
+    """Yield each text with its token ids ([length] int64, no special tokens), in order."""
     for batch in _batches(texts):
         for text, ids in zip(batch, tokenizer.encode(batch), strict=True):
             yield text, np.array(ids, np.int64)
 
 
 def decode(tokenizer_path: Path | str, ids: Sequence[int] | np.ndarray) -> str:
-    """The text of token ids, special tokens included."""
+    """Return the text of token ids, special tokens included."""
     path = Path(tokenizer_path)
     return _read_once(path, path.stat().st_mtime_ns).decode([int(i) for i in ids])
 
@@ -189,7 +200,7 @@ def _read(path: Path, key: str) -> Tokenizer:
 
 @lru_cache(maxsize=1)
 def _read_once(path: Path, changed: int) -> Tokenizer:
-    """As it was at `changed`: many short texts are decoded in a row, and reading takes longer than they do."""
+    """Read a tokenizer as it was at `changed`. Many short texts are decoded in a row, faster than it is read."""
     return _read(path, "data.tokenizer")
 
 

@@ -15,11 +15,36 @@ SHOWN = 8  # layouts
 
 
 def plan(config: Config, world: int, hardware: Hardware) -> str:
-    """Everything. Raises ConfigError where the ranks do not fit the configuration's own layout."""
+    """Everything; with a note where the batch is planned larger, because it does not divide among the ranks.
+
+    Raises ConfigError where the ranks do not fit the configuration's own layout.
+    """
+    config, note = dividing(config, world)
     own = layout_of(config, world, hardware)
-    parts = [render(estimate(config, world)), _fit(own, hardware), *_server(config)]
+    parts = [note, render(estimate(config, world)), _fit(own, hardware), *_server(config)]
     parts += [times(own, world, hardware), _collectives(own, hardware), _ranking(own, world, hardware)]
     return "\n\n".join(part for part in parts if part)
+
+
+def dividing(config: Config, world: int) -> tuple[Config, str]:
+    """Return the configuration with the next batch that divides among the ranks, and a line that says so; the same and
+    "" where its own does."""
+    train, update = config.train, config.update
+    unit = max(1, world // config.parallel.model_size) * train.micro_batch_size
+    mini = -(-config.mini_batch_size // unit) * unit
+    if mini == config.mini_batch_size:
+        return config, ""
+    batch = -(-train.global_batch_size // mini) * mini
+    changed: dict[str, object] = {"train": train.model_copy(update={"global_batch_size": batch})}
+    if update.mini_batch_size:
+        changed["update"] = update.model_copy(update={"mini_batch_size": mini})
+    own = f"update.mini_batch_size={mini}, " if update.mini_batch_size else ""
+    dp = unit // train.micro_batch_size
+    line = (
+        f"note: a mini-batch of {config.mini_batch_size} sequences does not divide among {dp} data parallel ranks; "
+        f"planned with {own}train.global_batch_size={batch} (multiples of {unit} divide)"
+    )
+    return config.model_copy(update=changed), line
 
 
 def times(layout: Layout, world: int, hardware: Hardware) -> str:

@@ -1,6 +1,6 @@
-"""Answers of a model to prompts: encoded, batched by length, decoded greedily, ended by a token or a stop string."""
+"""Answers of a model to prompts: encoded, batched by length, decoded, ended by a token or a stop string."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -9,7 +9,7 @@ from megatron_refine import platform
 from megatron_refine.config import ConfigError
 from megatron_refine.data.tokenizer import Tokenizer
 from megatron_refine.eval.batches import over_replicas, padded
-from megatron_refine.trainer.generate import generate
+from megatron_refine.trainer.generate import GREEDY, Sampling, generate
 from megatron_refine.trainer.parallel import Ranks
 
 
@@ -24,11 +24,13 @@ class Answerer:
     """Answers any number of questions with one model, on all ranks of its layout at once."""
 
     def __init__(
-        self, model: nn.Module, tokenizer: Tokenizer, ranks: Ranks, *, batch_size: int, bos: int | None = None
+        self, model: nn.Module, tokenizer: Tokenizer, ranks: Ranks, *, batch_size: int, bos: int | None = None,
+        sampling: Sampling = GREEDY, watch: Callable[[str], object] | None = None,
     ):  # fmt: skip
-        """batch_size: prompts a pass and replica; bos: the token that begins every prompt."""
+        """batch_size: prompts a pass and replica; bos: the token that begins every prompt; sampling: by default greedy;
+        watch: is told what the first prompt of a batch has got so far, after each token."""
         self.model, self.tokenizer, self.ranks, self.batch_size = model, tokenizer, ranks, batch_size
-        self.head = [] if bos is None else [bos]
+        self.head, self.sampling, self.watch = [] if bos is None else [bos], sampling, watch
 
     def encode(self, questions: Sequence[Question], max_length: int = 0) -> list[list[int]]:
         """Token ids of each prompt. Raises ConfigError where one is empty, or longer than `max_length` (0: any)."""
@@ -48,19 +50,22 @@ class Answerer:
         lengths = [len(ids) for ids in prompts]
         yield from over_replicas(
             lengths, self.batch_size, self.ranks,
-            lambda mine: self._answer([questions[i] for i in mine], [prompts[i] for i in mine]),
+            lambda mine: self._answer([questions[i] for i in mine], [prompts[i] for i in mine], mine),
         )  # fmt: skip
 
-    def _answer(self, questions: list[Question], prompts: list[list[int]]) -> list[str]:
+    def _answer(self, questions: list[Question], prompts: list[list[int]], numbers: Sequence[int]) -> list[str]:
         tokens, lengths = padded(prompts, platform.device())
 
         def finished(i: int, written: list[int]) -> bool:
+            if i == 0 and self.watch:
+                self.watch(self._text(questions[0], written))
             if written[-1] in self.tokenizer.ends:
                 return True
             stops = questions[i].stops
             return bool(stops) and any(stop in self.tokenizer.decode(written) for stop in stops)
 
-        written = generate(self.model, tokens, lengths, [q.max_new_tokens for q in questions], finished)
+        most = [q.max_new_tokens for q in questions]
+        written = generate(self.model, tokens, lengths, most, finished, self.sampling, numbers)
         return [self._text(q, ids) for q, ids in zip(questions, written, strict=True)]
 
     def _text(self, question: Question, written: list[int]) -> str:

@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from megatron_refine.config import ConfigError
 from megatron_refine.data.corpus import find_corpus
@@ -18,6 +17,7 @@ from megatron_refine.eval.results import Results
 from megatron_refine.eval.suite import Part, Score, answers, predictions, questions
 from megatron_refine.eval.table import Scored, markdown
 from megatron_refine.files import digest
+from megatron_refine.progress import Progress
 from megatron_refine.trainer.manifest import MANIFEST
 
 HELDOUT = "heldout"
@@ -134,12 +134,10 @@ def _resumed(
         for place, row in results.done(label, inputs).items()
     }
     results.start(label, done.values())
-    with tqdm(
-        total=len(inputs), initial=len(done), desc=label, unit="row", disable=None if results.writes else True
-    ) as bar:
+    with Progress(label, len(inputs), "rows", done=len(done), show=results.writes) as progress:
         for found in run(frozenset(done)):
             rows = [{"place": p, "input": inputs[p]} | row for p, row in found.items()]
             results.append(label, rows)
             done |= {row["place"]: row for row in rows}
-            bar.update(len(rows))
+            progress.add(len(rows))
     return [done[place] for place in range(len(inputs))]

@@ -9,13 +9,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from tqdm import tqdm
-
 from megatron_refine.config import ConfigError
 from megatron_refine.eval.answers import Answerer, Question
 from megatron_refine.eval.likelihood import Pair, loglikelihoods, text_loglikelihoods
 from megatron_refine.eval.load import Loaded
 from megatron_refine.exchange import everyone
+from megatron_refine.progress import Progress
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -109,12 +108,13 @@ class HarnessLM(TemplateLM):
         self, kind: str, arguments: Sequence[Any], hidden: bool
     ) -> Iterator[Callable[[Mapping[int, Any]], None]]:
         """Told each batch of results: moves a bar on the first rank, fills the harness's cache."""
-        with tqdm(total=len(arguments), desc=kind, unit="request", disable=hidden or not self.ranks.is_main) as bar:
+        show = self.ranks.is_main and not hidden
+        with Progress(kind, len(arguments), "requests", show=show) as progress:
 
             def found(batch: Mapping[int, Any]) -> None:
                 for i, result in batch.items():
                     self.cache_hook.add_partial(kind, arguments[i], result)
-                bar.update(len(batch))
+                progress.add(len(batch))
 
             yield found
 

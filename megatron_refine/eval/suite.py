@@ -5,12 +5,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tqdm import tqdm
-
 from megatron_refine.config import Config, ConfigError
 from megatron_refine.data.examples import Columns, Example, read_examples
 from megatron_refine.eval import files, ruler, tasks
 from megatron_refine.eval.answers import Answerer, Question
+from megatron_refine.progress import counted
 
 
 @dataclass(frozen=True)
@@ -94,9 +93,7 @@ def _generated(
     task: tasks.Task, length: int, r: Request, count_tokens: Callable[[str], int], progress: bool
 ) -> Part:  # fmt: skip
     made = ruler.generate(task.name, length, range(r.examples), r.seed, count_tokens, essays=r.essays, data=r.data)
-    shown = tqdm(
-        made, f"making {task.name}@{length}", r.examples, leave=False, unit="prompt", disable=None if progress else True
-    )
+    shown = counted(made, f"making {task.name}@{length}", r.examples, "prompts", show=progress)
     return Part(task.name, length, list(shown), ruler.haystack_of(task.name, r.essays))
 
 

@@ -1,1 +1,1 @@
-"""What a run tells of itself: metrics.jsonl, the lines on the screen, report.html."""
+"""The records of a run: metrics.jsonl, the lines on the screen, report.html."""

@@ -17,7 +17,7 @@ _PALETTE = [BLUE, ORANGE, GREEN, PURPLE, RED, INK]
 
 
 def losses(rows: Sequence[Row]) -> str:
-    """NTP loss in training and on held-out sequences; beside it the NSP loss of REFINE steps."""
+    """Draw the NTP loss in training and on held-out sequences; beside it the NSP loss of REFINE steps."""
 
     def paint(axes: Sequence[Axes]) -> None:
         ntp, nsp = axes
@@ -39,7 +39,7 @@ def losses(rows: Sequence[Row]) -> str:
 
 
 def rewards(rows: Sequence[Row], sample: Sequence[float]) -> str:
-    """Mean reward and its spread over the REFINE steps; beside it the rewards of the latest sample."""
+    """Draw mean reward and its spread over the REFINE steps; beside them the rewards of the latest sample."""
 
     def paint(axes: Sequence[Axes]) -> None:
         over_steps, histogram = axes
@@ -56,7 +56,7 @@ def rewards(rows: Sequence[Row], sample: Sequence[float]) -> str:
 
 
 def entropy(values: Sequence[float], positions: Sequence[int]) -> str:
-    """Entropy of predicting each token of a sequence; the tokens at which rollouts start are marked."""
+    """Draw the entropy of predicting each token of a sequence, and mark the tokens at which rollouts start."""
 
     def paint(axes: Sequence[Axes]) -> None:
         nats = np.array(values, dtype=float)
@@ -74,7 +74,10 @@ def entropy(values: Sequence[float], positions: Sequence[int]) -> str:
 
 
 def stages(rows: Sequence[Row]) -> str:
-    """Seconds of each step by stage, stacked; windows of steps in a long run. Stages of under 1% are summed up."""
+    """Draw the seconds of each step by stage, stacked; in a long run windows of steps.
+
+    Stages of under 1% are summed up.
+    """
 
     def paint(axes: Sequence[Axes]) -> None:
         width = -(-len(rows) // _MAX_BARS)
@@ -96,7 +99,7 @@ def stages(rows: Sequence[Row]) -> str:
 
 
 def gaps(rows: Sequence[Row]) -> str:
-    """Difference between the engine's and the training kernels' log-probabilities of the rollouts, on a log scale."""
+    """Draw how far log-probabilities of rollouts by engine and by training kernels lie apart, on a log scale."""
 
     def paint(axes: Sequence[Axes]) -> None:
         floor = 1e-9  # a log scale has no place for 0
@@ -112,7 +115,7 @@ def gaps(rows: Sequence[Row]) -> str:
 
 
 def compared(runs: Mapping[str, Sequence[Row]]) -> str:
-    """NTP loss and reward of up to six runs, a colour each; points are held-out sequences. By the runs' names."""
+    """Draw NTP loss and reward of up to six runs, by name, a colour each. Points are held-out sequences."""
 
     def paint(axes: Sequence[Axes]) -> None:
         loss, reward = axes
@@ -133,7 +136,7 @@ def _column(rows: Sequence[Row], key: str) -> Values:
 
 
 def _curve(axes: Axes, rows: Sequence[Row], key: str, color: str, label: str = "") -> None:
-    """A line; in a run of many steps a faint one, under its running mean over a thirtieth of them."""
+    """Draw a line; in a run of many steps a faint one, under its running mean over a thirtieth of them."""
     x, y = _column(rows, "step"), _column(rows, key)
     window = len(rows) // 30
     if window < 3:
@@ -148,12 +151,12 @@ def _curve(axes: Axes, rows: Sequence[Row], key: str, color: str, label: str = "
 
 
 def _windows(values: Values, width: int) -> Values:
-    """Means of `width` consecutive values; the last window may be shorter."""
+    """Return means of `width` consecutive values; the last window may be shorter."""
     return np.array([values[a:b].mean() for a, b in pairwise([*range(0, len(values), width), len(values)])])
 
 
 def _mark_start(axes: Axes, rows: Sequence[Row]) -> None:
-    """A line in front of the first REFINE step, where it follows steps of next-token prediction alone."""
+    """Draw a line in front of the first REFINE step, where it follows steps of next-token prediction alone."""
     start = next((index for index, row in enumerate(rows) if is_refine(row)), 0)
     if start and rows[start - 1]["step"] > 0:
         x = rows[start]["step"] - 0.5
@@ -162,10 +165,10 @@ def _mark_start(axes: Axes, rows: Sequence[Row]) -> None:
 
 
 def _marker(count: int) -> str:
-    """Few points are marked, so that a single one is seen."""
+    """Return the marker of points. Few are marked, so that a single one is seen."""
     return "o" if count <= 30 else ""
 
 
 def _stage_colors(count: int) -> list[str]:
-    """Distinct colours for the stages; gray for the last, "other"."""
+    """Return distinct colours for the stages; gray for the last, "other"."""
     return [_PALETTE[index % len(_PALETTE)] for index in range(count - 1)] + [GRAY]

@@ -3,6 +3,8 @@ tokenizer in it is kept by data/tokenizer.py."""
 
 import contextlib
 import json
+import time
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,69 +12,74 @@ from typing import Any
 from megatron_refine.config import Config
 from megatron_refine.files import Appended, TornError, numbered, read_json, read_rows, write, write_json
 from megatron_refine.report import history
-from megatron_refine.report.html import write_report
 from megatron_refine.report.metrics import MetricsLog, Row, read
 from megatron_refine.report.screen import comparison, eval_line, step_line
 from megatron_refine.report.summary import is_step, milestones, step_times
 from megatron_refine.report.tracking import Tracking
 
 PROGRESS = "progress.json"
+RECENT = 20  # steps whose pace tells the time left
 
 
 class RunFolder:
-    """What the main rank writes of a run. Each attempt has its own logs; metrics go on in one file."""
+    """The run folder as the main rank writes it. Each attempt has its own logs; metrics go on in one file."""
 
     def __init__(self, config: Config, done_steps: int, total_steps: int, show: Callable[[str], None]):
-        """Raises OSError where the folder cannot be written."""
+        """Begin an attempt. Raises OSError where the folder cannot be written."""
         self.config, self.path, self.total_steps, self.show = config, Path(config.run.dir), total_steps, show
         self.attempt, self._logs = _new_attempt(self.path / "logs")
         self._log = Appended(self._logs / "train.log")
         write(self.path / "config.yaml", config.to_yaml())
         self.metrics = MetricsLog(self.path / "metrics.jsonl")
         self.metrics.truncate_after(done_steps or -1)  # a run without a checkpoint begins anew, with step 0
+        self._ends: deque[float] = deque(maxlen=RECENT)  # unix times of the last steps
         self.predictions = Predictions(self.path / "predictions.jsonl", done_steps)
         self._tracking = Tracking(config, self.say) if config.run.wandb != "off" else None
 
     def say(self, line: str) -> None:
-        """A line on the screen and in the attempt's log."""
+        """Write a line on the screen and in the attempt's log."""
         self.show(line)
         self.note(line)
 
     def note(self, line: str) -> None:
-        """A line in the attempt's log alone."""
+        """Write a line in the attempt's log alone."""
         self._log.write(line + "\n")
 
     def record(self, row: Row) -> None:
         """The metrics of a step or an evaluation: file, screen, wandb."""
-        row = row | {"attempt": self.attempt}
+        row = row | {"attempt": self.attempt, "wall": time.time()}
         self.metrics.append(row)
         if is_step(row):
-            self.say(step_line(row, self.total_steps))
+            self._ends.append(row["wall"])
+            steps, each = self.total_steps - row["step"], (self._ends[-1] - self._ends[0]) / max(1, len(self._ends) - 1)
+            self.say(step_line(row, self.total_steps, steps * each if len(self._ends) > 1 else None))
         if "eval/ntp_loss" in row:
             self.say(eval_line(row))
         if self._tracking:
             self._tracking.log(row)
 
     def keep_attempt(self, step: int, ranks: int, changed: Mapping[str, Any]) -> None:
-        """What this attempt is, beside its log: configuration, step, layout, versions; `changed` of the training."""
+        """Write beside the log what the attempt is: configuration, step, layout, versions, and what `changed`."""
         history.keep(self._logs, self.config, step, ranks, changed)
 
     def keep_progress(self, progress: Mapping[str, Any]) -> None:
-        """Where the run stands, for `read_progress`. Atomic."""
+        """Write where the run stands, for `read_progress`. Atomic."""
         write_json(self.path / PROGRESS, dict(progress))
 
     def save_samples(self, samples: Mapping[str, Any]) -> None:
-        """Selected positions and rollouts of a held-out sequence, for the report."""
+        """Write selected positions and rollouts of a held-out sequence, for the report."""
         write_json(self.path / "samples.json", samples, indent=None)
 
     def finish(self) -> None:
         """The comparison of before and after on the screen, and the report."""
+        from megatron_refine.report.html import write_report  # late: matplotlib takes a second
+
         rows = read(self.metrics.path)
         self.say(comparison(milestones(rows), step_times(rows)))
         self.say(f"report {write_report(self.path)}")
 
     def close(self, code: int) -> None:
-        """The end of the attempt, whatever ended it, by the command's exit code."""
+        """End the attempt, whatever ended it, by the command's exit code."""
         if self._tracking:
             self._tracking.finish(code)
 
@@ -81,7 +88,7 @@ class Predictions:
     """Answers of test-time training, a JSON object each, with the step of its batch."""
 
     def __init__(self, path: Path, done_steps: int):
-        """Drops the rows after `done_steps` and a torn last line: what a resumed run will write again."""
+        """Drop the rows after `done_steps` and a torn last line: what a resumed run will write again."""
         self.path = path
         kept = [row for row in self.read() if row["step"] <= done_steps]
         if kept or path.exists():
@@ -93,23 +100,23 @@ class Predictions:
         file.close()
 
     def read(self) -> list[dict[str, Any]]:
-        """Raises OSError, and TornError where a line but the last is damaged."""
+        """Read all rows. Raises OSError, and TornError where a line but the last is damaged."""
         return read_rows(self.path)
 
 
 def read_progress(run_dir: Path) -> dict[str, Any] | None:
-    """What `keep_progress` kept last; None of a new run. Raises OSError, and TornError where it is damaged."""
+    """Read what `keep_progress` kept last; None in a new run. Raises OSError, and TornError where it is damaged."""
     path = run_dir / PROGRESS
     if not path.exists():
         return None
     kept: dict[str, Any] = read_json(path)
     if not isinstance(kept, dict) or kept.keys() != {"step", "consumed_samples", "data"}:
-        raise TornError(f"{path}: damaged: {str(kept)[:80]} is no progress; delete it or restore it")
+        raise TornError(f"{path}: damaged: {str(kept)[:80]} is not a run's progress; delete it or restore it")
     return kept
 
 
 def _new_attempt(logs: Path) -> tuple[int, Path]:
-    """The number and the new folder of the next attempt: after the others', and where nothing is in the way."""
+    """Make the next attempt's folder, after the others and where nothing is in the way. Return number and folder."""
     number = max((number for number, _ in numbered(logs, "attempt_")), default=0) + 1
     while True:
         with contextlib.suppress(FileExistsError):

@@ -1,4 +1,4 @@
-"""What each attempt at a run was: logs/attempt_<n>/config.yaml and attempt.json."""
+"""Facts of each attempt at a run: logs/attempt_<n>/config.yaml and attempt.json."""
 
 import importlib.metadata
 import os
@@ -17,8 +17,10 @@ PROJECT = Path(__file__).parents[2]
 
 
 def keep(folder: Path, config: Config, step: int, ranks: int, changed: Mapping[str, Any]) -> None:
-    """Write an attempt's configuration, and: the step at which it began, ranks and layout, what of the training is not
-    as it was before (key -> [new, old]), versions, the project's commit."""
+    """Write an attempt's configuration, and its facts: the step at which it began, ranks, layout, versions, commit.
+
+    changed: keys of the training that are not as they were before, each with [new, old].
+    """
     write(folder / "config.yaml", config.to_yaml())
     facts = {
         "step": step,
@@ -32,7 +34,7 @@ def keep(folder: Path, config: Config, step: int, ranks: int, changed: Mapping[s
 
 
 def versions() -> dict[str, str]:
-    """Return those of Python, of the project and of what it computes with; what is not installed is left out."""
+    """Return the versions of Python, the project and the packages that it computes with, if they are installed."""
     import torch  # its own word for the build: a wheel's metadata may lack +cpu or +cu130
 
     found = {"python": platform.python_version(), "megatron_refine": __version__, "torch": torch.__version__}

@@ -31,7 +31,7 @@ def write_report(run_dir: str | Path) -> Path:
 
 
 def _read_samples(path: Path) -> Samples:
-    """{} without the file; of one that a power cut tore, what is wrong, as `damaged`: the rest of the page counts."""
+    """Read the samples, {} without the file. For a torn one say so as `damaged`: the rest of the page counts."""
     try:
         return dict(read_json(path)) if path.exists() else {}
     except (TornError, TypeError, ValueError) as error:
@@ -84,7 +84,7 @@ def _comparison(rows: Sequence[Row]) -> str:
 
 
 def _tasks(rows: Sequence[Row]) -> str:
-    """Of runs that evaluate tasks on their way."""
+    """Return the scores of tasks, in a run that evaluates some."""
     names = list(dict.fromkeys(key for row in rows for key in row if key.startswith("task/") and key != "task/score"))
     if not names:
         return ""
@@ -95,7 +95,7 @@ def _tasks(rows: Sequence[Row]) -> str:
 
 
 def _answers(run: Path) -> str:
-    """Of test-time training."""
+    """Return the scores of the answers, in test-time training."""
     path = run / "predictions.jsonl"
     if not path.exists():
         return ""
@@ -167,7 +167,7 @@ def _gap(rows: Sequence[Row]) -> str:
 
 
 def _restarts(run: Path, rows: Sequence[Row]) -> str:
-    """Attempts are known by their log folders and by their rows; one that left no row stopped before its first step."""
+    """Return the attempts, known by log folders and by rows. One that left no row stopped before its first step."""
     steps: dict[int, list[int]] = {number: [] for number, _ in numbered(run / "logs", "attempt_")}
     for row in rows:
         if is_step(row) and "attempt" in row:

@@ -23,12 +23,13 @@ KEYS = frozenset(f"{group}/{name}" for group, names in _NAMES.items() for name i
     "step",
     "consumed_samples",
     "attempt",
+    "wall",  # unix time, s
 }
 STAGES = tuple(name for name in _NAMES["time"].split() if name != "step")
 
 
 class MetricsLog:
-    """Appends rows to a file. Each leaves the process at once: when killed, it leaves at most a torn last line."""
+    """The file of rows. Each row leaves the process at once: when killed, it leaves at most a torn last line."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -52,12 +53,12 @@ class MetricsLog:
 
 
 def read(path: str | Path) -> list[Row]:
-    """The rows of a metrics.jsonl, [] without one. A torn last line is left out.
+    """Read the rows of a metrics.jsonl, [] without one. A torn last line is left out.
 
     Raises OSError, and TornError where another line is not a JSON object with a step.
     """
     rows = read_rows(Path(path))
     for row in rows:
         if not isinstance(row.get("step"), int | float):
-            raise TornError(f"{path}: damaged: {str(row)[:80]} is no row of metrics; remove this line")
+            raise TornError(f"{path}: damaged: {str(row)[:80]} is not a row of metrics; remove this line")
     return rows

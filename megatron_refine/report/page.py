@@ -32,42 +32,47 @@ code, pre { font: 0.82rem/1.5 ui-monospace, monospace; } td code { white-space: 
 .space { color: var(--gray); } mark { background: var(--match); color: inherit; border-radius: 2px; }
 pre { overflow-x: auto; padding: 0.9rem; }
 summary { cursor: pointer; }
+svg.tall { display: none; }
+@media (max-width: 40rem) {
+  body { padding: 1.25rem 0.9rem 3rem; } svg.wide { display: none; } svg.tall { display: block; }
+  th, td { padding-right: 0.5rem; } table { font-size: 0.8rem; } td code { min-width: 9rem; display: inline-block; }
+}
 """
 _SPACES = {" ": "·", "\n": "↵\n", "\t": "→\t", "\r": "␍"}
 
 
 def document(title: str, body: Iterable[str]) -> str:
-    """A whole page; `title` is plain text, `body` HTML."""
+    """Return a whole page; `title` is plain text, `body` HTML."""
     meta = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
     head = f'<html lang="en"><head>{meta}<title>{escape(title)}</title><style>{COLOURS}{_CSS}</style></head>'
     return "\n".join(["<!doctype html>", head, "<body>", *body, "</body></html>", ""])
 
 
 def section(title: str, body: str, note: str = "") -> str:
-    """A heading, its content, and a sentence on how to read it."""
+    """Return a heading, its content, and a sentence on how to read it."""
     name = re.sub(r"\W+", "-", title.lower())
     note = f'<p class="note">{note}</p>' if note else ""
     return f'<section id="{name}"><h2>{title}</h2>{body}{note}</section>'
 
 
 def figure(svg: str) -> str:
-    """An <svg> element as a figure."""
+    """A drawing of `svg.draw` as a figure."""
     return f"<figure>{svg}</figure>"
 
 
 def text(sentence: str) -> str:
-    """A sentence of plain text."""
+    """Return a sentence of plain text as a paragraph."""
     return f"<p>{escape(sentence)}</p>"
 
 
 def tiles(facts: Iterable[tuple[str, str]]) -> str:
-    """Headline numbers: name and value, plain text."""
+    """Return headline numbers; name and value are plain text."""
     cells = (f'<div class="tile"><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>' for name, value in facts)
     return f'<dl class="tiles">{"".join(cells)}</dl>'
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[str]], numbers: Iterable[int] = ()) -> str:
-    """A table of HTML cells under plain headings; the columns `numbers` are set flush right."""
+    """Return a table of HTML cells under plain headings; the columns `numbers` are set flush right."""
     flush = set(numbers)
 
     def line(cells: Sequence[str], tag: str) -> str:
@@ -80,7 +85,7 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[str]], numbers: Itera
 
 
 def visible(text: str, matched: int = 0) -> str:
-    """Text as code with its white space in view; its first `matched` characters are highlighted."""
+    """Return text as code with its white space in view and its first `matched` characters highlighted."""
     marked = f"<mark>{_spell(text[:matched])}</mark>" if matched else ""
     return f"<code>{marked}{_spell(text[matched:])}</code>"
 

@@ -17,24 +17,35 @@ COLUMNS = {  # heading -> key, format
 _SHARES = ("score", "rollout", "update")
 
 
-def step_line(metrics: Row, total_steps: int) -> str:
-    """One training step; shares are of the step's seconds, the gap is the mean between engine and trainer in nats.
+def step_line(metrics: Row, total_steps: int, left: float | None = None) -> str:
+    """One training step. Shares are of the step's seconds, the gap is the mean between engine and trainer in nats.
+    left: seconds until the end of the run.
 
-    Masked rollouts, the loss of answers (post-training) and their score (test time) are told where there are any.
+    Masked rollouts, the loss of answers (post-training) and their score (test time) are told where there are any. The
+    NSP loss is told where it is not 0, as it is by construction in the first optimizer step of a batch.
     """
-    losses = f"step {metrics['step']}/{total_steps} loss {number(metrics, 'train/loss', '.2f')}"
-    losses += f" answer {number(metrics, 'train/answer_loss', '.2f')}" if "train/answer_loss" in metrics else ""
-    losses += f" score {number(metrics, 'task/score', '.1%')}" if "task/score" in metrics else ""
+    parts = [f"step {metrics['step']}/{total_steps} loss {number(metrics, 'train/loss', '.2f')}{_losses(metrics)}"]
+    parts.append(f"lr {short(metrics.get('train/lr'))} grad {number(metrics, 'train/grad_norm', '.2f')}")
+    parts.append(f"{_speed(metrics)} {number(metrics, 'time/step', '.2f')}s mem {_memory(metrics)}")
+    parts += [f"{_stages(metrics)}"] if is_refine(metrics) else []
+    parts += [] if left is None else [f"left {duration(left)}"]
+    return " | ".join(parts)
+
+
+def _losses(metrics: Row) -> str:
+    text = f" answer {number(metrics, 'train/answer_loss', '.2f')}" if "train/answer_loss" in metrics else ""
+    text += f" score {number(metrics, 'task/score', '.1%')}" if "task/score" in metrics else ""
     if not is_refine(metrics):
-        return f"{losses} | {_speed(metrics)} | {number(metrics, 'time/step', '.2f')}s"
-    reward = f"{number(metrics, 'rollout/reward_mean', '.2f')}±{number(metrics, 'rollout/reward_std', '.2f')}"
-    losses += f" ntp {number(metrics, 'train/ntp_loss', '.2f')} nsp {number(metrics, 'train/nsp_loss', '.3f')}"
-    gap = _short_power(metrics.get("rollout/logprob_gap_mean"))
-    return f"{losses} reward {reward} | {_speed(metrics)} | {_stages(metrics)} | gap {gap}{_masked(metrics)}"
+        return text
+    text += f" ntp {number(metrics, 'train/ntp_loss', '.2f')}"
+    nsp = number(metrics, "train/nsp_loss", ".3f")
+    text += "" if nsp == "0.000" else f" nsp {nsp}"
+    mean, spread = (number(metrics, f"rollout/reward_{key}", ".2f") for key in ("mean", "std"))
+    return f"{text} reward {mean}±{spread}"
 
 
 def eval_line(metrics: Row) -> str:
-    """One evaluation on held-out sequences; rewards and greedy matches only where rollouts were made."""
+    """Describe an evaluation on held-out sequences; rewards and greedy matches only where rollouts were made."""
     parts = [
         f"eval step {metrics['step']}: ntp {number(metrics, 'eval/ntp_loss', '.2f')}",
         f"accuracy {number(metrics, 'eval/ntp_accuracy', '.1%')}",
@@ -48,7 +59,7 @@ def eval_line(metrics: Row) -> str:
 
 
 def comparison(evals: Sequence[tuple[str, Row]], times: StepTimes) -> str:
-    """The end of a run: a labelled row an evaluation, then the median seconds of NTP and REFINE steps."""
+    """Describe a finished run: a labelled row an evaluation, then the median seconds of NTP and REFINE steps."""
     width = max((len(label) for label, _ in evals), default=0)
     lines = [" " * width + "  step" + "".join(f"  {heading:>8}" for heading in COLUMNS)] if evals else []
     for label, row in evals:
@@ -58,7 +69,7 @@ def comparison(evals: Sequence[tuple[str, Row]], times: StepTimes) -> str:
 
 
 def median_line(times: StepTimes) -> str:
-    """The median seconds of NTP and REFINE steps and their ratio: `NTP step 0.51 s, REFINE step 0.61 s, ratio 1.20`."""
+    """Write the median seconds of steps and their ratio: `NTP step 0.51 s, REFINE step 0.61 s, ratio 1.20`."""
     kinds = (("NTP", times.ntp), ("REFINE", times.refine))
     parts = [f"{kind} step {median(seconds):.3g} s" for kind, seconds in kinds if seconds]
     ratio = [] if times.ratio is None else [f"ratio {times.ratio:.2f}"]
@@ -66,7 +77,7 @@ def median_line(times: StepTimes) -> str:
 
 
 def number(row: Row, key: str, form: str) -> str:
-    """A number of the row: - where it has none, nan for null, which stands for a number that was not finite."""
+    """Write a number of the row: - where it has none, nan for null, which stands for one that was not finite."""
     if key not in row:
         return "-"
     text = "nan" if row[key] is None else f"{row[key]:{form}}"
@@ -81,7 +92,23 @@ def _speed(metrics: Row) -> str:
 def _stages(metrics: Row) -> str:
     whole = metrics.get("time/step") or math.nan
     shares = " ".join(f"{stage} {(metrics.get(f'time/{stage}') or 0.0) / whole:.0%}" for stage in _SHARES)
-    return f"{shares} sync {metrics.get('time/sync') or 0.0:.1f}s"
+    gap = short(metrics.get("rollout/logprob_gap_mean"))
+    return f"{shares} sync {metrics.get('time/sync') or 0.0:.1f}s gap {gap}{_masked(metrics)}"
+
+
+def _memory(metrics: Row) -> str:
+    value = metrics.get("perf/peak_memory_bytes")
+    return "-" if value is None else f"{value / 2**30:.1f}G"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: 45s, 12m, 3h05m, 2d04h."""
+    minutes, hours = round(seconds / 60), round(seconds / 3600)
+    if seconds < 90:
+        return f"{seconds:.0f}s"
+    if minutes < 100:
+        return f"{minutes}m"
+    return f"{minutes // 60}h{minutes % 60:02}m" if minutes < 48 * 60 else f"{hours // 24}d{hours % 24:02}h"
 
 
 def _masked(metrics: Row) -> str:
@@ -98,7 +125,7 @@ def _amount(value: float | None) -> str:
     return f"{value:.0f}"
 
 
-def _short_power(value: float | None) -> str:
+def short(value: float | None) -> str:
     """One digit and its power of ten: 1e-6."""
     if value is None or not math.isfinite(value):
         return "nan"

@@ -1,4 +1,4 @@
-"""What the rows of a run come to. Pure functions."""
+"""Summaries of a run's rows. Pure functions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,22 +21,22 @@ class StepTimes:
 
 
 def is_refine(row: Row) -> bool:
-    """Whether the row is of a REFINE step: these alone have rollouts."""
+    """Tell whether the row is of a REFINE step: these alone have rollouts."""
     return any(key.startswith("rollout/") for key in row)
 
 
 def is_step(row: Row) -> bool:
-    """Whether the row is of a training step, not of an evaluation before the first one."""
+    """Tell whether the row is of a training step, not of an evaluation before the first one."""
     return "train/loss" in row
 
 
 def is_evaluation(row: Row) -> bool:
-    """Whether the model was evaluated after the row's step."""
+    """Tell whether the model was evaluated after the row's step."""
     return "eval/ntp_loss" in row
 
 
 def step_times(rows: Sequence[Row]) -> StepTimes:
-    """The seconds of the training steps."""
+    """Return the seconds of the training steps."""
     timed = [row for row in rows if is_step(row) and row.get("time/step") is not None]
     return StepTimes(
         [row["time/step"] for row in timed if not is_refine(row)], [row["time/step"] for row in timed if is_refine(row)]
@@ -44,7 +44,7 @@ def step_times(rows: Sequence[Row]) -> StepTimes:
 
 
 def milestones(rows: Sequence[Row]) -> list[tuple[str, Row]]:
-    """The evaluations that frame the parts of a run, labelled: before, after NTP, after REFINE; those there are."""
+    """Return those evaluations that frame the parts of a run, labelled: before, after NTP, after REFINE."""
     evaluations = [row for row in rows if is_evaluation(row)]
     start = next((row["step"] for row in rows if is_refine(row)), float("inf"))
     before = [row for row in evaluations if row["step"] == 0]

@@ -49,12 +49,25 @@ _STYLE: dict[Any, Any] = {
 }
 
 
+WIDE, PHONE = (9.2, 2.9), (4.2, 2.6)  # inches of a figure, and of one of its axes on a narrow screen
+
+
 def draw(name: str, paint: Callable[[Sequence[Axes]], None], widths: Sequence[float] = (1,)) -> str:
-    """Axes side by side, painted, as an <svg> element. `name` makes its ids unique on the page."""
+    """Axes, painted, as two <svg> elements: side by side, and one below the other for a narrow screen.
+
+    The page shows one of them. `name` makes ids unique on the page.
+    """
+    count = len(widths)
+    wide = _drawn(name, paint, WIDE, {"ncols": count, "width_ratios": widths})
+    tall = _drawn(f"{name}-tall", paint, (PHONE[0], PHONE[1] * count), {"nrows": count})
+    return wide.replace("<svg", '<svg class="wide"', 1) + tall.replace("<svg", '<svg class="tall"', 1)
+
+
+def _drawn(name: str, paint: Callable[[Sequence[Axes]], None], size: tuple[float, float], grid: dict[str, Any]) -> str:
     buffer = io.StringIO()
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
-        figure = Figure(figsize=(9.2, 2.9), layout="constrained")
-        axes = figure.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
+        figure = Figure(figsize=size, layout="constrained")
+        axes = list(figure.subplots(**grid, squeeze=False).flat)
         paint(axes)
         for each in axes:
             each.grid(axis="x", visible=False)
@@ -73,6 +86,6 @@ def draw(name: str, paint: Callable[[Sequence[Axes]], None], widths: Sequence[fl
 
 
 def standalone(svg: str) -> str:
-    """A figure as a file of its own: it brings the page's colours with it."""
-    tag, rest = svg.split(">", 1)
-    return f"{tag}><style>{COLOURS}</style>{rest}"
+    """Return the wide one of a figure as a file of its own: it brings the page's colours with it."""
+    tag, rest = svg.partition("</svg>")[0].split(">", 1)
+    return f"{tag}><style>{COLOURS}</style>{rest}</svg>\n"

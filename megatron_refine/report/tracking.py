@@ -1,4 +1,4 @@
-"""Weights & Biases. Training never ends, stalls or loses a row of metrics.jsonl because of it.
+"""Logging to Weights & Biases. Training never ends, stalls or loses a row of metrics.jsonl because of it.
 
 The package is imported where it is used alone: it takes seconds. Its files go into the run's folder.
 """
@@ -21,7 +21,7 @@ _unreachable = ""  # why, where `check` found no server
 
 
 def check(config: Config) -> None:
-    """Raises ConfigError where the run cannot log as it is told to; a server that does not answer is no such case."""
+    """Raise ConfigError where the run cannot log as it is told to. A server that does not answer is no such case."""
     global _unreachable
     if config.run.wandb == "off":
         return
@@ -29,7 +29,8 @@ def check(config: Config) -> None:
     try:
         import wandb
     except ImportError as error:
-        raise ConfigError(f"run.wandb={config.run.wandb}: {error}; install wandb, or set run.wandb=off") from None
+        remedy = "pip install megatron-refine[wandb], or set run.wandb=off"
+        raise ConfigError(f"run.wandb={config.run.wandb}: {error}; {remedy}") from None
     if config.run.wandb == "offline":
         return
     wandb.setup(settings=wandb.Settings(silent=True))
@@ -45,7 +46,7 @@ def check(config: Config) -> None:
 
 
 class Tracking:
-    """A run there; `say` is told, once, where it can no longer be logged."""
+    """The run at Weights & Biases. `say` is told, once, when it can no longer be logged."""
 
     def __init__(self, config: Config, say: Callable[[str], object]):
         self.config, self.say, self.folder = config, say, Path(config.run.dir)
@@ -65,16 +66,16 @@ class Tracking:
             say(f"wandb: {self._run.url}")
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """The metrics of a step; of several attempts at it the last counts."""
+        """Log the metrics of a step; of several attempts at it the last counts."""
         self._try(lambda: self._run.log(dict(row)))
 
     def finish(self, code: int) -> None:
-        """The end of the attempt, by the command's exit code. Waits for the server END_SECONDS at most."""
+        """End the attempt, by the command's exit code. Waits for the server END_SECONDS at most."""
         self._try(lambda: self._run.finish(exit_code=code))
         self._run = None
 
     def _start(self, mode: Literal["online", "offline"]) -> str:
-        """Start; what went wrong, in one line, "" where nothing did."""
+        """Start the run there. Return what went wrong, in one line; "" where nothing did."""
         import wandb
 
         run = self.config.run
@@ -110,7 +111,7 @@ class Tracking:
 
 
 def _identity(folder: Path) -> str:
-    """The run's name there, kept in its folder."""
+    """Return the run's id there, which is kept in its folder."""
     path = folder / IDENTITY
     try:
         return str(read_json(path)["id"])
@@ -121,7 +122,7 @@ def _identity(folder: Path) -> str:
 
 
 def _give_folders(run: Path) -> None:
-    """Where no home can be written, as in a container, its settings and caches go into the run's folder."""
+    """Let settings and caches go into the run's folder where no home can be written, as in a container."""
     try:
         with tempfile.TemporaryFile(dir=Path.home()):
             return

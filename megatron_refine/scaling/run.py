@@ -29,7 +29,7 @@ def command(sweep: Sweep, point: Point) -> list[str]:
     """The training command on this machine."""
     files = [argument for file in sweep.config for argument in ("--config", file)]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(point.ranks)]
-    return [*torchrun, "-m", "megatron_refine.train", *files, *point.overrides]
+    return [*torchrun, "-m", "megatron_refine", "train", *files, *point.overrides]
 
 
 def finished(point: Point) -> bool:

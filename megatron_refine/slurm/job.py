@@ -18,7 +18,7 @@ ENGINE_PORT = 30000
 
 @dataclass(frozen=True)
 class Job:
-    """One run, or with `points` a sweep of runs as one array."""
+    """A run, or with `points` a sweep of runs as one array."""
 
     name: str
     config: Config
@@ -35,14 +35,14 @@ class Job:
         return Path(self.config.run.dir).absolute()
 
     def check(self) -> None:
-        """Raises ConfigError where nodes and engine do not fit together, and for what sbatch cannot be told."""
+        """Raise ConfigError where nodes and engine do not fit together, and for a name that sbatch cannot take."""
         engine = self.config.engine
         if self.engine_nodes and engine.kind != "sglang":
             raise ConfigError(f"--engine-nodes={self.engine_nodes}: engine.kind is {engine.kind}; set it to sglang")
         if self.engine_nodes and engine.urls:
             raise ConfigError("--engine-nodes: engine.urls names servers that run already; leave out one of the two")
         if self.engine_nodes and not engine.python:
-            raise ConfigError("--engine-nodes: engine.python is missing: name the interpreter that has SGLang")
+            raise ConfigError("--engine-nodes: engine.python is missing; set it to the interpreter that has SGLang")
         for text in (f"run.dir={self.run_dir}", f"--name={self.name}", *map(_folder, self.points)):
             if re.search(r"[\\\n\r]", text):
                 raise ConfigError(f"{text!r}: a job cannot have a backslash or a new line in it; choose another")
@@ -51,7 +51,7 @@ class Job:
         return "\n".join([*self._options(), "", *self._settings(), "", BODY.read_text(encoding="utf-8")])
 
     def _options(self) -> list[str]:
-        """What sbatch reads."""
+        """Return the lines that sbatch reads."""
         site, log = self.site, f"{self.run_dir}/logs".replace("%", "%%")  # where %j is the job's id
         options = [
             f"--job-name={self.name}", f"--nodes={self.nodes + self.engine_nodes}",
@@ -72,14 +72,14 @@ class Job:
         return ["#!/bin/bash", *(f"#SBATCH {option}" for option in [*map(_quoted, options), *site.sbatch])]
 
     def _settings(self) -> list[str]:
-        """What the body reads."""
+        """Return the variables that the body reads."""
         site, python = self.site, self.site.python or sys.executable
         if "/" in python:
             python = str(ROOT / python)
         srun = [*site.srun, *([f"--container-image={site.container}"] if site.container else [])]
         srun += [f"--container-mounts={','.join(site.mounts)}"] if site.mounts else []
-        train = [python, "-m", "megatron_refine.train", *self.arguments]
-        serve = [python, str(ROOT / "tools/serve.py"), "--port", str(ENGINE_PORT), *self.arguments]
+        train = [*site.prefix, python, "-m", "megatron_refine", "train", *self.arguments]
+        serve = [*site.prefix, python, "-m", "megatron_refine", "serve", "--port", str(ENGINE_PORT), *self.arguments]
         lines = [
             f"cd {shlex.quote(os.getcwd())} || exit 1",
             *(
@@ -113,7 +113,7 @@ def _folder(point: Sequence[str]) -> str:
 
 
 def _quoted(option: str) -> str:
-    """As sbatch reads a line of a script: in quotes too a backslash makes the next character plain."""
+    """Quote an option for sbatch, to which a backslash makes the next character plain, in quotes too."""
     if re.fullmatch(r"[\w@%+=:,./-]*", option, re.ASCII):
         return option
     return '"' + re.sub(r'(["\\])', r"\\\1", option) + '"'

@@ -11,7 +11,9 @@ from megatron_refine.slurm.job import Job
 
 
 def submit(job: Job, links: int = 1) -> list[str]:
-    """The ids of the jobs. Of a chain, each begins when the one before it has ended, however it ended.
+    """Submit a job, or a chain of `links` jobs, and return their ids.
+
+    Each job of a chain begins when the one before it has ended, however it ended.
 
     The script is kept in the run's folder. Raises ConfigError where sbatch refuses or is not there.
     """
@@ -38,5 +40,6 @@ def _sbatch(script: Path, options: list[str]) -> str:
     except FileNotFoundError:
         raise ConfigError("sbatch: not found; submit from a login node, or look at it with --dry-run") from None
     if done.returncode:
-        raise ConfigError(f"{script}: refused: {' '.join(done.stderr.split())}")
+        said = " ".join(done.stderr.split())
+        raise ConfigError(f"{script}: refused by sbatch: {said}; correct the site file or the options")
     return done.stdout.strip().split(";")[0]

@@ -9,7 +9,7 @@ from megatron_refine.config.words import read_yaml, settle_points, spell
 
 
 def points(path: Path, config: Config) -> list[list[str]]:
-    """Overrides of each point, with a run folder of its own below config.run.dir.
+    """Return the overrides of each point, with a run folder of its own below config.run.dir.
 
     The file holds {key: [values]}, a grid, or [{key: value}, ...]. Raises ConfigError with file and remedy.
     """
@@ -22,12 +22,12 @@ def points(path: Path, config: Config) -> list[list[str]]:
         raise ConfigError(f"{path}: a sweep is {{key: [values]}} for a grid, or a list of {{key: value}}")
     found = settle_points(found, type(config), path)
     if any("run.dir" in point for point in found):
-        raise ConfigError(f"{path}: run.dir: each point has a folder of its own below that of the configuration")
+        raise ConfigError(f"{path}: run.dir: each point has a folder of its own below the given one; leave it out")
     names = [",".join(f"{key.split('.')[-1]}={spell(value)}" for key, value in point.items()) for point in found]
     names = [re.sub(r"[/$]", "_", name) for name in names]
     twice = {name for name in names if names.count(name) > 1}
     if twice:
-        raise ConfigError(f"{path}: the point {min(twice)} stands twice")
+        raise ConfigError(f"{path}: the point {min(twice)} stands twice; remove one")
     folder = Path(config.run.dir)
     return [
         [*(f"{key}={spell(value)}" for key, value in point.items()), f"run.dir={folder / name}"]

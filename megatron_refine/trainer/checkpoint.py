@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_refine import platform
 from megatron_refine.config import Config
+from megatron_refine.convert.source import HFSource
 from megatron_refine.exchange import everyone
 from megatron_refine.shield import shield_saves
 from megatron_refine.trainer.errors import CheckpointError, DamagedError, FencedError, lost_rank
@@ -38,10 +39,13 @@ from megatron_refine.trainer.manifest import (
 )
 from megatron_refine.trainer.model import RefineModel, unwrap
 from megatron_refine.trainer.optimizer import Updater
+from megatron_refine.trainer.origin import keep
 from megatron_refine.trainer.ownership import Ownership
 from megatron_refine.trainer.parallel import Ranks
+from megatron_refine.trainer.parity import load as load_shards
 from megatron_refine.trainer.pickles import check_pickles
 from megatron_refine.trainer.resumption import restore
+from megatron_refine.trainer.source import Source, differences
 
 _KINDS: tuple[type[CheckpointError], ...] = (DamagedError, FencedError)  # told apart across ranks
 # the one format of the distributed optimizer that loads at any tp, pp, cp and dp
@@ -62,7 +66,8 @@ class Checkpoints:
 
     def __init__(self, root: Path, config: Config, ranks: Ranks, owner: Ownership | None = None):
         self.root, self.config, self.ranks, self.owner = root, config, ranks, owner
-        self._origin: Path | None = None  # the checkpoint whose hf/ folder goes into the next one
+        self._origin: Path | None = None  # the checkpoint that this attempt goes on from, or wrote last
+        self._kept: Path | None = None  # the hf/ folder that goes into the next one
 
     @property
     def loaded(self) -> Path | None:
@@ -112,7 +117,7 @@ class Checkpoints:
         }
         self._together("complete", final, lambda: self._owned(lambda: self._seal(folder, final, contents)),
                        only_main=True)  # fmt: skip
-        self._origin = final
+        self._went_on_from(final)
         return final
 
     def load(self, folder: Path, updater: Updater) -> Progress:
@@ -129,19 +134,30 @@ class Checkpoints:
         state["progress"] = None
         state = self._collective("load", folder, lambda: dist_checkpointing.load(state, str(folder)))
         progress = self._collective("restore", folder, lambda: self._restore(state, updater))
-        self._origin = folder
+        self._went_on_from(folder)
         return progress
 
-    def load_weights(self, folder: Path, updater: Updater) -> None:
-        """Start a new run from a checkpoint's weights, with a fresh optimizer. Raises CheckpointError on all ranks."""
-        self.load_model(folder, unwrap(updater.model))
+    def load_weights(self, source: Source, updater: Updater) -> None:
+        """Start a new run from a model's weights, with a fresh optimizer. Raises as `load_model` does."""
+        self.load_model(source, unwrap(updater.model))
         updater.optimizer.reload_model_params()
-        self._origin = folder
+        if source.is_checkpoint:
+            return self._went_on_from(source.folder)
+        kept = self._kept = self.root / ".hf"  # where the model came from may be gone at the first save
+        self._together("keep", kept, lambda: self._owned(lambda: keep(HFSource(source.folder), kept)), only_main=True)
 
-    def load_model(self, folder: Path, model: RefineModel) -> None:
-        """Fill a model alone, of any layout and dtype. Raises CheckpointError on all ranks."""
-        self._verify(folder)
-        self._collective("load", folder, lambda: load_weights(model, folder))
+    def load_model(self, source: Source, model: RefineModel) -> None:
+        """Fill a model alone, of any layout and dtype. Raises CheckpointError, and of a folder in Hugging Face's format
+        ConversionError, on all ranks."""
+        folder = source.folder
+        if source.is_checkpoint:
+            self._verify(folder)
+            return self._collective("load", folder, lambda: load_weights(model, folder))
+        self._same_model(source)
+        load_shards(model, HFSource(folder), self.ranks)
+
+    def _went_on_from(self, folder: Path) -> None:
+        self._origin, self._kept = folder, folder / ORIGIN
 
     def _restore(self, state: dict[str, Any], updater: Updater) -> Progress:
         """Give the parts what was read for them."""
@@ -184,8 +200,8 @@ class Checkpoints:
                 "earlier checkpoints are intact: make room and run the same command again"
             )
         folder.mkdir()
-        if self._origin and (self._origin / ORIGIN).is_dir():
-            shutil.copytree(self._origin / ORIGIN, folder / ORIGIN)
+        if self._kept and self._kept.is_dir():
+            shutil.copytree(self._kept, folder / ORIGIN)
 
     def _owned(self, action: Callable[[], None]) -> None:
         with self.owner.held() if self.owner else contextlib.nullcontext():
@@ -204,18 +220,16 @@ class Checkpoints:
         def check() -> dict[str, Any]:
             manifest = read_manifest(folder)
             check_files(folder, manifest["files"], *share)
-            mine, theirs = self.config.model.model_dump(), model_in(folder, manifest).model_dump()
-            for key in sorted(mine.keys() | theirs.keys()):
-                if key != "init_std" and mine.get(key) != theirs.get(key):
-                    raise CheckpointError(
-                        f"{folder}: checkpoint of another model: model.{key} is {theirs.get(key)}, the configuration "
-                        f"says {mine.get(key)}; change model.* or run.dir"
-                    )
+            self._same_model(Source(folder, model_in(folder, manifest), is_checkpoint=True))
             return manifest
 
         manifest: dict[str, Any] = self._together("verify", folder, check)
         self._together("verify", folder, lambda: check_pickles(folder, manifest["files"], *share))
         return manifest
+
+    def _same_model(self, source: Source) -> None:
+        if found := differences(source, self.config.model):
+            raise CheckpointError(f"{source.folder}: of another model; set {' '.join(found)}, or name another")
 
     def _together(self, phase: str, where: Path, action: Callable[[], Any], only_main: bool = False) -> Any:
         """Run a local `action` on every rank (or the main one). Its result, or one CheckpointError on every rank."""

@@ -7,41 +7,41 @@ back gives the same files, bit by bit, where the weights did not change.
 
 import contextlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from torch import Tensor
-from tqdm import tqdm
 
-from megatron_refine.config import ConfigError, ModelConfig
+from megatron_refine.config import ModelConfig
 from megatron_refine.convert import inventory
 from megatron_refine.convert.errors import ConversionError
 from megatron_refine.convert.fields import CONFIG, fresh_config
-from megatron_refine.convert.hf_folder import INDEX, write_checksums
+from megatron_refine.convert.hf_folder import write_checksums
 from megatron_refine.convert.hf_writer import HFWriter, Origin, sharded
 from megatron_refine.convert.mapping import Converter
 from megatron_refine.convert.source import HFSource, megatron_specs
-from megatron_refine.convert.tensorfile import DTYPES, NAMES, Spec, TensorFile, TensorFileWriter
+from megatron_refine.convert.tensorfile import DTYPES, NAMES, Spec, TensorFile
 from megatron_refine.files import read_json, sync, write, write_json
+from megatron_refine.progress import Progress, counted
 from megatron_refine.trainer.manifest import (
-    COMPLETE,
     ORIGIN,
     TEMPORARY,
     WEIGHTS_ONLY,
     check_files,
     complete,
-    complete_folders,
     hashes,
     model_in,
     read_manifest,
 )
+from megatron_refine.trainer.origin import ORIGIN_FILE, UNUSED, keep, restore
 from megatron_refine.trainer.pickles import check_pickles
 from megatron_refine.trainer.plain import PlainReader, write_plain
+from megatron_refine.trainer.source import refuse_existing
 
-ORIGIN_FILE, UNUSED, MODEL = "origin.json", "unused.safetensors", "model.yaml"
+MODEL = "model.yaml"
 TORCH_NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in NAMES}
 DTYPE_FIELDS = ("torch_dtype", "dtype")  # of config.json; transformers 5 writes the second
 
@@ -50,12 +50,9 @@ class MegatronSource:
     """A checkpoint whose every file and tensor is accounted for; reads full tensors by global names."""
 
     def __init__(self, path: Path):
-        steps = complete_folders(path) or complete_folders(path / "checkpoints")
-        if steps and not (path / COMPLETE).exists():
-            raise ConfigError(f"{path}: holds checkpoints and is none; name one of them, as {steps[-1]}")
         self.path, manifest = path, read_manifest(path)
         files: dict[str, Any] = manifest["files"]
-        for i in tqdm(range(len(files)), "check files", unit="file", disable=None):
+        for i in counted(range(len(files)), "check files", len(files), "files"):
             check_files(path, files, i, len(files))
         check_pickles(path, files)
         self.model: ModelConfig = model_in(path, manifest)
@@ -87,12 +84,12 @@ def hf_to_megatron(hf: Path, megatron: Path, dtype: torch.dtype | None = None) -
     specs = megatron_specs(source.converter, {n: dtype or spec.dtype for n, spec in source.specs.items()})
 
     def produce(name: str) -> Tensor:
-        bar.update()
+        progress.add()
         return cast(source.converter.to_megatron(name, source), specs[name].dtype, name)
 
-    with fresh_folder(megatron, specs) as folder, tqdm(total=len(specs), unit="tensor", disable=None) as bar:
+    with fresh_folder(megatron, specs) as folder, Progress("convert", len(specs), "tensors") as progress:
         write_plain(folder, specs, produce)
-        _keep_origin(source, folder / ORIGIN)
+        keep(source, folder / ORIGIN)
         section = source.model.model_dump()
         write(folder / MODEL, yaml.safe_dump({"model": section}, sort_keys=False))
         files = hashes(folder)
@@ -101,12 +98,13 @@ def hf_to_megatron(hf: Path, megatron: Path, dtype: torch.dtype | None = None) -
 
 
 def megatron_to_hf(
-    megatron: Path, hf: Path, dtype: torch.dtype | None = None, max_shard_size: int | None = None
-) -> ModelConfig:
+    megatron: Path, hf: Path, dtype: torch.dtype | None = None, max_shard_size: int | None = None,
+    beside: Callable[[Path], None] = lambda folder: None,
+) -> ModelConfig:  # fmt: skip
     """Convert a checkpoint, of any layout, into a folder in Hugging Face's format.
 
     `dtype` None: each tensor as it came, where training kept it so, else as in the checkpoint. `max_shard_size` None:
-    the files that the model came in, where every tensor has the dtype that it came with, else 5 GB.
+    the files that the model came in, where every tensor has the dtype that it came with, else 5 GB. beside: adds files.
     Returns the model. Raises ConfigError, CheckpointError, ConversionError; nothing is left at `hf` then.
     """
     refuse_existing(hf)
@@ -123,15 +121,16 @@ def megatron_to_hf(
     shards = origin.shards if origin and same_files else sharded(specs, max_shard_size or 5 * 10**9)
     with fresh_folder(hf, specs) as folder:
         writer = HFWriter(folder, specs, shards)
-        for name in tqdm(converter.megatron_shapes, unit="tensor", disable=None):
+        for name in counted(converter.megatron_shapes, "convert", len(converter.megatron_shapes), "tensors"):
             for theirs, part in converter.to_hf(name, source[name]):
                 writer.write(stored[theirs], cast(part, dtypes[theirs], name))
         for name in unused.places if unused else ():
             writer.write(name, unused.read(name).to(specs[name].dtype))  # type: ignore[union-attr]
         writer.finish()
         if source.kept:
-            _restore_files(source.kept, folder, same_files)
+            restore(source.kept, folder, same_files)
         _write_config(folder, source.model, None if as_came else set(dtypes.values()))
+        beside(folder)
         write_checksums(folder)
     return source.model
 
@@ -160,12 +159,6 @@ def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     return result
 
 
-def refuse_existing(target: Path) -> None:
-    """Raises ConfigError where there is something already."""
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError(f"{target}: exists and is not empty; name a new folder")
-
-
 @contextlib.contextmanager
 def fresh_folder(target: Path, specs: dict[str, Spec]) -> Iterator[Path]:
     """A folder under a temporary name, renamed to `target` at the end; removed on any failure."""
@@ -186,26 +179,6 @@ def fresh_folder(target: Path, specs: dict[str, Spec]) -> Iterator[Path]:
         raise ConversionError(f"{error.filename or target}: {error.strerror}; nothing was left at {target}") from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _keep_origin(source: HFSource, kept: Path) -> None:
-    """What the model came with: its other files, names, dtypes and shards, and tensors that nothing reads."""
-    kept.mkdir()
-    for path in [*source.folder.other_files(), *([source.folder.index] if source.folder.index else [])]:
-        shutil.copy(path, kept / path.name)
-    write_json(kept / ORIGIN_FILE, Origin.of(source.folder, source.stored).to_json())
-    if source.unused:
-        specs = {name: source.folder.specs[name] for name in source.unused}
-        writer = TensorFileWriter(kept / UNUSED, specs, None)
-        for name in source.unused:
-            writer.write(name, source.folder[name])
-
-
-def _restore_files(kept: Path, folder: Path, index: bool) -> None:
-    """The files beside the weights, and the index where the shards are the same."""
-    for path in kept.iterdir():
-        if path.name not in (ORIGIN_FILE, UNUSED) and (index or path.name != INDEX):
-            shutil.copy(path, folder / path.name)
 
 
 def _write_config(folder: Path, model: ModelConfig, dtypes: set[torch.dtype] | None) -> None:

@@ -86,17 +86,22 @@ class _VocabParallelScores(torch.autograd.Function):
 
 
 @torch.no_grad()
-def sample(model: RefineModel, rows: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """One token after each row, by inverting the cumulative distribution at `uniform` [R] in [0, 1).
+def sample(
+    model: RefineModel, rows: Tensor, uniform: Tensor, temperature: float, top_p: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Draw one token after each row, by inverting the cumulative distribution at `uniform` [R] in [0, 1).
 
     Sums run in fp64, in the order of the ids whatever tp is, so that a layout changes a draw only where rounding of a
-    logit does. Temperature 0 takes the highest logit, the lowest id of equal ones.
-    Returns: tokens [R], their log-probabilities [R], `scored_at` the temperature.
+    logit does. Temperature 0 takes the highest logit, the lowest id of equal ones. Below 1, `top_p` leaves the fewest
+    most probable tokens that have this probability together (nucleus sampling, arXiv 1904.09751).
+    Returns: tokens [R], their log-probabilities [R], `scored_at` the temperature, among the tokens that were left.
     """
     logits, group = model.logits(rows), model.pg_collection.tp
     rank = group.rank()
     highest, first = logits.max(-1)  # the first of equal ones
     shifted = (logits - highest[:, None]).double() / scored_at(temperature)
+    if top_p < 1 and temperature > 0:
+        shifted = _nucleus(shifted, highest.double() / temperature, top_p, group)
     cumulative = shifted.exp().cumsum(-1)
     mine = torch.stack([highest.double() / scored_at(temperature), cumulative[:, -1]])
     tops, sums = _gather(mine, group).unbind(1)  # of each rank's logits, [tp, R]
@@ -112,6 +117,16 @@ def sample(model: RefineModel, rows: Tensor, uniform: Tensor, temperature: float
     token, drawn = candidates[owner, :, torch.arange(len(owner), device=owner.device)].unbind(-1)
     total = (sums * scales).sum(0)
     return token.long(), (drawn - total.log()).to(logits.dtype)
+
+
+def _nucleus(shifted: Tensor, highest: Tensor, top_p: float, group: Any) -> Tensor:
+    """Logits [R, V/tp] below this rank's highest one [R], -inf for tokens out of the nucleus; equal ones are all in."""
+    own = (shifted + (highest - _gather(highest, group).amax(0))[:, None]).exp()
+    falling = _gather(own, group).transpose(0, 1).flatten(1).sort(descending=True).values
+    before = falling.cumsum(-1) - falling
+    kept = before < top_p * falling.sum(-1, keepdim=True)  # the first one always is
+    floor = falling.gather(1, kept.sum(-1, keepdim=True) - 1)
+    return shifted.masked_fill(own < floor, -torch.inf)
 
 
 def _invert_cdf(cumulative: Tensor, sums: Tensor, uniform: Tensor, rank: int) -> tuple[Tensor, Tensor]:

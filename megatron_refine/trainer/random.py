@@ -9,7 +9,7 @@ from torch import Tensor
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15, the increment of splitmix64 (Steele et al., 2014)
 _FACTORS = (-4658895280553007687, -7723592293110705685)  # 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
-SELECTION, ROLLOUT = 0, 1
+SELECTION, ROLLOUT, TEXT = 0, 1, 2
 """The stream a counter belongs to: first argument of `uniform` after the seed."""
 
 

@@ -8,14 +8,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from megatron_refine.config import Config, ConfigError
 from megatron_refine.files import TornError, read
 from megatron_refine.trainer.manifest import read_manifest
-from megatron_refine.trainer.optimizer import Updater
+
+if TYPE_CHECKING:  # what changed in a configuration is known without torch
+    from megatron_refine.trainer.optimizer import Updater
 
 # what a run is: another value makes another run
 FIXED = ("run.seed", "train.phase", "train.precision", "ttt.reset")
@@ -113,7 +115,7 @@ def told(step: int, samples: int, found: list[Change]) -> str:
     return f"resumed at step {step} with {'; '.join(map(str, found))}{order}"
 
 
-def restore(updater: Updater, optimizer: Any, scheduler: Mapping[str, Any]) -> None:
+def restore(updater: "Updater", optimizer: Any, scheduler: Mapping[str, Any]) -> None:
     """Give the updater the moments, the counters and the step of a checkpoint's states, and keep its own settings.
 
     Megatron's load would bring the settings too: of the groups (rates, betas, eps, weight decay) and of the schedule.
@@ -126,7 +128,7 @@ def restore(updater: Updater, optimizer: Any, scheduler: Mapping[str, Any]) -> N
     updater.scheduler.step(0)  # rate and weight decay of this step
 
 
-def _groups(updater: Updater) -> Iterator[dict[str, Any]]:
+def _groups(updater: "Updater") -> Iterator[dict[str, Any]]:
     return (group for part in updater.parts for group in part.optimizer.param_groups)
 
 

@@ -96,11 +96,13 @@ def score(
     return head.Scores(logprobs, entropy.detach(), correct > 0)
 
 
-def sample(model: RefineModel, held: Held, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def sample(
+    model: RefineModel, held: Held, uniform: Tensor, temperature: float, top_p: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """`head.sample` after each of the N rows, for all context parallel ranks: uniform [N] -> tokens, logprobs."""
     if held.places is None:
-        return head.sample(model, held.rows, uniform, temperature)
-    tokens, logprobs = head.sample(model, held.rows, uniform[held.places], temperature)
+        return head.sample(model, held.rows, uniform, temperature, top_p)
+    tokens, logprobs = head.sample(model, held.rows, uniform[held.places], temperature, top_p)
     return everywhere(model, tokens, held), everywhere(model, logprobs, held)
 
 

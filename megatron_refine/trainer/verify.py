@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from tqdm import tqdm
 
 from megatron_refine.config import Config, Data, ModelConfig, Train
 from megatron_refine.convert.errors import ConversionError
@@ -14,6 +13,7 @@ from megatron_refine.convert.source import HFSource
 from megatron_refine.models import family
 from megatron_refine.models.common.reference import cast_weights
 from megatron_refine.models.layout import Branches
+from megatron_refine.progress import counted
 from megatron_refine.trainer.checkpoint import load_weights
 from megatron_refine.trainer.conversion import MegatronSource
 from megatron_refine.trainer.model import build_module
@@ -60,7 +60,7 @@ def verify(hf: Path, megatron: Path, to_hf: bool) -> Verdict:
 def _compare_tensors(theirs: HFSource, ours: MegatronSource, to_hf: bool) -> torch.dtype:
     """Every tensor of the output is the input's, in the output's dtype. Returns the narrowest dtype of both."""
     dtypes = [spec.dtype for spec in [*theirs.specs.values(), *ours.specs.values()]]
-    for name in tqdm(ours.specs, "compare", unit="tensor", disable=None):
+    for name in counted(ours.specs, "compare", len(ours.specs), "tensors"):
         for part, tensor in ours.converter.to_hf(name, ours[name]):
             found, expected = (theirs[part], tensor) if to_hf else (tensor, theirs[part])
             if not found.equal(expected.to(found.dtype)):

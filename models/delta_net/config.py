@@ -8,15 +8,24 @@ from megatron_refine.config import ModelConfig
 
 
 class DeltaNetConfig(ModelConfig):
-    """Names and defaults follow the config.json of released DeltaNet checkpoints."""
+    """DeltaNet. Names and defaults follow the config.json of released checkpoints."""
 
-    family: Literal["delta_net"]
-    num_heads: int = Field(ge=1)
-    expand_k: float = Field(1.0, gt=0, validate_default=True, description="width of all keys / hidden_size")
-    expand_v: float = Field(1.0, gt=0, validate_default=True, description="width of all values / hidden_size")
-    conv_size: int = Field(4, ge=2, description="taps of the short convolution on q, k and v")
-
-    allow_neg_eigval: bool = Field(False, description="beta in (0, 2) instead of (0, 1)")
+    family: Literal["delta_net"] = Field(description="DeltaNet (arXiv 2406.06484).")
+    num_heads: int = Field(ge=1, description="Heads of the mixer. `tp*cp` must divide them.")
+    expand_k: float = Field(
+        1.0,
+        gt=0,
+        validate_default=True,
+        description="Width of all keys, as a multiple of `model.hidden_size`. A head's share must be a whole number.",
+    )
+    expand_v: float = Field(
+        1.0,
+        gt=0,
+        validate_default=True,
+        description="Width of all values, as a multiple of `model.hidden_size`. A head's share must be a whole number.",
+    )
+    conv_size: int = Field(4, ge=2, description="Taps of the short convolution on q, k and v.")
+    allow_neg_eigval: bool = Field(False, description="Let beta, the write strength, lie in (0, 2). false: in (0, 1).")
 
     @property
     def head_dim_k(self) -> int:

@@ -8,16 +8,23 @@ from megatron_refine.config import ModelConfig
 
 
 class GatedDeltaNetConfig(ModelConfig):
-    """Names and defaults follow the config.json of flash-linear-attention's Gated DeltaNet."""
+    """Gated DeltaNet. Names and defaults follow the config.json of flash-linear-attention."""
 
-    family: Literal["gated_delta_net"]
-    num_heads: int = Field(ge=1, description="heads of the keys")
-    head_dim: int = Field(256, ge=1, description="width of a head's keys")
-    num_v_heads: int = Field(0, ge=0, validate_default=True, description="heads of the values; 0: num_heads")
-    expand_v: float = Field(2.0, gt=0, validate_default=True, description="width of a head's values / head_dim")
-    conv_size: int = Field(4, ge=2, description="taps of the short convolution on q, k and v")
-    use_gate: bool = Field(True, description="gate the output")
-    allow_neg_eigval: bool = Field(False, description="beta in (0, 2) instead of (0, 1)")
+    family: Literal["gated_delta_net"] = Field(description="Gated DeltaNet (arXiv 2412.06464).")
+    num_heads: int = Field(ge=1, description="Heads of the queries and keys. `tp*cp` must divide them.")
+    head_dim: int = Field(256, ge=1, description="Width of a key head.")
+    num_v_heads: int = Field(
+        0, ge=0, validate_default=True, description="Heads of the values, a multiple of `model.num_heads`. 0: as many."
+    )
+    expand_v: float = Field(
+        2.0,
+        gt=0,
+        validate_default=True,
+        description="Width of a value head, as a multiple of `model.head_dim`. The product must be a whole number.",
+    )
+    conv_size: int = Field(4, ge=2, description="Taps of the short convolution on q, k and v.")
+    use_gate: bool = Field(True, description="Multiply the normed output of each head by a SiLU gate.")
+    allow_neg_eigval: bool = Field(False, description="Let beta, the write strength, lie in (0, 2). false: in (0, 1).")
 
     @property
     def value_heads(self) -> int:

@@ -8,27 +8,53 @@ from megatron_refine.config import ModelConfig
 
 
 class LactConfig(ModelConfig):
-    """Names and defaults follow the config.json of the authors' released language models."""
+    """LaCT: fast weights W0, W1, W2 beside a sliding-window attention.
 
-    family: Literal["lact"]
-    num_lact_heads: int = Field(4, ge=1, description="fast-weight heads")
-    num_attn_heads: int = Field(ge=1, validate_default=True, description="heads of the sliding-window attention")
-    inter_multi: float = Field(1.0, gt=0, description="inner width of the fast weights / width of their head")
-    lact_chunk_size: int = Field(2048, ge=1, description="tokens between updates of the fast weights")
-    window_size: int = Field(2048, ge=2, description="tokens that the attention sees, the current one included")
-    rope_theta: float = Field(1e6, gt=0)
-    ttt_nope: bool = Field(False, description="no position in the queries and keys of the fast weights")
-    ttt_prenorm: bool = Field(False, description="steps add up before rows are scaled to their first length")
-    use_muon: bool = Field(False, description="orthogonal steps")
-    use_momentum: bool = Field(True, description="a momentum learned per token")
-    learnable_ttt_scale: bool = Field(True, description="a scale per token and head on what is read")
-    w0_w2_low_rank: int = Field(
-        32, ge=-1, description="rank of the initial W0 and W2 beside 0.5 I; <= 0: whole matrices"
+    Names and defaults follow the config.json of the authors' released language models.
+    """
+
+    family: Literal["lact"] = Field(description="LaCT (arXiv 2505.23884).")
+    num_lact_heads: int = Field(
+        4, ge=1, description="Fast-weight heads. `tp*cp` must divide them, and they `model.hidden_size`."
     )
-    fw_init_gain: float = Field(0.5, gt=0, description="of the initial low-rank weights")
-    qkv_silu: bool = Field(True, description="SiLU on q, k and v of the fast weights")
-    no_v_silu: bool = Field(False, description="no SiLU on v")
-    qkv_bias: bool = Field(False)
+    num_attn_heads: int = Field(
+        ge=1,
+        validate_default=True,
+        description="Heads of the sliding-window attention, a multiple of `model.num_lact_heads`. Their double must "
+        "divide `model.hidden_size`.",
+    )
+    inter_multi: float = Field(
+        1.0, gt=0, description="Inner width of the fast weights, as a multiple of the width of their head."
+    )
+    lact_chunk_size: int = Field(2048, ge=1, description="Tokens between two updates of the fast weights.")
+    window_size: int = Field(2048, ge=2, description="Tokens that the attention sees, the current one included.")
+    rope_theta: float = Field(1e6, gt=0, description="Base of the rotary position embedding.")
+    ttt_nope: bool = Field(
+        False, description="Leave the rotary positions out of the queries and keys of the fast weights."
+    )
+    ttt_prenorm: bool = Field(
+        False,
+        description="Add updates up before the rows of the fast weights are scaled to their initial length. false: "
+        "scale after each update, and add the next one to that.",
+    )
+    use_muon: bool = Field(False, description="Make the updates of the fast weights orthogonal (Muon).")
+    use_momentum: bool = Field(
+        True, description="Give the updates momentum, by a factor that is predicted from each token."
+    )
+    learnable_ttt_scale: bool = Field(
+        True, description="Scale what is read from the fast weights by a factor that is predicted per token and head."
+    )
+    w0_w2_low_rank: int = Field(
+        32,
+        ge=-1,
+        description="Initial W0 and W2 are 0.5 I plus a product of this rank. 0 or less: full matrices.",
+    )
+    fw_init_gain: float = Field(
+        0.5, gt=0, description="Gain of the initial weights of that product: a factor on their standard deviation."
+    )
+    qkv_silu: bool = Field(True, description="Apply SiLU to q, k and v of the fast weights.")
+    no_v_silu: bool = Field(False, description="Leave SiLU out on v.")
+    qkv_bias: bool = Field(False, description="Give q, k and v a bias.")
 
     @property
     def head_dim(self) -> int:

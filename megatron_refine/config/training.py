@@ -1,0 +1,162 @@
+"""Sections on how a run trains: layout, optimizer, phases, REFINE and its update."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from megatron_refine.config.base import Section
+
+
+class TestTime(Section):
+    """Test-time training: docs/phases.md."""
+
+    reset: Literal["per_batch", "online"] = Field(
+        "per_batch",
+        description="`per_batch`: every batch starts from the same weights with a fresh optimizer. `online`: weights "
+        "and optimizer carry over from batch to batch, as in the official code.",
+    )
+
+
+class Parallel(Section):
+    """Layout of the ranks. The data-parallel size dp is the number of ranks divided by `tp*cp*pp`."""
+
+    tp: int = Field(
+        1, ge=1, description="Tensor-parallel size. Divides heads, `model.intermediate_size` and the padded vocabulary."
+    )
+    sp: bool = Field(False, description="Sequence parallelism of the tensor-parallel ranks. Needs `parallel.tp` > 1.")
+    cp: int = Field(1, ge=1, description="Context-parallel size. `tp*cp` divides the heads of the mixer.")
+    pp: int = Field(
+        1, ge=1, description="Pipeline-parallel size. Divides `model.num_layers`. Above 1 the update takes two passes."
+    )
+
+    @property
+    def model_size(self) -> int:
+        """Ranks that hold one copy of the model."""
+        return self.tp * self.cp * self.pp
+
+
+class Optimizer(Section):
+    """Adam, with Megatron's distributed optimizer: data-parallel ranks share out the moments and fp32 weights."""
+
+    lr: float = Field(1e-6, gt=0, description="Peak learning rate.")
+    min_lr: float = Field(0.0, ge=0, description="Learning rate at the end of the cosine and linear schedules.")
+    schedule: Literal["constant", "cosine", "linear"] = Field(
+        "constant",
+        description="Learning rate after the warm-up: constant, or down to `optimizer.min_lr` at `train.steps`. It "
+        "changes once a batch.",
+    )
+    warmup_steps: int = Field(0, ge=0, description="Length of the linear warm-up, in training steps (batches).")
+    beta1: float = Field(0.9, ge=0, lt=1, description="Decay rate of Adam's first moment.")
+    beta2: float = Field(0.999, ge=0, lt=1, description="Decay rate of Adam's second moment.")
+    eps: float = Field(1e-8, gt=0, description="Adam's epsilon.")
+    weight_decay: float = Field(0.01, ge=0, description="Weight decay. Norms and other vectors have none.")
+    clip_grad: float = Field(1.0, gt=0, description="Global norm to which gradients are clipped.")
+
+
+class Train(Section):
+    """Phase, batches and precision. What each phase reads and does: docs/phases.md."""
+
+    phase: Literal["midtrain", "posttrain", "testtime"] = Field(
+        "midtrain",
+        description="`midtrain`: train on documents. `posttrain`: on prompts, then on their answers. `testtime`: on "
+        "the prompts of each test batch, which is then answered.",
+    )
+    match: Literal["data", "optimizer_steps", "compute"] = Field(
+        "data",
+        description="What a baseline (`refine.enabled=false`) shares with the REFINE run of the same configuration. "
+        "`data`: the batches. `optimizer_steps`: also the optimizer steps of each batch. `compute`: the optimizer "
+        "steps of each batch and the FLOPs in all.",
+    )
+    steps: int = Field(
+        100,
+        ge=1,
+        description="Batches in all, NTP-only ones included. testtime takes one pass over `task.paths` instead.",
+    )
+    global_batch_size: int = Field(128, ge=1, description="Sequences of a batch, over all ranks.")
+    micro_batch_size: int = Field(1, ge=1, description="Sequences of a forward pass, per data-parallel rank.")
+    precision: Literal["fp32", "bf16"] = Field(
+        "bf16",
+        description="Type of weights and activations. Gradients are reduced, states and logits computed, in fp32.",
+    )
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none",
+        description="Recompute activations in the backward pass. `selective`: those of `train.recompute_modules`. "
+        "`full`: those of whole layers.",
+    )
+    recompute_modules: list[Literal["mixer", "mlp"]] = Field(
+        ["mixer"], description="Modules of each layer that `train.recompute=selective` recomputes."
+    )
+    backend: Literal["auto", "te", "local"] = Field(
+        "local",
+        description="Linear layers of the MLP. `local`: Megatron's. `te`: Transformer Engine's, which have never run "
+        "with this trainer. `auto`: `te` where it is installed.",
+    )
+    max_skipped_steps: int = Field(
+        3,
+        ge=0,
+        description="Most steps skipped in a row because loss or gradient is not finite. One more ends the run.",
+    )
+
+
+class Refine(Section):
+    """REFINE: rollouts from selected positions of a sequence, rewarded by what follows there in truth.
+
+    A sequence is long enough for rollouts with max(c, margin + max(margin, k)) real tokens. Shorter ones train NTP
+    only.
+
+    With T = `refine.rollout_temperature`, rollout tokens are drawn from softmax(logits / T), and their
+    log-probabilities, old, new and the engine's, are of that distribution. Greedy rollouts (T = 0) are scored at 1. The
+    NTP loss and the entropy that selects positions are at 1 whatever T is.
+    """
+
+    enabled: bool = Field(True, description="Train with REFINE. false: next-token prediction (NTP) only.")
+    start_step: int = Field(0, ge=0, description="NTP-only batches before the first REFINE step.")
+    num_chunks: int = Field(8, ge=1, description="c: selected positions of a sequence, one in each of c chunks.")
+    rollout_len: int = Field(5, ge=1, description="k: tokens of a rollout.")
+    num_rollouts: int = Field(
+        1,
+        ge=1,
+        description="n: rollouts from each position. With 1 a GRPO group is the positions of a sequence, else the "
+        "rollouts from a position.",
+    )
+    selection: str = Field(
+        "entropy",
+        description="How positions are selected: `entropy`, `uniform`, `argmax`, `argmin`, or the import path "
+        "`module:function` of a rule of your own.",
+    )
+    temperature: float = Field(1.0, gt=0, description="Temperature of the softmax that a position is drawn from.")
+    margin: int = Field(20, ge=1, description="Tokens at either end of a sequence from which no rollout starts.")
+    reward: str = Field(
+        "cosine",
+        description="Reward of a rollout: `cosine` (of hidden states), `binary` (share of tokens that match), `hybrid` "
+        "(their sum), or the import path `module:function` of one of your own.",
+    )
+    rollout_temperature: float = Field(
+        1.0, ge=0, description="T: temperature at which rollouts are drawn and scored. 0: greedy rollouts."
+    )
+    advantage_eps: float = Field(
+        1e-6, gt=0, description="Epsilon that is added to the standard deviation of a group's rewards."
+    )
+    ntp_coef: float = Field(1.0, ge=0, description="Weight of the NTP loss in a REFINE step.")
+    nsp_coef: float = Field(0.2, ge=0, description="Weight of the NSP (policy) loss in a REFINE step.")
+    clip_low: float = Field(0.2, gt=0, lt=1, description="Clips the importance ratio to 1 - clip_low from below.")
+    clip_high: float = Field(0.2, gt=0, description="Clips the importance ratio to 1 + clip_high from above.")
+    dual_clip: float = Field(
+        3.0, gt=1, description="Bounds the policy loss at a negative advantage A: it is at most `-dual_clip * A`."
+    )
+
+
+class Update(Section):
+    """Update of the weights by a batch."""
+
+    mode: Literal["auto", "fused", "two_pass"] = Field(
+        "auto",
+        description="`fused`: the update uses the graphs of scoring and rescoring. `two_pass`: it computes both again. "
+        "`auto`: fused where that is the same algorithm (one optimizer step a batch, `parallel.pp=1`). See "
+        "docs/branch-packing.md.",
+    )
+    mini_batch_size: int = Field(
+        0,
+        ge=0,
+        description="Sequences of an optimizer step. Divides `train.global_batch_size`. 0: the whole batch.",
+    )

@@ -1,0 +1,36 @@
+"""What a model in Hugging Face's format came with. Every checkpoint of a run that started from it keeps it in hf/.
+
+So the way back gives the same files, bit by bit, where the weights did not change.
+"""
+
+import shutil
+from pathlib import Path
+
+from megatron_refine.convert.hf_folder import INDEX
+from megatron_refine.convert.hf_writer import Origin
+from megatron_refine.convert.source import HFSource
+from megatron_refine.convert.tensorfile import TensorFileWriter
+from megatron_refine.files import write_json
+
+ORIGIN_FILE, UNUSED = "origin.json", "unused.safetensors"
+
+
+def keep(source: HFSource, kept: Path) -> None:
+    """Write the folder `kept` anew: the other files, names, dtypes and shards of the model, and unused tensors."""
+    shutil.rmtree(kept, ignore_errors=True)
+    kept.mkdir(parents=True)
+    for path in [*source.folder.other_files(), *([source.folder.index] if source.folder.index else [])]:
+        shutil.copy(path, kept / path.name)
+    write_json(kept / ORIGIN_FILE, Origin.of(source.folder, source.stored).to_json())
+    if source.unused:
+        specs = {name: source.folder.specs[name] for name in source.unused}
+        writer = TensorFileWriter(kept / UNUSED, specs, None)
+        for name in source.unused:
+            writer.write(name, source.folder[name])
+
+
+def restore(kept: Path, folder: Path, index: bool) -> None:
+    """Copy the files that stood beside the weights to `folder`; the index, where the shards are the same."""
+    for path in kept.iterdir():
+        if path.name not in (ORIGIN_FILE, UNUSED) and (index or path.name != INDEX):
+            shutil.copy(path, folder / path.name)

@@ -1,0 +1,65 @@
+"""The command line: one command with all others in it, their help, their older names; ranks on this machine."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_refine.cli import COMMANDS
+from tests import runs
+
+ROOT = Path(__file__).parents[1]
+SHIMS = [*sorted((ROOT / "tools").glob("*.py")), ROOT / "launch/submit.py"]
+
+
+def called(*line: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run([sys.executable, *line], cwd=ROOT, capture_output=True, encoding="utf-8")
+
+
+def test_the_list_of_commands_is_that_of_the_modules() -> None:
+    modules = {path.stem.replace("_", "-") for path in (ROOT / "megatron_refine/cli").glob("*.py")}
+    assert set(COMMANDS) == (modules | {"train"}) - {"--init--", "asking"}
+    shown = called("-m", "megatron_refine").stdout
+    assert all(f"  {name} " in shown and text in shown for name, text in COMMANDS.items())
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_explains_itself_without_torch(name: str) -> None:
+    code = "import sys; from megatron_refine.cli import main\ntry: main()\nfinally: print('torch' in sys.modules)"
+    done = called("-c", code, name, "--help")
+    assert done.stdout.startswith(f"usage: megatron-refine {name} ") and done.stdout.endswith("False\n"), done.stderr
+
+
+@pytest.mark.parametrize("path", SHIMS, ids=lambda path: path.stem)
+def test_an_older_name_is_the_same_command(path: Path) -> None:
+    name = path.read_text(encoding="utf-8").split("run(")[1].split('"')[1]
+    assert called(str(path), "--help").stdout == called("-m", "megatron_refine", name, "--help").stdout != ""
+
+
+@pytest.mark.parametrize(("name", "hint"), [("trian", "did you mean train?"), ("xyzzy", "choose one of train, ")])
+def test_a_command_that_does_not_exist_is_one_line(name: str, hint: str) -> None:
+    done = called("-m", "megatron_refine", name)
+    assert done.returncode == 2 and done.stderr.startswith(f"megatron-refine {name}: no such command; {hint}")
+    assert done.stderr.count("\n") == 1
+
+
+def test_ranks_are_started_and_their_code_is_passed_on(tmp_path: Path) -> None:
+    """Two ranks train; then one that cannot: its one line, and its code, are all that is told."""
+    config = runs.write_config(tmp_path, tmp_path / "cache", train={"steps": 1}, refine={"enabled": False})
+    line = ["-m", "megatron_refine", "train", "--config", str(config), "--ranks", "2", *runs.TP2]
+    done = called(*line)
+    assert done.returncode == 0 and "step 1/1 loss" in done.stdout, done.stderr
+    (tmp_path / "run/checkpoints/step_0000001/__0_0.distcp").write_bytes(b"damaged")
+    done = called(*line, "train.steps=2")
+    assert done.returncode == 4 and done.stderr.count("\n") == 1, done.stderr
+    assert "step_0000001/__0_0.distcp: truncated" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("ranks", "message"), [("-1", "--ranks=-1: must be 1 or more"), ("3", "world size 3 is no")]
+)
+def test_ranks_that_cannot_be(tmp_path: Path, ranks: str, message: str) -> None:
+    config = runs.write_config(tmp_path, tmp_path / "cache")
+    done = called("-m", "megatron_refine", "train", "--config", str(config), "--ranks", ranks, *runs.TP2)
+    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
