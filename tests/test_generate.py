@@ -87,6 +87,7 @@ def test_the_nucleus_is_the_fewest_tokens_of_that_probability(top_p: float, rank
     for token in nucleus[:5].tolist():
         expected = float(probabilities[token] / share)
         assert float((tokens == token).double().mean()) == pytest.approx(expected, abs=1 / 4000)
-        assert torch.allclose(logprobs[tokens == token].exp(), torch.tensor(expected), rtol=1e-6)
+        found_share = logprobs[tokens == token].exp()
+        assert torch.allclose(found_share, torch.full_like(found_share, expected), rtol=1e-6)
     assert set(tokens.tolist()) <= set(nucleus.tolist())
     assert found[1][0].equal(tokens)
