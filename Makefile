@@ -48,7 +48,7 @@ test-gpu: .venv/ready ## the tests that need a GPU
 	@$(PYTEST) -m gpu $(ARGS)
 
 test-sglang: .venv/ready .venv-sglang/ready ## the tests against real SGLang servers on the CPU
-	@$(PYTEST) -n $(JOBS) --maxprocesses 2 --dist loadfile -m sglang --durations=15 $(ARGS)
+	@$(PYTEST) -m sglang --durations=15 $(ARGS)
 
 test-slurm: .venv/ready ## as root: the tests on a real SLURM cluster and between two hosts, both on this machine
 	@command -v slurmctld slurmd munged ip > /dev/null || { \
