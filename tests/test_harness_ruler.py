@@ -57,7 +57,7 @@ def scripted(model: Path) -> Any:
         said.append(question.prompt)
         return answer(question.prompt, len(said))
 
-    lm.answerer._answer = lambda questions, prompts: list(map(say, questions))  # type: ignore[method-assign]
+    lm.answerer._answer = lambda questions, *_: list(map(say, questions))  # type: ignore[method-assign]
     return lm
 
 

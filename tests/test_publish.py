@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from megatron_refine.config import ConfigError
 from megatron_refine.trainer.errors import CheckpointError
@@ -25,9 +26,10 @@ def trained(ranks: Zygote, folder: Path, model: str, *overrides: str) -> Path:
     """A run of one step, with its checkpoint."""
     folder.mkdir(exist_ok=True)
     own = parity.small_config(folder, model=model).model.model_dump() | {"vocab_size": 512}
-    config = runs.write_config(
-        folder, folder / "cache", model=own, train={"steps": 1}, refine={"enabled": False}, checkpoint={"every": 1}
-    )
+    sections = {"train": {"steps": 1}, "refine": {"enabled": False}, "checkpoint": {"every": 1}}
+    config = runs.write_config(folder, folder / "cache", **sections)
+    tree = yaml.safe_load(config.read_text(encoding="utf-8")) | {"model": own}  # in place of that of all runs
+    config.write_text(yaml.safe_dump(tree), encoding="utf-8")
     end = ranks(1, runs.command, arguments=["--config", str(config), *overrides])[0]
     assert end.code == 0, end.err
     return folder / "run"
