@@ -17,14 +17,14 @@ from megatron_refine.data.readers import read_documents
 from megatron_refine.data.tokenizer import bos_id, check_vocabulary, find_tokenizer, load_tokenizer
 from megatron_refine.eval import files as task_files
 from megatron_refine.eval import tasks
-from megatron_refine.files import TornError, numbered
+from megatron_refine.files import TornError
 from megatron_refine.models import family
 from megatron_refine.report import tracking
 from megatron_refine.report.folder import read_progress
 from megatron_refine.trainer.errors import CheckpointError
-from megatron_refine.trainer.manifest import STEP, complete_folders, model_in, read_manifest
+from megatron_refine.trainer.manifest import STEP, complete_folders
 from megatron_refine.trainer.resumption import Past, past_of_checkpoint, past_of_run, refuse
-from megatron_refine.trainer.source import CHECKPOINTS, Source, differences, find
+from megatron_refine.trainer.source import CHECKPOINTS, differences, find
 
 FILES = 256  # files of a corpus whose first row is read
 SECONDS = 20  # until an interpreter that does not answer is left to the start of the run
@@ -96,9 +96,8 @@ def _run(config: Config) -> None:
 
 def _done(config: Config) -> int:
     """Steps that the newest checkpoint of the run holds; 0 without one."""
-    found = numbered(Path(config.run.dir) / CHECKPOINTS, STEP)
-    complete = set(complete_folders(Path(config.run.dir) / CHECKPOINTS))
-    return max((step for step, path in found if path in complete), default=0)
+    found = complete_folders(Path(config.run.dir) / CHECKPOINTS)
+    return int(found[-1].name.removeprefix(STEP)) if found else 0
 
 
 def _existing(key: str, folder: str) -> Path:
@@ -149,8 +148,7 @@ def _model(config: Config) -> None:
     steps = [] if config.resets else complete_folders(Path(config.run.dir) / CHECKPOINTS)
     if steps:
         with contextlib.suppress(CheckpointError):  # a damaged one is told, or passed over, when it is loaded
-            source = Source(steps[-1], model_in(steps[-1], read_manifest(steps[-1])), is_checkpoint=True)
-            if found := differences(source, config.model):
+            if found := differences(find(steps[-1]), config.model):
                 raise ConfigError(
                     f"run.dir={config.run.dir}: has another model; set {' '.join(found)}, or choose a new run.dir"
                 )

@@ -37,7 +37,7 @@ def files(hook: dict[str, Any]) -> list[str]:
 
 
 def hits(hook: dict[str, Any], content: bytes) -> bool:
-    """As pre-commit's pygrep: line by line, or all at once."""
+    """Search as pre-commit's pygrep does: line by line, or all at once."""
     pattern = hook["entry"].encode()
     if "--multiline" in hook.get("args", []):
         return re.search(pattern, content, re.MULTILINE | re.DOTALL) is not None

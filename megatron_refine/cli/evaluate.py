@@ -100,7 +100,7 @@ def _say(line: str) -> None:
 
 
 def _quiet(line: str) -> None:
-    """Of the other ranks: the first says the same."""
+    """Say nothing on the other ranks: the first says the same."""
 
 
 def _check(options: argparse.Namespace) -> None:
