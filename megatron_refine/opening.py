@@ -18,24 +18,28 @@ _KINDS: dict[str, type[Exception]] = {
 BLOCK = 1 << 16  # bytes: a run that cannot write as much is not begun
 
 
-def claim(config: Config) -> Ownership:
+def claim(config: Config, checked: bool = False) -> Ownership:
     """Join the group, prepare the data on rank 0, and take the run's folder over from earlier attempts.
+
+    checked: this process has had the configuration's preflight.
 
     However long rank 0 prepares, the others wait. Raises ConfigError, FencedError or CheckpointError on every rank.
     """
     join(config)
-    found = json.loads(platform.from_first(json.dumps(_prepare(config)) if platform.global_rank() == 0 else None))
+    first = platform.global_rank() == 0
+    found = json.loads(platform.from_first(json.dumps(_prepare(config, checked)) if first else None))
     if "error" in found:
         raise _KINDS[found["error"]](found["message"])
     return Ownership(Path(config.run.dir), found["token"])
 
 
-def _prepare(config: Config) -> dict[str, object]:
+def _prepare(config: Config, checked: bool) -> dict[str, object]:
     """On rank 0: {"token": of this attempt} or {"error": kind, "message": text}."""
     folder, token = Path(config.run.dir), attempt_token()
     try:
         _check_writable(folder)
-        preflight.check(config)
+        if not checked:
+            preflight.check(config)
         Sources.of(config, _tell)  # the other ranks find the rows
         Ownership(folder, token).claim(_tell)
     except OSError as error:

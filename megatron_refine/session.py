@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from megatron_refine import platform
+from megatron_refine import platform, usage
 from megatron_refine.config import Config, ConfigError
 from megatron_refine.data.tokenizer import keep_tokenizer
 from megatron_refine.engine.native import NativeEngine
@@ -49,9 +49,12 @@ _show = functools.partial(print, flush=True)  # what is said is seen, however th
 
 
 class Session:
-    """Data, model, engine, checkpoints and run folder. Construction resumes from where the run stands."""
+    """Data, model, engine, checkpoints and run folder. Construction resumes from where the run stands.
 
-    def __init__(self, config: Config, watch: Watchdog):
+    checked: this process has had the configuration's preflight.
+    """
+
+    def __init__(self, config: Config, watch: Watchdog, checked: bool = False):
         self.config, self.watch = config, watch
         self.folder: RunFolder | None = None
         self.code = 1  # of the command, once it is known
@@ -60,7 +63,7 @@ class Session:
         # before anything long: SIGUSR1 would end the process
         self.stop = StopRequest(self._fenced, self._needed, self._save_due)
         with watch("preparation"):
-            self.owner = claim(config)
+            self.owner = claim(config, checked)
             self._build()
         with watch("resumption"):
             self.progress = self._resume()
@@ -79,7 +82,7 @@ class Session:
         self.ranks = init_parallel(config)
         self.sources, device = Sources.of(config), platform.device()
         parameters = family.flops(config.model.family).parameters(config.model)
-        self._tell(f"building {config.model.family}, {parameters:,} parameters, on {self.ranks.world} ranks")
+        self._tell(f"building {config.model.family}, {parameters:,} parameters, on {usage.ranks(self.ranks.world)}")
         model = build_model(config, self.ranks)
         self.updater = Updater(config, model, self.ranks)
         self.engine = _engine(config, model, self.ranks, self.say)

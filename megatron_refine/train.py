@@ -29,7 +29,7 @@ def train(session: "Session") -> int:
     config = session.config
     last, start = session.total_steps, config.refine.start_step
     session.say(f"run {config.run.dir}: {config.train.phase} step {session.progress.step}/{last}, "
-                f"{session.ranks.world} ranks, {'fused' if config.fused else 'two-pass'} update")  # fmt: skip
+                f"{usage.ranks(session.ranks.world)}, {'fused' if config.fused else 'two-pass'} update")  # fmt: skip
     session.say(session.used)
     if session.resumed and session.progress.step < last:
         session.say(session.resumed)
@@ -95,14 +95,15 @@ def main(arguments: list[str] | None = None) -> int:
             raise configuration.ConfigError(f"--ranks={options.ranks}: {what}")
         configuration.check_world_size(config, options.ranks or world)
         launch = launcher.check()
-        if options.ranks or world == 1 or (launcher.under_torchrun() and launch.rank == 0):  # SLURM's: when they met
+        checked = bool(options.ranks) or world == 1 or (launcher.under_torchrun() and launch.rank == 0)
+        if checked:  # ranks of SLURM have it when they have met: the first of them tells the others
             preflight.check(config)
         if options.ranks:
             from megatron_refine.ranks import start
 
             files = [word for file in options.config for word in ("--config", file)]
             return start(options.ranks, ["train", *files, *options.overrides])
-        return _run(config)
+        return _run(config, checked)
     except (configuration.ConfigError, launcher.LaunchError) as error:
         if launcher.speaks() or isinstance(error, launcher.LaunchError):
             print(error, file=sys.stderr)
@@ -112,8 +113,8 @@ def main(arguments: list[str] | None = None) -> int:
         return EXIT_CHECKPOINT
 
 
-def _run(config: "configuration.Config") -> int:
-    """`train` with its failures as exit codes, and all that it started ended."""
+def _run(config: "configuration.Config", checked: bool) -> int:
+    """`train` with its failures as exit codes, and all that it started ended. checked: by this process's preflight."""
     interrupt.listen()  # before threads that would not block its signal
     if launcher.speaks():
         print("importing PyTorch and Megatron-Core", flush=True)
@@ -128,7 +129,7 @@ def _run(config: "configuration.Config") -> int:
     ending.callback(lambda: dist.destroy_process_group() if dist.is_initialized() else None)
     with ending:
         try:
-            session = ending.enter_context(Session(config, watch))
+            session = ending.enter_context(Session(config, watch, checked))
             session.code = train(session)
             return session.code
         except Exception as error:  # said before servers are ended: torchrun gives the ranks little time

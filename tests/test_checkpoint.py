@@ -284,7 +284,7 @@ def kept_and_measured(config: Config, source: Path) -> Any:
         folder = checkpoints.save(Progress(number, 0, "rows"), step.updater)
         kept.append({path.name: path.read_bytes() for path in (folder / ORIGIN).iterdir()})
     real = sum((folder / name).stat().st_size for name in payload(folder) if not name.startswith(ORIGIN))
-    with pytest.raises(CheckpointError, match="holds weights alone, no run to go on with; move it out"):
+    with pytest.raises(CheckpointError, match="holds weights only, so a run cannot resume from it; move it out"):
         checkpoints.load(source, step.updater)
     return kept, checkpoints._bytes(step.updater), real
 

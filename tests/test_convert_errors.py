@@ -102,20 +102,20 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "no weights": (change_file("model.safetensors", Path.unlink), r"no safetensors files; save the model with"),
     "stray": (
         lambda folder: shutil.copy(folder / "model.safetensors", folder / "model-00002-of-00002.safetensors") and None,
-        r"model-00002-of-00002\.safetensors: belongs to no model\.safetensors or index; move it away",
+        r"model-00002-of-00002\.safetensors: is neither model\.safetensors nor listed in model\..*json; move it away",
     ),
     "no shard": (two(lambda folder: (folder / SECOND).unlink()), rf"{SECOND}: missing; fetch it again"),
-    "not listed": (with_index(lambda m: m.pop(DOWN)), rf"index\.json: {DOWN}: not listed"),
+    "not listed": (with_index(lambda m: m.pop(DOWN)), rf"index\.json: {DOWN}: is in a file, but not in the index"),
     "listed, not there": (
-        with_index(lambda m: m.update({"model.more": SECOND})), rf"model\.more: listed for {SECOND}, not there"
+        with_index(lambda m: m.update({"model.more": SECOND})), rf"model\.more: is not in {SECOND}"
     ),
     "listed elsewhere": (
         with_index(lambda m: m.update({"lm_head.weight": SECOND})),
-        rf"lm_head\.weight: listed for {SECOND}, is in model-00001",
+        rf"lm_head\.weight: is in model-00001.*, not in {SECOND}",
     ),
     "no index": (
         two(lambda folder: (folder / "model.safetensors.index.json").write_text("[]", encoding="utf-8")),
-        r"index\.json: damaged: no weight_map",
+        r"index\.json: has no weight_map of names to files",
     ),
 }  # fmt: skip
 
@@ -317,7 +317,7 @@ def test_a_conversion_in_a_run_folder_is_not_taken_for_its_checkpoint(
     folder = tmp_path / "run/checkpoints/step_0000004"
     shutil.copytree(converted, folder)
     message = ranks(1, resumed, config=config, source=folder)[0]
-    assert re.search(rf"^{folder}: holds weights alone, no run to go on with; .*checkpoint\.load=", message)
+    assert re.search(rf"^{folder}: holds weights only, so a run cannot resume from it; .*checkpoint\.load=", message)
     end = ranks(1, convert, arguments=to_hf(tmp_path / "run", tmp_path / "back"))[0]
     assert (end.code, end.out) == (0, f"wrote {tmp_path}/back, from {folder}\n")
     assert sorted(p.name for p in (tmp_path / "back").iterdir()) == sorted([*TEXTS, "checksums.json", "config.json",

@@ -19,7 +19,7 @@ PAGES = sorted([*ROOT.glob("*.md"), *DOCS.glob("*.md"), ROOT / "tests/golden/REA
 LINK = re.compile(r"\]\((?![a-z]+:)([^)#\s]*)(?:#([^)\s]+))?\)")
 FENCE = re.compile(r"^( *)(```|~~~).*?^\1\2", re.MULTILINE | re.DOTALL)
 PROGRAMS = ("megatron-refine", "megatron_refine", "make")
-OTHERS = ("zsh: ", "CUDA out of memory", "nsp 0.000", "…, 1 ranks")  # not messages of ours, or made of numbers
+OTHERS = ("zsh: ", "CUDA out of memory", "nsp 0.000", "…, 1 rank")  # not messages of ours, or made of numbers
 
 
 def prose(path: Path) -> str:

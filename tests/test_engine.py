@@ -65,7 +65,7 @@ def test_an_answer_that_is_not_json_is_an_error_and_never_unpickled(scripted: An
         lambda: client.generate(input_ids=[[1]]), lambda: client.post("/update_weights_from_distributed"),
     ]  # fmt: skip
     for call in calls:
-        with pytest.raises(ServerError, match="answers with application/octet-stream where JSON is due"):
+        with pytest.raises(ServerError, match="answered with application/octet-stream, not with JSON"):
             call()
     assert not (tmp_path / "pwned").exists()
 

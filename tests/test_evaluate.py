@@ -278,12 +278,12 @@ def test_changed_questions_are_asked_anew(model: Path, data: Path, ranks: Zygote
     assert second[0] == first[0] and len(second) == 2 and second[1]["input"] != first[1]["input"]
     for change, key in ((["--precision", "bf16"], "precision"), (["--bos"], "bos")):
         end = job(arguments=arguments(model, own, tmp_path / "out", "trec", *change))[0]
-        assert end.code == 2 and f"holds an evaluation with another {key} (" in end.err and end.err.count("\n") == 1
+        assert end.code == 2 and f"holds an evaluation whose {key} is " in end.err and end.err.count("\n") == 1
     other = shutil.copytree(model, tmp_path / "other")
     weights = other / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
     end = job(arguments=arguments(other, own, tmp_path / "out", "trec"))[0]
-    assert end.code == 2 and "holds an evaluation with another weights" in end.err
+    assert end.code == 2 and "holds an evaluation whose weights is " in end.err
     assert answers(tmp_path / "out")["trec"] == second
 
 

@@ -246,7 +246,10 @@ def test_requests_at_the_edges(model: Path, expected: dict[str, Any], ranks: Zyg
             assert found[settings].startswith(f"generation settings {settings}: only until, max_gen_toks and greedy")
         assert found["{'max_gen_toks': 0}"] == "max_gen_toks=0: an answer has one token or more; raise it"
         assert found["ranks"].startswith("rank 1 has other requests than rank 0; start all ranks with the same")
-        assert found["merged"] == "the continuation '' has no token of its own after 'self'; drop the task"
+        assert found["merged"] == (
+            "answer '' adds no token to the prompt that ends in 'self', so it cannot be scored; leave this task out "
+            "of --tasks"
+        )
         assert "no EOS token to begin it with" in found["nothing"]
         assert (found["name"], found["template"]) == ("here", "")
 

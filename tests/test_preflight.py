@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron_refine import preflight
+from megatron_refine import opening, preflight
 from megatron_refine.config import Config, ConfigError, load
 from megatron_refine.convert.fields import fresh_config
 from megatron_refine.models.family import FAMILIES
@@ -97,6 +97,15 @@ def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
 def test_a_disk_without_room_for_a_checkpoint(tmp_path: Path) -> None:
     huge = ["model.hidden_size=1048576", "model.intermediate_size=4194304", "model.num_layers=64"]
     assert "a checkpoint takes" in refusal(configured(tmp_path, *huge)).splitlines()[0]
+
+
+def test_a_process_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that has had its preflight before the imports has none when its ranks have met; others have it then."""
+    asked: list[Config] = []
+    monkeypatch.setattr(preflight, "check", asked.append)
+    for checked in (True, False):
+        opening._prepare(configured(tmp_path), checked)
+    assert len(asked) == 1
 
 
 def test_many_nodes_on_the_built_in_text_are_warned_of(tmp_path: Path) -> None:

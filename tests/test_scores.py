@@ -44,11 +44,11 @@ def test_an_answer_belongs_to_its_question_and_its_model(tmp_path: Path) -> None
 def test_a_folder_of_another_evaluation_is_refused(tmp_path: Path) -> None:
     results(tmp_path)
     with pytest.raises(
-        ConfigError, match=r"--out .*: holds an evaluation with another ends \(\[2\], not \[3\]\); name"
+        ConfigError, match=r"--out .*: holds an evaluation whose ends is \[2\], not \[3\]; choose"
     ):
         results(tmp_path, ends=[3])
     with pytest.raises(
-        ConfigError, match=r"holds an evaluation of an earlier version, which does not say its model; na"
+        ConfigError, match=r"holds an evaluation of an earlier version, without model; choose"
     ):
         results(tmp_path, model="m")
     (tmp_path / "evaluation.json").write_text(json.dumps(IDENTITY | {"new": 1}), encoding="utf-8")

@@ -1,5 +1,8 @@
 """A real SGLang server of each family: what it answers is what the trainer computes."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,8 +11,11 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
+from megatron_refine.engine.client import Client
 from megatron_refine.engine.errors import ServerError
+from megatron_refine.engine.launch import Process, reserve_port, wait_until
 from megatron_refine.engine.server import Server
+from tests import runs
 from tests import sglang_lane as lane
 from tests.zygote import Zygote
 
@@ -130,3 +136,26 @@ def test_a_folder_that_lacks_a_tensor_is_not_served(ranks: Zygote, tmp_path: Pat
             fleet.start(file.parent)
     finally:
         fleet.stop()
+
+
+def test_a_run_is_served_and_takes_text(ranks: Zygote, tmp_path: Path) -> None:
+    """`serve --model RUN` exports the newest checkpoint with its tokenizer; greedy text is that of `generate`."""
+    config = runs.write_config(tmp_path, tmp_path / "cache", train={"steps": 1}, refine={"enabled": False})
+    assert ranks(1, runs.command, arguments=["--config", str(config)])[0].code == 0
+    run, log, asked = tmp_path / "run", tmp_path / "log", {"temperature": 0, "max_new_tokens": 8}
+    with reserve_port("127.0.0.1") as held:
+        port = held.getsockname()[1]
+        words = ["serve", "--model", str(run), "--port", str(port), f"engine.python={lane.PYTHON}"]
+        words += [f"engine.args=[{', '.join(lane.SERVER_ARGS)}]"]
+        server = Process([sys.executable, "-m", "megatron_refine", *words], dict(os.environ), log)
+        try:
+            client = Client(f"http://127.0.0.1:{port}", 60.0)
+            assert wait_until(lambda: client.healthy() or server.ended(), 240), server.last_words()
+            answer = client.post("/generate", text="def main(", sampling_params=asked)
+        finally:
+            server.stop()
+    assert (next((run / "engine/node_0").glob("step_0000001-*")) / "README.md").is_file()
+    prompt = ["--prompt", "def main(", "--temperature", "0", "--max-new-tokens", "8"]
+    line = [sys.executable, "-m", "megatron_refine", "generate", str(run), *prompt]
+    done = subprocess.run(line, capture_output=True, encoding="utf-8", check=True)
+    assert answer["text"] and answer["text"] in done.stdout

@@ -186,7 +186,7 @@ SAID = {
     "misnamed": "layers.1.attn.o_projection.weight: no tensor of this model",
     "misshapen": "model.norm.weight: shape [1], the model has [128]",
     "missing": "tensors are not the trainer's: model.layers.0.mlp.up_proj.weight",
-    "wrong_bits": "1 of ", "half_finished": "was left", "killed": "",
+    "wrong_bits": "1 of ", "half_finished": "is closed", "killed": "",
 }  # fmt: skip
 
 

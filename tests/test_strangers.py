@@ -224,9 +224,9 @@ WHOLE: dict[str, Any] = {"step": 3, "model": {}, "layout": [1, 1, 1], "files": {
 @pytest.mark.parametrize(
     "contents, words",
     [
-        ([], "not that of a checkpoint"),
-        (WHOLE | {"step": "3"}, "not that of a checkpoint"),
-        *[({k: v for k, v in WHOLE.items() if k != key}, "not that of a checkpoint") for key in WHOLE],
+        ([], "is no checkpoint's manifest"),
+        (WHOLE | {"step": "3"}, "is no checkpoint's manifest"),
+        *[({k: v for k, v in WHOLE.items() if k != key}, "is no checkpoint's manifest") for key in WHOLE],
         (WHOLE | {"files": {"payload": 3}}, "payload: no size or sha256"),
         (WHOLE | {"files": {"payload": {"size": 3}}}, "payload: no size or sha256"),
     ],

@@ -160,6 +160,14 @@ def test_bash_starts_servers_beside_the_trainer(tmp_path: Path, ran: Any, monkey
     assert config.engine.python == "" and config.run.dir == f"{folder}/r"
 
 
+def test_files_that_only_the_nodes_see(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A login node may not see them: without the preflight the job is written; the configuration is checked still."""
+    words = [QUICKSTART, "--dry-run", f"run.dir={tmp_path}/run", "data.paths=[/scratch/only/there]"]
+    assert submit.main(words) == 2 and "/scratch/only/there" in capsys.readouterr().err
+    assert submit.main([*words, "--no-preflight"]) == 0 and "#SBATCH" in capsys.readouterr().out
+    assert submit.main([*words, "--no-preflight", "train.stps=3"]) == 2
+
+
 def test_no_path_of_a_job_is_relative(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From files, overrides and defaults: the folder that one submits from is meant."""
     monkeypatch.chdir(tmp_path)

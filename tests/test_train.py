@@ -189,9 +189,9 @@ def test_the_screen_tells_the_run(whole: Any) -> None:
     folder, _, end = whole
     input_lines, begin, rest = end.out.partition("run ")
     start = r"importing .*\ndata\.paths: 2 text\ndata\.valid_paths: 1 text\n(training a tokenizer .*\n)?tokenizer .*\n"
-    assert re.fullmatch(start + r"(tokenizing .*\n)?building delta_net, .*, on 1 ranks\n", input_lines)
+    assert re.fullmatch(start + r"(tokenizing .*\n)?building delta_net, .*, on 1 rank\n", input_lines)
     lines = (begin + rest).splitlines()
-    assert lines[0] == f"run {folder / 'run'}: midtrain step 0/6, 1 ranks, fused update"
+    assert lines[0] == f"run {folder / 'run'}: midtrain step 0/6, 1 rank, fused update"
     assert lines[1] == "fp32, torch AdamW; delta rule: torch; linear layers: local; recomputed: nothing"
     assert lines[2].startswith("eval step 0: ntp 6.") and " reward " in lines[2] and " greedy_match " in lines[2]
     steps = [line for line in lines if line.startswith("step ")]

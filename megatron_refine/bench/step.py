@@ -4,6 +4,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from megatron_refine import usage
 from megatron_refine.bench.baseline import Ratios, Record
 from megatron_refine.bench.timing import Timings, saved_bytes
 from megatron_refine.config import Config
@@ -114,7 +115,7 @@ def shapes(c: Config, world: int, rounds: int) -> str:
     return (
         f"{m.family} hidden {m.hidden_size}, {m.num_layers} layers, vocabulary {m.vocab_size}; batch "
         f"{c.train.global_batch_size} x {c.data.seq_length}; c {r.num_chunks} n {r.num_rollouts} k {r.rollout_len}; "
-        f"{world} ranks, tp {p.tp}{' sp' if p.sp else ''}; {c.train.precision}, recompute {c.train.recompute}; "
+        f"{usage.ranks(world)}, tp {p.tp}{' sp' if p.sp else ''}; {c.train.precision}, recompute {c.train.recompute}; "
         f"medians of {rounds}"
     )
 

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable
 
+from megatron_refine import usage
 from megatron_refine.bench.timing import WARM_UP
 from megatron_refine.config import Config
 
@@ -85,7 +86,7 @@ def _bandwidths(c: Config, world: int, backend: str, size: int, plain: list[floa
     ratio = statistics.median(a / b for a, b in zip(plain, synced, strict=True))
     lines = [
         f"{c.model.family} hidden {c.model.hidden_size}, {c.model.num_layers} layers, {size / 1e6:.0f} MB of "
-        f"{c.train.precision}; {world} ranks, tp {c.parallel.tp}; {backend}; medians of {len(plain)}"
+        f"{c.train.precision}; {usage.ranks(world)}, tp {c.parallel.tp}; {backend}; medians of {len(plain)}"
     ]
     for name, seconds in {"broadcast": plain, "sync": synced}.items():
         middle = statistics.median(seconds)

@@ -21,7 +21,7 @@ COMMANDS = {
     "lm-eval": "score a model on tasks of lm-evaluation-harness",
     "generate": "continue text with a model",
     "convert": "convert a model to and from Hugging Face's format",
-    "serve": "start an SGLang server of a run",
+    "serve": "start an SGLang server of a model, or for a run",
     "compare": "draw the curves of several runs over one another",
     "scaling": "run a sweep over ranks and layouts, or predict it",
     "bench": "time steps, rollouts, kernels, data and weight syncs",

@@ -61,7 +61,7 @@ def run(options: argparse.Namespace, config: configuration.Config, alone: bool, 
     if options.benchmark != "step" and (options.json or options.check):
         raise configuration.ConfigError("--json, --check: are for step")
     if options.hf and not alone:
-        raise configuration.ConfigError("--hf: runs on one rank")
+        raise configuration.ConfigError("--hf: runs on one rank only; start it without torchrun")
     if options.official and not (alone and config.fused):
         raise configuration.ConfigError("--official: runs on one rank, with one optimizer step a batch; set update.*")
     if options.benchmark == "sync":

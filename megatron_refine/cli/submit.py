@@ -34,7 +34,8 @@ def main(arguments: list[str]) -> int:
             print(job.script() + "\n" + plan(job.config, world, Hardware()))
         for line in preflight.warnings(job.config, job.nodes):
             print(f"warning: {line}", file=sys.stderr)
-        check(job)
+        if options.preflight:
+            check(job)
         if options.dry_run:
             return 0
         ids = submit(job, options.chain)
@@ -47,10 +48,8 @@ def main(arguments: list[str]) -> int:
 
 def check(job: Job) -> None:
     """Raise ConfigError, a line a problem, for what would end the run, or a point of the sweep, at its start."""
-    files = [word for flag, word in zip(job.arguments, job.arguments[1:], strict=False) if flag == "--config"]
-    overrides = [word for word in job.arguments[2 * len(files) :]]
-    for point in job.points or [()]:
-        preflight.check(configuration.load(files, [*overrides, *point], FAMILIES), job.site.in_image)
+    for config in job.runs:
+        preflight.check(config, job.site.in_image)
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -69,6 +68,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--chain", type=int, default=1, help="jobs one after the other, where requeueing is not allowed"
     )
     parser.add_argument("--name", default="", help="of the job (default: the run's folder)")
+    parser.add_argument(
+        "--no-preflight", dest="preflight", action="store_false",
+        help="do not check files and services, where this machine does not see what the nodes see",
+    )  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="print script and estimate; submit nothing")
     return parser.parse_intermixed_args(arguments)
 
@@ -86,14 +89,13 @@ def build(options: argparse.Namespace) -> Job:
     overrides = configuration.absolute(files, given, FAMILIES)
     config = configuration.load(files, overrides, FAMILIES)
     world = options.nodes * site.ranks_per_node
-    swept = []
-    if not options.array:
-        configuration.check_world_size(config, world)
-    for point in points(options.array, config) if options.array else ():
-        configuration.check_world_size(configuration.load(files, [*overrides, *point], FAMILIES), world)
-        swept.append(configuration.absolute(files, point, FAMILIES, before=overrides))
+    swept = points(options.array, config) if options.array else []
+    runs = [configuration.load(files, [*overrides, *point], FAMILIES) for point in swept] or [config]
+    for each in runs:
+        configuration.check_world_size(each, world)
+    swept = [configuration.absolute(files, point, FAMILIES, before=overrides) for point in swept]
     command = [argument for file in files for argument in ("--config", file)] + overrides
     name = options.name or Path(config.run.dir).name
-    job = Job(name, config, command, options.nodes, site, options.engine_nodes, swept, options.at_once)
+    job = Job(name, config, command, options.nodes, site, options.engine_nodes, swept, options.at_once, runs=runs)
     job.check()
     return job

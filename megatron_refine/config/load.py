@@ -43,7 +43,7 @@ def _merged(files: Sequence[str], overrides: Sequence[str]) -> tuple[str, dict[s
     tree = _overlay([*(_read(file) for file in files), *(_model(file) for file in models)])
     for override in (o for o in overrides if not o.startswith("model=")):
         _override(tree, override)
-    return " + ".join([*files, *models]), tree
+    return " + ".join([*files, *models]) or "the command line", tree
 
 
 def read_as(path: Path, schema: type[S]) -> S:

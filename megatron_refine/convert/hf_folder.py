@@ -31,7 +31,8 @@ class HFFolder:
         for file in self.files.values():
             for name in file.places:
                 if name in self._owner:
-                    raise ConversionError(f"{file.path}: {name}: stands in {self._owner[name].path.name} too")
+                    other = self._owner[name].path.name
+                    raise ConversionError(f"{file.path}: {name}: is in {other} too; fetch the folder again")
                 self._owner[name] = file
         if self.index:
             self._check_index()
@@ -62,17 +63,18 @@ class HFFolder:
             weight_map = read_json(self.index)["weight_map"]
             return sorted(set(weight_map.values()))
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            raise ConversionError(f"{self.index}: damaged: no weight_map; fetch it again") from None
+            raise ConversionError(f"{self.index}: has no weight_map of names to files; fetch it again") from None
 
     def _check_index(self) -> None:
         assert self.index
         weight_map = read_json(self.index)["weight_map"]
         for name in sorted(weight_map.keys() ^ self._owner.keys()):
-            where = f"listed for {weight_map[name]}, not there" if name in weight_map else "not listed"
+            where = f"is not in {weight_map[name]}" if name in weight_map else "is in a file, but not in the index"
             raise ConversionError(f"{self.index}: {name}: {where}; fetch the folder again")
         for name, file in self._owner.items():
             if weight_map[name] != file.path.name:
-                raise ConversionError(f"{self.index}: {name}: listed for {weight_map[name]}, is in {file.path.name}")
+                places = f"is in {file.path.name}, not in {weight_map[name]}"
+                raise ConversionError(f"{self.index}: {name}: {places}; fetch it again")
 
     def _check_strays(self, names: list[str]) -> None:
         """Weights beside the model's are a mistake; safetensors of another name are somebody's own."""
@@ -82,7 +84,7 @@ class HFFolder:
                 f"{self.path}: no safetensors files; save the model with save_pretrained(safe_serialization=True)"
             )
         for name in sorted(present - set(names)):
-            raise ConversionError(f"{self.path / name}: belongs to no {WEIGHTS} or index; move it away")
+            raise ConversionError(f"{self.path / name}: is neither {WEIGHTS} nor listed in {INDEX}; move it away")
         for name in sorted(set(names) - present):
             raise ConversionError(f"{self.path / name}: missing; fetch it again")
 

@@ -62,7 +62,7 @@ class Origin:
                 return found
         except (TornError, KeyError, TypeError, AttributeError):
             pass
-        raise ConversionError(f"{path}: not what a conversion keeps of this model; take the checkpoint anew")
+        raise ConversionError(f"{path}: does not belong to this model; copy the checkpoint again")
 
 
 def size_in_bytes(text: str) -> int:

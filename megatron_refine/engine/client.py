@@ -59,7 +59,8 @@ class Client:
         """One answer for each prompt of `input_ids` [[int]]."""
         answers = self.post("/generate", **body)
         if not isinstance(answers, list) or len(answers) != len(body["input_ids"]):
-            raise ServerError(f"{self.url}/generate: {len(body['input_ids'])} prompts, another number of answers")
+            got = f"{len(answers)} answers" if isinstance(answers, list) else type(answers).__name__
+            raise ServerError(f"{self.url}/generate: got {got} for {len(body['input_ids'])} prompts")
         return answers
 
     def close(self) -> None:
@@ -76,7 +77,7 @@ class Client:
         if response.status_code != 200:
             raise ServerError(f"{self.url}{path}: {response.status_code}: {_message(answer)}")
         if "json" not in kind and path not in IN_WORDS:
-            raise ServerError(f"{self.url}{path}: answers with {kind or 'no content type'} where JSON is due")
+            raise ServerError(f"{self.url}{path}: answered with {kind or 'no content type'}, not with JSON")
         if isinstance(answer, dict) and answer.get("success") is False:
             raise ServerError(f"{self.url}{path}: {_message(answer)}")
         return answer

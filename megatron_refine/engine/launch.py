@@ -69,14 +69,18 @@ def launch(config: Config, weights: Path, port: int, log: Path) -> Process:
     return Process(command(config, weights, port, log.parent), environment(config.engine), log)
 
 
-def command(config: Config, weights: Path, port: int, folder: Path) -> list[str]:
-    """The command line. An API key goes into a file that only this user can read: command lines are public."""
+def command(config: Config, weights: Path, port: int, folder: Path, text: bool = False) -> list[str]:
+    """The command line. An API key goes into a file that only this user can read: command lines are public.
+
+    text: the server takes text too, by the tokenizer beside the weights; else token ids alone.
+    """
     engine = config.engine
     arguments = [
         "--model-path", str(weights), "--host", engine.host, "--port", str(port), "--tp", str(engine.tp),
         "--dtype", {"fp32": "float32", "bf16": "bfloat16"}[config.train.precision],
-        "--skip-tokenizer-init", "--skip-server-warmup", "--random-seed", str(config.run.seed),
+        "--skip-server-warmup", "--random-seed", str(config.run.seed),
     ]  # fmt: skip
+    arguments += [] if text else ["--skip-tokenizer-init"]
     if not platform.has_gpu():
         arguments += CPU_ARGUMENTS
     if engine.api_key_env:

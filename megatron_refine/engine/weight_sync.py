@@ -93,7 +93,7 @@ class UpdateGroup:
         are with the servers.
         """
         if self.group is None:
-            raise ServerError(f"update group {self.name}: was left")
+            raise ServerError(f"update group {self.name}: is closed")
         body: dict[str, Any] = {
             "names": names,
             "dtypes": [str(tensor.dtype).removeprefix("torch.") for tensor in tensors],

@@ -76,7 +76,8 @@ class HarnessLM(TemplateLM):
         for (context_text, text), context, continuation in requests:
             if not continuation:  # would count as certain
                 raise ConfigError(
-                    f"the continuation {text!r} has no token of its own after {context_text[-40:]!r}; drop the task"
+                    f"answer {text!r} adds no token to the prompt that ends in {context_text[-40:]!r}, so it cannot be "
+                    "scored; leave this task out of --tasks"
                 )
             pairs.append((context or [self.prefix_token_id], continuation))
         with self._progress("loglikelihood", [texts for texts, _, _ in requests], disable_tqdm) as found:

@@ -28,9 +28,9 @@ class Results:
         known = self._known(path)
         for key in {**identity, **known}:
             if identity.get(key) != known.get(key):
-                which = f"with another {key} ({known.get(key)}, not {identity.get(key)})"
-                which = which if key in known else f"of an earlier version, which does not say its {key}"
-                raise ConfigError(f"--out {folder}: holds an evaluation {which}; name another folder")
+                which = f"whose {key} is {known.get(key)}, not {identity.get(key)}"
+                which = which if key in known else f"of an earlier version, without {key}"
+                raise ConfigError(f"--out {folder}: holds an evaluation {which}; choose another folder")
         if writes:
             try:
                 write_json(path, dict(identity))

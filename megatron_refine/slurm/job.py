@@ -29,6 +29,7 @@ class Job:
     points: Sequence[Sequence[str]] = field(default_factory=list)  # overrides, an absolute run.dir among them
     at_once: int = 0  # runs of the sweep; 0: all
     requeues: bool = True
+    runs: Sequence[Config] = ()  # the configuration of each
 
     @property
     def run_dir(self) -> Path:

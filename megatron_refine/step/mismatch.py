@@ -45,7 +45,8 @@ def check_gap(mean: float, largest: float, stop_gap: float, step: int) -> None:
     """
     if mean > stop_gap:
         raise MismatchError(
-            f"step {step}: the log-probabilities of the engine and the trainer are {mean:.2g} nats apart in the mean "
-            f"(at most {largest:.2g}), above engine.stop_gap={stop_gap:g}; the checkpoints are intact: check that the "
-            "engine has this model's weights and precision, or raise engine.stop_gap, then run the same command again"
+            f"step {step}: log-probabilities of the engine and the trainer differ by {mean:.2g} nats on average "
+            f"(at most {largest:.2g}), above engine.stop_gap={stop_gap:g}; the checkpoints are intact: check "
+            "that the engine serves this model's weights at its precision, or raise engine.stop_gap, then run the same "
+            "command again"
         )

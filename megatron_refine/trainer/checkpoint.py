@@ -126,8 +126,8 @@ class Checkpoints:
         manifest = self._verify(folder)
         if manifest.get(WEIGHTS_ONLY):
             raise CheckpointError(
-                f"{folder}: holds weights alone, no run to go on with; move it out of the run's folder and start from "
-                "it with checkpoint.load="
+                f"{folder}: holds weights only, so a run cannot resume from it; move it out of the run's folder and "
+                "start a new run with checkpoint.load=<its new place>"
             )
         same_layout = manifest["layout"] == self._layout()
         state = self._collective("gather", folder, lambda: self._state(updater, loading=True, rng=same_layout))

@@ -39,6 +39,7 @@ def disk_failed(error: OSError) -> CheckpointError:
     )
 
 
+COPY = "copy the checkpoint again from where it was written"  # the remedy for a damaged one
 FULL = (errno.ENOSPC, errno.EDQUOT)
 LOST = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe", "NCCL error")
 

@@ -16,7 +16,7 @@ from typing import Any
 from megatron_refine.config import ConfigError, ModelConfig
 from megatron_refine.files import TornError, fingerprint, numbered, read, read_json, sync, write
 from megatron_refine.models import family
-from megatron_refine.trainer.errors import CheckpointError, DamagedError
+from megatron_refine.trainer.errors import COPY, CheckpointError, DamagedError
 
 MANIFEST, COMPLETE, LATEST = "manifest.json", "COMPLETE", "latest"
 STEP, TEMPORARY = "step_", ".incomplete-"
@@ -119,10 +119,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         contents = json.loads(text)
     wanted = {"step": int, "model": dict, "layout": list, "files": dict}
     if not isinstance(contents, dict) or any(not isinstance(contents.get(key), t) for key, t in wanted.items()):
-        raise CheckpointError(f"{folder / MANIFEST}: not that of a checkpoint (it lacks one of {', '.join(wanted)})")
+        raise CheckpointError(f"{folder / MANIFEST}: is no checkpoint's manifest, which has {', '.join(wanted)}; "
+                              "choose another checkpoint")  # fmt: skip
     for name, entry in contents["files"].items():
         if not isinstance(entry, dict) or not {"size", "sha256"} <= entry.keys():
-            raise CheckpointError(f"{folder / MANIFEST}: {name}: no size or sha256; take the checkpoint anew")
+            raise CheckpointError(f"{folder / MANIFEST}: {name}: no size or sha256; {COPY}")
     return contents
 
 

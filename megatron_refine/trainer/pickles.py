@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from megatron_refine.files import TornError, read_json
-from megatron_refine.trainer.errors import CheckpointError
+from megatron_refine.trainer.errors import COPY, CheckpointError
 
 METADATA, CONFIG = ".metadata", "metadata.json"
 _DTYPES = {"float64": "Double", "float32": "Float", "float16": "Half", "bfloat16": "BFloat16"}
@@ -210,15 +210,15 @@ def _check_format(path: Path) -> None:
     except (OSError, TornError) as error:
         raise _damaged(str(path), str(getattr(error, "strerror", error))) from None
     if found != wanted:
-        raise CheckpointError(f"{path}: not the format of our checkpoints, {wanted}; take the checkpoint anew")
+        raise CheckpointError(f"{path}: does not name the format of our checkpoints, {wanted}; {COPY}")
 
 
 def _refuse(where: str, what: str) -> NoReturn:
     raise CheckpointError(
-        f"{where}: holds {what}: reading it could run anything; nothing of it was read: take the checkpoint from where "
-        "you trust it, or delete it"
+        f"{where}: holds {what}, which could run any command when it is read; nothing was read: copy the checkpoint "
+        "from a source that you trust, or delete it"
     )
 
 
 def _damaged(where: str, cause: str) -> CheckpointError:
-    return CheckpointError(f"{where}: damaged: {cause}; take the checkpoint anew, or delete it")
+    return CheckpointError(f"{where}: damaged: {cause}; {COPY}, or delete it")

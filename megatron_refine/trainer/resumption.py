@@ -80,8 +80,8 @@ def refuse(past: Past, config: Config) -> None:
     now = _flat(config.model_dump(serialize_as_any=True))
     fixed = FIXED + (("train.global_batch_size",) if now["train.phase"] == "testtime" else ())
     lines = [
-        f"{change.key}={change.new}: the run of {past.source} has {change.old}, and goes on with no other; restore it, "
-        "or choose a new run.dir and start it with checkpoint.load"
+        f"{change.key}={change.new}: {past.source} was trained with {change.old}, which cannot change within a run; "
+        "set it back, or start a new run from this one: another run.dir, with checkpoint.load"
         for change in _changes(past, now) if change.key in fixed
     ]  # fmt: skip
     if lines:
