@@ -253,9 +253,13 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
 
 
 def _patch_megatron_jit() -> None:
-    """Megatron compiles its fusions at import; on CPU that needs a C++ compiler and gains nothing."""
-    import megatron.core.jit
-
+    """Leave Megatron's fusions as they are written: it compiles them at import. On a CPU that needs a C++ compiler and
+    gains nothing, and Inductor alone takes seconds to import."""
+    compiled, torch.compile = torch.compile, lambda function: function  # type: ignore[assignment,misc]
+    try:
+        import megatron.core.jit
+    finally:
+        torch.compile = compiled  # type: ignore[assignment]
     megatron.core.jit.disable_jit_fuser()
 
 

@@ -85,18 +85,23 @@ def write_config(folder: Path, cache_dir: Path, **sections: dict[str, Any]) -> P
 
 
 def command(
-    arguments: list[str], fault: Fault | None = None, record: Path | None = None, saves: bool = True, broken: str = ""
-) -> End:
+    arguments: list[str], fault: Fault | None = None, record: Path | None = None, saves: bool = True, broken: str = "",
+    plots: bool = False,
+) -> End:  # fmt: skip
     """On a rank: the training command. Its draws are appended to the file `record`, by rank 0.
 
-    Without `saves` no checkpoint is written: a process's first one takes seconds. `broken` is one of FAILURES.
+    Without `saves` no checkpoint is written, without `plots` the report has empty figures: a process's first ones take
+    seconds. `broken` is one of FAILURES.
     """
     global _fault
+    from megatron_refine.report import figures
     from megatron_refine.session import Session
     from megatron_refine.step.refine import RefineStep
     from megatron_refine.train import main
 
     _fault = fault
+    if not plots:
+        figures.draw = lambda name, paint, widths=(1,): f"<svg id='{name}'></svg>"
     RefineStep.explore_wave = _observed(RefineStep.explore_wave, record)  # type: ignore[method-assign]
     save = Session.save if saves else lambda self: None
     Session.save = failing(broken)(save) if broken else save  # type: ignore[method-assign]

@@ -157,7 +157,7 @@ def whole(ranks: Any, cache: Path, tmp_path_factory: Any) -> Any:
     evaluation = {"every": 2, "sequences": 4}
     config = runs.write_config(folder, cache, eval=evaluation, refine={"start_step": 3}, checkpoint={"every": 2})
     job = functools.partial(ranks, 1, runs.command, arguments=["--config", str(config)])
-    return folder, job, job()[0]
+    return folder, job, job(plots=True)[0]
 
 
 def test_the_run_folder_holds_all_of_the_run(whole: Any) -> None:
@@ -182,7 +182,8 @@ def test_the_run_folder_holds_all_of_the_run(whole: Any) -> None:
     assert [row["consumed_samples"] for row in rows] == [4 * step for step in range(7)]
     samples = json.loads((run / "samples.json").read_text(encoding="utf-8"))
     assert samples["step"] == 6 and len(samples["rollouts"]) == 4 * 2
-    assert "<html" in (run / "report.html").read_text(encoding="utf-8")
+    report = (run / "report.html").read_text(encoding="utf-8")
+    assert "<html" in report and "<path" in report.partition("losses")[2]
 
 
 def test_the_screen_tells_the_run(whole: Any) -> None:

@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import faulthandler
 import functools
+import gc
 import importlib
 import multiprocessing
 import os
@@ -113,7 +114,10 @@ def _import_once() -> None:
     megatron_refine.platform.install()
     for name in ("models.gpt", "optimizer", "dist_checkpointing", "pipeline_parallel.schedules", "distributed"):
         importlib.import_module(f"megatron.core.{name}")
+    for name in ("torch._dynamo", "megatron_refine.session", "megatron_refine.report.html"):  # what a run imports late
+        importlib.import_module(name)
     _fork_what_saves_spawn()
+    gc.freeze()  # ranks neither look through what is here nor copy its pages
 
 
 def _fork_what_saves_spawn() -> None:
