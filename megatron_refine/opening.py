@@ -33,7 +33,7 @@ def claim(config: Config, checked: bool = False) -> Ownership:
     return Ownership(Path(config.run.dir), found["token"])
 
 
-def _prepare(config: Config, checked: bool) -> dict[str, object]:
+def _prepare(config: Config, checked: bool = False) -> dict[str, object]:
     """On rank 0: {"token": of this attempt} or {"error": kind, "message": text}."""
     folder, token = Path(config.run.dir), attempt_token()
     try:

@@ -6,7 +6,8 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
 # a shell's background job ignores it, and so would all that a test starts
@@ -17,6 +18,9 @@ import pytest  # noqa: E402
 from tests import sglang_lane, slurm_cluster  # noqa: E402
 from tests.zygote import Zygote  # noqa: E402
 
+if TYPE_CHECKING:
+    from megatron_refine.engine.server import Server
+
 Answer = Callable[[str, Any], tuple[int, Any]]
 
 
@@ -26,6 +30,24 @@ def ranks() -> Iterator[Zygote]:
     zygote = Zygote()
     yield zygote
     zygote.close()
+
+
+@pytest.fixture(scope="session", params=sglang_lane.MODELS)
+def sglang_server(
+    request: pytest.FixtureRequest, ranks: Zygote, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Path, str, "Server"]]:
+    """(folder, family, server), at first with the weights of folder/hf/weights. Syncs change them, so tests of what it
+    answers come before those."""
+    from megatron_refine.engine.fleet import Fleet
+
+    folder, model = tmp_path_factory.mktemp(request.param), request.param
+    ranks(1, sglang_lane.export, folder=str(folder), model=model, target=str(folder / "hf"))
+    fleet = Fleet(sglang_lane.lane_config(folder, model), folder / "logs")
+    try:
+        fleet.start(folder / "hf/weights")
+        yield folder, model, fleet.servers[0]
+    finally:
+        fleet.stop()
 
 
 @pytest.fixture

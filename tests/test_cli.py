@@ -8,6 +8,7 @@ import pytest
 
 from megatron_refine.cli import COMMANDS
 from tests import runs
+from tests.zygote import Zygote
 
 ROOT = Path(__file__).parents[1]
 SHIMS = [*sorted((ROOT / "tools").glob("*.py")), ROOT / "launch/submit.py"]
@@ -44,14 +45,20 @@ def test_a_command_that_does_not_exist_is_one_line(name: str, hint: str) -> None
     assert done.stderr.count("\n") == 1
 
 
-def test_ranks_are_started_and_their_code_is_passed_on(tmp_path: Path) -> None:
-    """Two ranks train; then one that cannot: its one line, and its code, are all that is told."""
+def test_ranks_are_started(tmp_path: Path) -> None:
     config = runs.write_config(tmp_path, tmp_path / "cache", train={"steps": 1}, refine={"enabled": False})
-    line = ["-m", "megatron_refine", "train", "--config", str(config), "--ranks", "2", *runs.TP2]
-    done = called(*line)
+    done = called("-m", "megatron_refine", "train", "--config", str(config), "--ranks", "2", *runs.TP2)
     assert done.returncode == 0 and "step 1/1 loss" in done.stdout, done.stderr
+
+
+@pytest.mark.slow
+def test_the_code_of_a_rank_is_passed_on(ranks: Zygote, tmp_path: Path) -> None:
+    """Of two ranks that cannot start, the one line and the code are all that is told."""
+    config = runs.write_config(tmp_path, tmp_path / "cache", train={"steps": 1}, refine={"enabled": False})
+    line = ["--config", str(config), *runs.TP2]
+    assert [end.code for end in ranks(2, runs.command, arguments=line)] == [0, 0]
     (tmp_path / "run/checkpoints/step_0000001/__0_0.distcp").write_bytes(b"damaged")
-    done = called(*line, "train.steps=2")
+    done = called("-m", "megatron_refine", "train", *line, "--ranks", "2", "train.steps=2")
     assert done.returncode == 4 and done.stderr.count("\n") == 1, done.stderr
     assert "step_0000001/__0_0.distcp: truncated" in done.stderr
 

@@ -125,6 +125,7 @@ def test_the_process_of_a_saves_results_outlives_every_signal(ranks: Any) -> Non
     assert ranks(1, shielded) == [["result"]]
 
 
+@pytest.mark.slow
 def test_under_torchrun_both_ranks_save_before_they_end(tmp_path: Path) -> None:
     """A real torchrun, which passes the signal on to the sessions of its ranks."""
     config = runs.write_config(tmp_path, tmp_path / "data", train={"steps": 5000}, refine={"enabled": False})

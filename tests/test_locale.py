@@ -27,6 +27,7 @@ sys.exit(code or main(["--config", config]))
 """
 
 
+@pytest.mark.slow
 def test_a_run_in_a_locale_without_utf8(tmp_path: Path) -> None:
     folder = tmp_path / "☃"
     folder.mkdir()

@@ -80,7 +80,7 @@ def test_a_pickle_that_names_anything_else_is_refused(kind: str) -> None:
     with pytest.raises(CheckpointError) as error:
         check_pickle(content, "folder/.metadata", IN_METADATA)
     assert str(error.value).startswith("folder/.metadata: holds ") and words in str(error.value), error.value
-    assert "take the checkpoint from where you trust it" in str(error.value)
+    assert "copy the checkpoint from a source that you trust" in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -338,7 +338,7 @@ def test_another_format_is_refused(tmp_path: Path, real: dict[str, Path], conten
     folder = tmp_path / "step_0000001"
     shutil.copytree(real["fp32"], folder)
     (folder / "metadata.json").write_text(content, encoding="utf-8")
-    with pytest.raises(CheckpointError, match=r"metadata\.json: (damaged|not the format of our checkpoints)"):
+    with pytest.raises(CheckpointError, match=r"metadata\.json: (damaged|does not name the format of our checkpoints)"):
         check_pickles(folder, files(folder))
 
 

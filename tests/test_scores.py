@@ -52,7 +52,7 @@ def test_a_folder_of_another_evaluation_is_refused(tmp_path: Path) -> None:
     ):
         results(tmp_path, model="m")
     (tmp_path / "evaluation.json").write_text(json.dumps(IDENTITY | {"new": 1}), encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"with another new \(1, not None\); name another folder"):
+    with pytest.raises(ConfigError, match=r"whose new is 1, not None; choose another folder"):
         results(tmp_path)
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"--out .*/file: cannot be written: .*; name another folder"):

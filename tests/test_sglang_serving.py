@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,6 @@ class Served:
     """A running server, and the trainer's word on the same weights."""
 
     server: Server
-    model: str
-    weights: Path
     score: Callable[..., list[list[float]]]
 
     def generate(self, prompts: list[list[int]], **body: Any) -> list[dict[str, Any]]:
@@ -42,25 +40,15 @@ class Served:
         return lane.largest_gap(ours, prompts, answers)
 
 
-@pytest.fixture(scope="module", params=lane.MODELS)
-def served(request: pytest.FixtureRequest, ranks: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    folder, model = tmp_path_factory.mktemp(request.param), request.param
-    config = lane.lane_config(folder, model)
-    ranks(1, lane.export, folder=str(folder), model=model, target=str(folder / "hf"))
-    weights = folder / "hf/weights"
+@pytest.fixture
+def served(sglang_server: tuple[Path, str, Server], ranks: Zygote) -> Served:
+    folder, model, server = sglang_server
 
     def score(sequences: list[list[int]], temperature: float = 1.0) -> list[list[float]]:
-        arguments = {"folder": str(folder), "model": model, "weights": str(weights), "sequences": sequences}
-        return ranks(1, lane.trainer_logprobs, **arguments, temperature=temperature)[0]
+        arguments = {"folder": str(folder), "model": model, "weights": str(folder / "hf/weights")}
+        return ranks(1, lane.trainer_logprobs, **arguments, sequences=sequences, temperature=temperature)[0]
 
-    from megatron_refine.engine.fleet import Fleet
-
-    fleet = Fleet(config, folder / "logs")
-    try:
-        fleet.start(weights)
-        yield Served(fleet.servers[0], model, weights, score)
-    finally:
-        fleet.stop()
+    return Served(server, score)
 
 
 def test_prompts_of_mixed_lengths_in_one_batch(served: Served) -> None:
@@ -142,7 +130,8 @@ def test_a_run_is_served_and_takes_text(ranks: Zygote, tmp_path: Path) -> None:
     """`serve --model RUN` exports the newest checkpoint with its tokenizer; greedy text is that of `generate`."""
     config = runs.write_config(tmp_path, tmp_path / "cache", train={"steps": 1}, refine={"enabled": False})
     assert ranks(1, runs.command, arguments=["--config", str(config)])[0].code == 0
-    run, log, asked = tmp_path / "run", tmp_path / "log", {"temperature": 0, "max_new_tokens": 8}
+    run, log = tmp_path / "run", tmp_path / "log"
+    asked = {"text": "def main(", "sampling_params": {"temperature": 0, "max_new_tokens": 8}}
     with reserve_port("127.0.0.1") as held:
         port = held.getsockname()[1]
         words = ["serve", "--model", str(run), "--port", str(port), f"engine.python={lane.PYTHON}"]
@@ -151,7 +140,7 @@ def test_a_run_is_served_and_takes_text(ranks: Zygote, tmp_path: Path) -> None:
         try:
             client = Client(f"http://127.0.0.1:{port}", 60.0)
             assert wait_until(lambda: client.healthy() or server.ended(), 240), server.last_words()
-            answer = client.post("/generate", text="def main(", sampling_params=asked)
+            answer = client.post("/generate", **asked)
         finally:
             server.stop()
     assert (next((run / "engine/node_0").glob("step_0000001-*")) / "README.md").is_file()

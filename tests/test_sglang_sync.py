@@ -3,7 +3,6 @@
 import os
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ import pytest
 import torch
 
 from megatron_refine.engine.errors import EngineError, ServerError
-from megatron_refine.engine.fleet import Fleet
 from tests import sglang_lane as lane
 from tests.parity import batch
 from tests.zygote import Zygote
@@ -24,17 +22,11 @@ LAYOUTS = {
 SMALL_BUCKETS = "engine.bucket_mb=1"  # the model has 2 MiB
 
 
-@pytest.fixture(scope="module", params=lane.MODELS)
-def server(request: pytest.FixtureRequest, ranks: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+@pytest.fixture
+def server(sglang_server: Any) -> tuple[str, str]:
     """(URL, family) of a server with some weights of the right shape."""
-    folder, model = tmp_path_factory.mktemp(request.param), request.param
-    ranks(1, lane.export, folder=str(folder), model=model, target=str(folder / "hf"))
-    fleet = Fleet(lane.lane_config(folder, model), folder / "logs")
-    try:
-        fleet.start(folder / "hf/weights")
-        yield fleet.servers[0].url, model
-    finally:
-        fleet.stop()
+    _, model, server = sglang_server
+    return server.url, model
 
 
 def config_of(folder: str, model: str, overrides: list[str]) -> Any:
@@ -112,30 +104,38 @@ def test_ten_syncs_of_the_same_weights_leave_the_gap_where_it_was(server: Any, r
     assert all(largest < lane.TOLERANCE for _, largest in gaps) and max(means) < 3 * means[0], gaps
 
 
-def sync_with_fault(folder: str, model: str, overrides: list[str], fault: str) -> dict[str, Any]:
+def told(engine: Any) -> dict[str, Any]:
+    return {"lines": list(engine.lines), "metrics": engine.metrics()}
+
+
+def damage_a_sync(folder: str, model: str, overrides: list[str], fault: str) -> dict[str, Any]:
+    with lane.trainer(config_of(folder, model, overrides)) as (engine, module):
+        return sync_with_fault(engine, module, fault)
+
+
+def sync_with_fault(engine: Any, module: Any, fault: str) -> dict[str, Any]:
     """On a rank: a good sync, one whose tensors suffer from `fault` on their way, another good one."""
     from megatron_refine.engine import sglang as engine_module
 
-    config, true_tensors = config_of(folder, model, overrides), engine_module.stage_tensors
-    with lane.trainer(config) as (engine, module):
-        engine.sync(0)
-        lane.move_weights(module, 1)
-        once = iter([True])  # the first pass over the tensors is the broadcast; the checks' is untouched
+    true_tensors = engine_module.stage_tensors
+    engine.sync(0)
+    lane.move_weights(module, 1)
+    once = iter([True])  # the first pass over the tensors is the broadcast; the checks' is untouched
 
-        def faulty(*arguments: Any) -> Any:
-            tensors = true_tensors(*arguments)
-            return FAULTS[fault](tensors, engine) if next(once, False) else tensors
+    def faulty(*arguments: Any) -> Any:
+        tensors = true_tensors(*arguments)
+        return FAULTS[fault](tensors, engine) if next(once, False) else tensors
 
-        engine_module.stage_tensors = faulty
-        try:
-            engine.sync(1)
-        finally:
-            engine_module.stage_tensors = true_tensors
-        gaps = [gaps_of_rollouts(engine, module)]
-        lane.move_weights(module, 2)
-        engine.sync(2)
-        gaps.append(gaps_of_rollouts(engine, module))
-        return {"gaps": gaps, "lines": engine.lines, "metrics": engine.metrics()}
+    engine_module.stage_tensors = faulty
+    try:
+        engine.sync(1)
+    finally:
+        engine_module.stage_tensors = true_tensors
+    gaps = [gaps_of_rollouts(engine, module)]
+    lane.move_weights(module, 2)
+    engine.sync(2)
+    gaps.append(gaps_of_rollouts(engine, module))
+    return {"gaps": gaps, **told(engine)}
 
 
 def misnamed(tensors: Any, engine: Any) -> Any:
@@ -190,12 +190,13 @@ SAID = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("server", ["delta_net"], indirect=True)  # the way of the tensors is that of both families
+# the way of the tensors is that of both families
+@pytest.mark.parametrize("sglang_server", ["delta_net"], indirect=True)
 @pytest.mark.parametrize("fault", [name for name in FAULTS if name != "killed"])
 def test_a_damaged_sync_is_seen_and_made_good(server: Any, fault: str, ranks: Zygote, tmp_path: Path) -> None:
     url, model = server
     overrides = lane.attached(url, "parallel.tp=2", SMALL_BUCKETS)
-    found = ranks(2, sync_with_fault, 120, folder=str(tmp_path), model=model, overrides=overrides, fault=fault)[0]
+    found = ranks(2, damage_a_sync, 120, folder=str(tmp_path), model=model, overrides=overrides, fault=fault)[0]
     recovered = [line for line in found["lines"] if "loading the weights from disk" in line]
     assert len(recovered) == found["metrics"]["engine/recoveries"] == 1 and SAID[fault] in recovered[0], found["lines"]
     assert all(largest < lane.TOLERANCE for _, largest in found["gaps"])
@@ -260,27 +261,26 @@ def test_answers_of_weights_that_were_not_announced_are_refused(server: Any, ran
 
 
 def lose_servers(folder: str) -> dict[str, Any]:
-    """On a rank: a server of our own killed in the middle of an update, then one that hangs under rollouts."""
-    overrides = ["parallel.tp=2", SMALL_BUCKETS, "engine.request_timeout=10.0", "engine.sync_timeout=20.0"]
-    found = sync_with_fault(folder, "delta_net", overrides, "killed")
-    config = config_of(folder, "delta_net", ["parallel.tp=2", "engine.request_timeout=10.0", "engine.max_restarts=1"])
+    """On a rank: a server of our own, killed in the middle of an update, then hanging under rollouts, then dead."""
+    limits = ["engine.request_timeout=10.0", "engine.sync_timeout=20.0", "engine.max_restarts=2"]
+    config = config_of(folder, "delta_net", ["parallel.tp=2", SMALL_BUCKETS, *limits])
     with lane.trainer(config) as (engine, module):
-        engine.sync(0)
+        found = {"killed": sync_with_fault(engine, module, "killed")}
         if engine.fleet:
             os.killpg(engine.fleet.servers[0].process.pid, signal.SIGSTOP)
-        found["hung"] = gaps_of_rollouts(engine, module)
-        found["hung lines"], found["hung restarts"] = engine.lines, engine.metrics()["engine/restarts"]
+        found["hung"] = {"gaps": [gaps_of_rollouts(engine, module)], **told(engine)}
         if engine.fleet:
             os.killpg(engine.fleet.servers[0].process.pid, signal.SIGKILL)
         with pytest.raises((EngineError, ServerError)) as stopped:
             gaps_of_rollouts(engine, module)
-        found["given up"] = str(stopped.value)
-    return found
+        return found | {"given up": str(stopped.value)}
 
 
 def test_servers_that_die_or_hang_are_started_anew_within_the_budget(ranks: Zygote, tmp_path: Path) -> None:
     found = ranks(2, lose_servers, 500, folder=str(tmp_path))[0]
-    assert found["metrics"]["engine/restarts"] == found["metrics"]["engine/recoveries"] == 1, found["lines"]
-    assert found["hung restarts"] == 1 and "no answer in time" in str(found["hung lines"])
-    assert all(largest < lane.TOLERANCE for _, largest in [*found["gaps"], found["hung"]])
-    assert "given up after 1 recoveries (engine.max_restarts)" in found["given up"]
+    for restarts, fault in enumerate(("killed", "hung"), 1):
+        metrics = found[fault]["metrics"]
+        assert metrics["engine/restarts"] == metrics["engine/recoveries"] == restarts, found[fault]["lines"]
+        assert all(largest < lane.TOLERANCE for _, largest in found[fault]["gaps"])
+    assert "no answer in time" in str(found["hung"]["lines"])
+    assert "given up after 2 recoveries (engine.max_restarts)" in found["given up"]

@@ -32,13 +32,15 @@ def train_and_kill(arguments: list[str], kill_at: int) -> runs.End:
     return runs.command(arguments, saves=False)
 
 
-@pytest.mark.parametrize(("mode", "kill_at"), [("distributed", 2), ("disk", 0)])
-def test_a_run_ends_with_rollouts_of_its_own_weights(ranks: Zygote, tmp_path: Path, mode: str, kill_at: int) -> None:
-    """New weights at every step, with a server of tp 2; also where it is killed under way."""
+@pytest.mark.parametrize(("mode", "tp", "kill_at"), [("distributed", 1, 2), ("disk", 2, 0)])
+def test_a_run_ends_with_rollouts_of_its_own_weights(
+    ranks: Zygote, tmp_path: Path, mode: str, tp: int, kill_at: int
+) -> None:
+    """New weights at every step, with a server of tp 2; also where a server is killed under way."""
     sections: dict[str, dict[str, Any]] = {
         "run": {"timeout_minutes": 5.0},
         "train": {"steps": 4, "micro_batch_size": 4},
-        "engine": ENGINE | {"tp": 2, "sync": mode},
+        "engine": ENGINE | {"tp": tp, "sync": mode},
     }
     path = runs.write_config(tmp_path, tmp_path / "data", **sections)
     arguments = ["--config", str(path), *runs.TP2]

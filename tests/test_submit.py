@@ -163,6 +163,7 @@ def test_bash_starts_servers_beside_the_trainer(tmp_path: Path, ran: Any, monkey
 def test_files_that_only_the_nodes_see(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A login node may not see them: without the preflight the job is written; the configuration is checked still."""
     words = [QUICKSTART, "--dry-run", f"run.dir={tmp_path}/run", "data.paths=[/scratch/only/there]"]
+    words += ["--gpus-per-node", "2"]
     assert submit.main(words) == 2 and "/scratch/only/there" in capsys.readouterr().err
     assert submit.main([*words, "--no-preflight"]) == 0 and "#SBATCH" in capsys.readouterr().out
     assert submit.main([*words, "--no-preflight", "train.stps=3"]) == 2

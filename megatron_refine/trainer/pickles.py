@@ -215,8 +215,8 @@ def _check_format(path: Path) -> None:
 
 def _refuse(where: str, what: str) -> NoReturn:
     raise CheckpointError(
-        f"{where}: holds {what}, which could run any command when it is read; nothing was read: copy the checkpoint "
-        "from a source that you trust, or delete it"
+        f"{where}: holds {what}: reading it could run any command, so nothing was read; copy the checkpoint from a "
+        "source that you trust, or delete it"
     )
 
 
