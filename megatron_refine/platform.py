@@ -255,11 +255,11 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
 def _patch_megatron_jit() -> None:
     """Leave Megatron's fusions as they are written: it compiles them at import. On a CPU that needs a C++ compiler and
     gains nothing, and Inductor alone takes seconds to import."""
-    compiled, torch.compile = torch.compile, lambda function: function  # type: ignore[assignment,misc]
+    compiled, torch.compile = torch.compile, lambda function: function  # type: ignore[assignment]
     try:
         import megatron.core.jit
     finally:
-        torch.compile = compiled  # type: ignore[assignment]
+        torch.compile = compiled
     megatron.core.jit.disable_jit_fuser()
 
 

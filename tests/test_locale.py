@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from megatron_refine.data.corpus import find_corpus
 from tests import runs
 from tests.zygote import DEADLINE
