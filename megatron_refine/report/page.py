@@ -35,7 +35,8 @@ summary { cursor: pointer; }
 svg.tall { display: none; }
 @media (max-width: 40rem) {
   body { padding: 1.25rem 0.9rem 3rem; } svg.wide { display: none; } svg.tall { display: block; }
-  th, td { padding-right: 0.5rem; } table { font-size: 0.8rem; } td code { min-width: 9rem; display: inline-block; }
+  table { font-size: 0.7rem; } th, td { padding-right: 0.35rem; white-space: normal; overflow-wrap: break-word; }
+  td code { font-size: 0.65rem; min-width: 4.5rem; display: inline-block; }
 }
 """
 _SPACES = {" ": "·", "\n": "↵\n", "\t": "→\t", "\r": "␍"}
