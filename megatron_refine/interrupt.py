@@ -34,7 +34,7 @@ def listen() -> None:
 
 
 def ask_first(ask: Callable[[], None]) -> None:
-    """From now on the first calls `ask`, in another thread, to have the process save and end."""
+    """Let the first Ctrl-C from now on call `ask`, in another thread, to have the process save and end."""
     global _ask
     _ask = ask
 

@@ -115,7 +115,7 @@ class Session:
 
     @property
     def resumed(self) -> str:
-        """Where the attempt goes on with other settings, in one line; "" where there is nothing to say."""
+        """Say which settings the attempt goes on with that were others before, in one line; "" without any."""
         done = self.progress
         return resumption.told(done.step, done.consumed_samples, self.changes) if self.changes else ""
 

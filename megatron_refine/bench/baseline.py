@@ -27,7 +27,7 @@ KEPT = {
 
 
 class Record:
-    """Where a benchmark's ratios go: into a file, and beside those of another. Both files are looked at before."""
+    """Keep a benchmark's ratios in a file, and compare them with those of another. Both files are checked at the start."""
 
     def __init__(self, command: str, config: Config, world: int, out: Path | None = None, check: Path | None = None):
         """Raises ConfigError where a file cannot be used, or where `check` was measured with other settings."""

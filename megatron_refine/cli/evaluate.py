@@ -58,7 +58,7 @@ def main(arguments: list[str]) -> int:
 
 
 def run(options: argparse.Namespace) -> str:
-    """On each rank: everything that is asked is checked before the weights are read. Returns the tables."""
+    """Check everything that is asked, then read the weights, on each rank. Returns the tables."""
     from megatron_refine import platform
     from megatron_refine.data.tokenizer import stated
     from megatron_refine.eval import evaluation

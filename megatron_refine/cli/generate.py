@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> int:
 
 
 def run(options: argparse.Namespace, first: bool) -> str:
-    """On each rank: check, load, continue. Return "": text is printed as it comes."""
+    """Check, load and continue, on each rank. Returns "": text is printed as it comes."""
     _check(options)
     prompts = _read(options.file) if options.file else [options.prompt] if options.prompt is not None else None
     if prompts is None and launcher.read().world > 1:

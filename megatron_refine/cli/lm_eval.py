@@ -57,7 +57,7 @@ def main(arguments: list[str]) -> int:
 
 
 def run(options: argparse.Namespace) -> str:
-    """On each rank: what is asked is checked before the weights are read. Returns the first rank's table."""
+    """Check what is asked, then read the weights, on each rank. Returns the first rank's table."""
     from megatron_refine.files import write
 
     _, _, text, weights = found(options)

@@ -29,7 +29,7 @@ def todays_name(described: Format, name: str) -> str | None:
 
 
 def unused_names(described: Format, names: set[str]) -> set[str]:
-    """Those that no computation reads."""
+    """Return the names that no computation reads."""
     patterns = [_pattern(name) for name in described.unused]
     return {name for name in names if any(pattern.fullmatch(name) for pattern in patterns)}
 

@@ -191,7 +191,7 @@ class _Values:
 
     @property
     def line(self) -> int:
-        """Where the next value begins, from 1."""
+        """The line on which the next value begins, from 1."""
         return self._passed + self.text.count("\n", 0, self.at)
 
     def next_char(self) -> str:

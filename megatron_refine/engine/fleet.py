@@ -18,7 +18,7 @@ ANSWER_SECONDS = 10.0  # until a server that does not answer is dead
 
 
 def client(config: Config, url: str) -> Client:
-    """With the run's deadline and API key."""
+    """Return a client with the run's deadline and API key."""
     key = config.engine.api_key_env
     return Client(url, config.engine.request_timeout, os.environ[key] if key else "")
 

@@ -37,7 +37,7 @@ def server_part(name: str, whole: Tensor, rank: int, tp: int) -> Tensor:
 
 
 def expected_checksums(tensors: Iterable[tuple[str, Tensor]], kinds: set[tuple[int, str]]) -> dict[Any, Sums]:
-    """For each kind of server (tp, device): the checksums that the trainer's tensors should have there."""
+    """Return, for each kind of server (tp, device), the checksums that the trainer's tensors should have there."""
     found: dict[Any, Sums] = {kind: {} for kind in kinds}
     for name, whole in tensors:
         for (tp, device), sums in found.items():
@@ -46,7 +46,7 @@ def expected_checksums(tensors: Iterable[tuple[str, Tensor]], kinds: set[tuple[i
 
 
 def server_checksums(server: Server, seconds: float) -> Sums:
-    """Those of the weights that the server has. Raises ServerError."""
+    """Return the checksums of the weights that the server has. Raises ServerError."""
     answer = server.client.post("/weights_checker", seconds, action="checksum")
     ranks = sorted(answer["ranks"], key=lambda rank: rank["parallelism_info"][0]["tp_rank"])
     return {name: [rank["checksums"].get(name, "") for rank in ranks] for name in ranks[0]["checksums"]}

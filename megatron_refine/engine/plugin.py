@@ -58,7 +58,7 @@ class ServedConfig(PretrainedConfig):
         return Converter(self.typed_model).hf_shapes
 
     def todays_name(self, stored: str) -> str | None:
-        """Of a tensor in a folder; None where no computation reads it."""
+        """Return the model's name of a folder's tensor; None where no computation reads it."""
         return inventory.todays_name(family.hf_format(self.family), stored)
 
     @property

@@ -34,7 +34,7 @@ MOVES = {
 
 @dataclass
 class Server:
-    """On the rank that manages servers."""
+    """A server, as the rank that manages it sees it."""
 
     client: Client
     tp: int

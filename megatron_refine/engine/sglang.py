@@ -67,7 +67,7 @@ class SGLangEngine:
 
     @property
     def bucket_bytes(self) -> int:
-        """Of a broadcast."""
+        """Return the size of a broadcast's bucket, in bytes."""
         return (self.config.engine.bucket_mb or BUCKET_MB[platform.backend()]) << 20
 
     def sync(self, weight_version: int) -> None:

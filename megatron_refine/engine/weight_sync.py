@@ -129,7 +129,7 @@ class UpdateGroup:
 
 
 class SendMemory:
-    """Of two buckets: one travels while the other is filled. It is kept, so that the kernel need not clear it anew."""
+    """Memory of two buckets: one travels while the other is filled. It is kept, so that the kernel need not clear it again."""
 
     def __init__(self) -> None:
         self._halves, self._turn = [torch.empty(0, dtype=torch.uint8)] * 2, 0

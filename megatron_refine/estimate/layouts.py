@@ -45,7 +45,7 @@ def layout_of(config: Config, world: int, hardware: Hardware) -> Layout:
 
 
 def layouts(config: Config, world: int, hardware: Hardware) -> tuple[list[Layout], dict[str, int]]:
-    """Those that fit, the fastest (at worst) first; and for each reason, how many did not.
+    """Return the layouts that fit, the fastest (at worst) first; and for each reason, how many do not.
 
     tp stays within a node; sequence parallelism goes with tp. `update.mode=fused` becomes auto, for pp > 1.
     """

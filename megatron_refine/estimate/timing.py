@@ -30,7 +30,7 @@ class StepTime:
 
 
 def step_time(config: Config, dp: int, hardware: Hardware) -> StepTime:
-    """Of the pipeline stage that takes longest: the last, which has the head."""
+    """Estimate the step of the pipeline stage that takes longest: the last, which has the head."""
     work, stage = step_flops(config), config.parallel.pp - 1
     plain = StepFlops(ntp=work.ntp, score=0, rollout=0, rescore=0, update=work.ntp)
     refine = config.refine.enabled
@@ -75,7 +75,7 @@ def _computing(
 
 
 def recomputed_share(config: Config) -> float:
-    """Of a layer's forward pass, what the backward pass runs again."""
+    """Return the share of a layer's forward pass that the backward pass runs again."""
     layer = family.flops(config.model.family).layer_flops(config.model, config.data.seq_length)
     mlp = layer["mlp"] / sum(layer.values())
     return sum({"mlp": mlp, "mixer": 1 - mlp}[name] for name in recomputed(config))

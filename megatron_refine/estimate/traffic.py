@@ -44,7 +44,7 @@ class Pass:
 
 
 def step_traffic(config: Config, dp: int, refine: bool, stage: int = 0) -> list[Traffic]:
-    """Of a batch, on a rank of pipeline stage `stage`."""
+    """Count the collectives of a batch, on a rank of pipeline stage `stage`."""
     found = [x for each in passes(config, dp, refine) for x in _of_pass(config, each, stage)]
     micros = config.train.global_batch_size // (dp * config.train.micro_batch_size)
     if refine:

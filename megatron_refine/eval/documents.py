@@ -15,7 +15,7 @@ from megatron_refine.trainer.parallel import Ranks
 
 @dataclass(frozen=True)
 class DocumentSums:
-    """Of one document's first tokens."""
+    """Sums over one document's first tokens."""
 
     index: int
     tokens: int  # that are predicted: all but the first

@@ -29,7 +29,7 @@ class Task:
         return ("\n",) if self.reading is first_line else ()
 
     def score(self, prediction: str, references: Sequence[str]) -> float:
-        """In [0, 1]; prediction: the answer as the model wrote it."""
+        """Score an answer as the model wrote it, in [0, 1]."""
         return self.metric(self.reading(prediction), references)
 
 

@@ -13,7 +13,7 @@ MAX_LOG_RATIO = 20.0
 
 @dataclass(frozen=True)
 class PolicyTerms:
-    """Of every rollout token; sums over them are what the step reports."""
+    """Terms of every rollout token; the step reports sums over them."""
 
     loss: Tensor  # in the graph
     clipped: Tensor  # 1 where the clip is active, no gradient

@@ -68,7 +68,7 @@ def provider(kind: str) -> BackendSpecProvider:
 
 
 def recompute_layers(layers: nn.ModuleList, config: Config) -> None:
-    """By train.recompute: whole layers, or the modules of train.recompute_modules."""
+    """Recompute, by train.recompute, whole layers or the modules of train.recompute_modules."""
     train = config.train
     names = {"mixer": "self_attention", "mlp": "mlp"}  # in Megatron's layers
     for layer in layers:

@@ -81,7 +81,7 @@ class Updater:
 
     @torch.no_grad()
     def restart(self, weights: list[Tensor]) -> None:
-        """As it was with these `weights` before any step: bit by bit, Adam's moments and count of steps at zero."""
+        """Return to `weights` as before any step: bit by bit, Adam's moments and count of steps at zero."""
         for parameter, value in zip(self.model.parameters(), weights, strict=True):
             parameter.copy_(value)
         self.optimizer.reload_model_params()

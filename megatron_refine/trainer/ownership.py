@@ -22,7 +22,7 @@ LOCK_SECONDS = 60.0  # what is done under the lock takes far less, unless a proc
 
 
 def attempt_token() -> dict[str, Any]:
-    """Of this process: under SLURM the job and how often it was requeued; then host, process and time."""
+    """Return this process's token: under SLURM the job and how often it was requeued; then host, process and time."""
     own = launcher.read()
     return {
         "job": own.job,
@@ -41,11 +41,11 @@ class Ownership:
 
     @property
     def name(self) -> str:
-        """Of the attempt, fit for a file's name and different from every other attempt's."""
+        """The attempt's name, fit for a file and different from every other attempt's."""
         return "-".join(str(self.token[key]) for key in ("job", "restart", "host", "pid") if self.token[key] != "")
 
     def claim(self, say: Callable[[str], object] = lambda line: None) -> None:
-        """From now on no earlier attempt writes. Raises FencedError where a later one of this job is there, OSError.
+        """Take the folder, so that no earlier attempt writes. Raises FencedError where a later one of this job has it, OSError.
 
         An OWNER that a power cut tore is passed over, and `say` is told: those whose claim it was are gone.
         """

@@ -31,7 +31,7 @@ LOGIT_TOLERANCE, GRADIENT_TOLERANCE, MUON_FACTOR = 2e-5, 1e-4, 10.0
 
 @dataclass(frozen=True)
 class Errors:
-    """Of one case."""
+    """Errors of one case."""
 
     logits: float  # largest difference
     logit_limit: float
@@ -46,7 +46,7 @@ class Errors:
 
 
 def compare(folder: Path, config: Config) -> dict[str, Errors]:
-    """On each of the layout's ranks: the model of `folder`, loaded through the converter, on every case.
+    """Compare the model of `folder`, loaded through the converter, on every case, on each of the layout's ranks.
 
     The errors are the same on every rank. Raises ConfigError, ConversionError.
     """

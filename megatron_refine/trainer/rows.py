@@ -20,7 +20,7 @@ from megatron_refine.trainer.parallel import from_last_stage
 
 @dataclass(frozen=True)
 class Held:
-    """Those of N rows that this rank holds."""
+    """The rows, of N, that this rank holds."""
 
     rows: Tensor  # [M, hidden]
     places: Tensor | None  # [M], which of the N they are; None: all, in order
@@ -34,7 +34,7 @@ class Rows:
 
     @classmethod
     def of(cls, model: RefineModel, whole: Tensor) -> "Rows":
-        """From rows [S, B, hidden] that every rank has."""
+        """Take this rank's part of rows [S, B, hidden] that every rank has."""
         group = model.pg_collection.cp
         if group.size() > 1:
             whole = F.pad(whole, (0, 0, 0, 0, 0, -len(whole) % group.size())).chunk(group.size())[group.rank()]

@@ -44,7 +44,7 @@ class StopRequest:
         threading.Thread(target=self._await, daemon=True, name="signals").start()
 
     def hear_interrupts(self) -> None:
-        """From now on there is something to save: a first Ctrl-C asks to stop."""
+        """Hear Ctrl-C from now on, as there is something to save: the first asks to stop."""
         interrupt.ask_first(lambda: self._note(signal.SIGINT, None))
 
     def _note(self, number: int, frame: FrameType | None) -> None:

@@ -13,7 +13,7 @@ _WHAT = "a run, a checkpoint or a folder in Hugging Face's format"
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model lies and what it is. Found without torch."""
+    """A model's place and what it is. Found without torch."""
 
     folder: Path  # the checkpoint, or the folder in Hugging Face's format
     model: ModelConfig

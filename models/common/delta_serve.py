@@ -29,7 +29,7 @@ from megatron_refine.models.common.conv import short_conv
 
 @dataclass(frozen=True)
 class StateShape:
-    """Of a layer, over all ranks."""
+    """Shape of a layer's state, over all ranks."""
 
     heads: int  # H, of the values
     key_dim: int  # K
@@ -98,7 +98,7 @@ def sharded_parameter(*shape: int) -> nn.Parameter:
 
 
 class Norm(nn.Module):
-    """As trained: statistics in at least fp32."""
+    """The norm as trained: statistics in at least fp32."""
 
     def __init__(self, width: int, eps: float):
         super().__init__()

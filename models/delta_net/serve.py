@@ -10,7 +10,7 @@ from megatron_refine.models.delta_net.rule import rule_inputs
 
 
 def state_shape(model: DeltaNetConfig) -> StateShape:
-    """Of a layer, over all ranks."""
+    """Return the shape of a layer's state, over all ranks."""
     heads = model.num_heads
     return StateShape(heads, model.head_dim_k, model.head_dim_v, heads, model.conv_size)
 

@@ -17,7 +17,7 @@ from megatron_refine.models.gated_delta_net.rule import gate_output, rule_inputs
 
 
 def state_shape(model: GatedDeltaNetConfig) -> StateShape:
-    """Of a layer, over all ranks."""
+    """Return the shape of a layer's state, over all ranks."""
     return StateShape(model.value_heads, model.head_dim, model.head_dim_v, model.num_heads, model.conv_size)
 
 
