@@ -27,7 +27,7 @@ KEPT = {
 
 
 class Record:
-    """Keep a benchmark's ratios in a file, and compare them with those of another. Both files are checked at the start."""
+    """Keep a benchmark's ratios in a file, and compare them with those of another. Both files are checked first."""
 
     def __init__(self, command: str, config: Config, world: int, out: Path | None = None, check: Path | None = None):
         """Raises ConfigError where a file cannot be used, or where `check` was measured with other settings."""

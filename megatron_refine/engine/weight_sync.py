@@ -129,7 +129,7 @@ class UpdateGroup:
 
 
 class SendMemory:
-    """Memory of two buckets: one travels while the other is filled. It is kept, so that the kernel need not clear it again."""
+    """Memory of two buckets: one travels while the other is filled. The kernel clears it once, as it is kept."""
 
     def __init__(self) -> None:
         self._halves, self._turn = [torch.empty(0, dtype=torch.uint8)] * 2, 0

@@ -94,7 +94,7 @@ def _adds_bos(run: Path | None) -> bool:
 
 
 def load(source: Source, config: Config, text: Text) -> Loaded:
-    """Load the model, without what training needs, on every rank. Raises ConfigError, ConversionError, CheckpointError."""
+    """Load the model for evaluation, on every rank. Raises ConfigError, ConversionError, CheckpointError."""
     ranks = init_parallel(config)
     model = build_module(config, ranks).eval()
     Checkpoints(source.folder.parent, config, ranks).load_model(source, model)

@@ -52,7 +52,7 @@ class Result:
 
 
 def collect(sweep: Sweep, points: Sequence[Point]) -> tuple[list[Result], list[str]]:
-    """Return results of the points with enough steps, and a line for each other: the cause of its failure, or not run yet."""
+    """Return results of the points with enough steps; for each other a line: its failure, or not run yet."""
     found, missing = list[Result](), list[str]()
     for point in points:
         rows = [row for row in metrics.read(point.folder / "metrics.jsonl") if "train/loss" in row]

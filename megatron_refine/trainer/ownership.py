@@ -45,7 +45,7 @@ class Ownership:
         return "-".join(str(self.token[key]) for key in ("job", "restart", "host", "pid") if self.token[key] != "")
 
     def claim(self, say: Callable[[str], object] = lambda line: None) -> None:
-        """Take the folder, so that no earlier attempt writes. Raises FencedError where a later one of this job has it, OSError.
+        """Take the folder from earlier attempts. Raises FencedError where a later one of this job has it, OSError.
 
         An OWNER that a power cut tore is passed over, and `say` is told: those whose claim it was are gone.
         """
