@@ -145,6 +145,7 @@ def test_branches_equal_separate_forwards(
 
 def logits(config: Config) -> float:
     """On a rank: largest difference of a branch row's logits, packed against separate."""
+    from megatron_refine.kernels.places import Places
     from megatron_refine.models.layout import Branches
     from megatron_refine.step.refine import _flat
     from megatron_refine.trainer.forward import _rows
@@ -152,10 +153,8 @@ def logits(config: Config) -> float:
 
     model, _ = build(config, torch.float32)
     b, e, head, worst = batch(2), experience(2, torch.float32), unwrap(model).logits, 0.0
-    sequences, positions = _flat(e.positions)
-    layout = Branches(
-        main_len=192, num_positions=4, num_rollouts=2, branch_len=5, sequences=sequences, positions=positions
-    )
+    places = Places.read(*_flat(e.positions))
+    layout = Branches(main_len=192, num_positions=4, num_rollouts=2, branch_len=5, places=places)
     with torch.no_grad():
         packed = _rows(model, torch.cat([b.tokens, e.tokens.flatten(1)], 1), layout).local
         rows = layout.split(packed)[1].view(2, 4, 2, 5, -1)

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron_refine.kernels.places import Places
 from megatron_refine.models.layout import Branches
 from megatron_refine.models.mixer import Handle, State
 from megatron_refine.trainer import head
@@ -39,7 +40,8 @@ class MainPass:
 
     def states(self, sequences: Tensor, positions: Tensor) -> dict[int, State]:
         """Each layer's state after positions[i] tokens of sequences[i]. Drops the handles, which pin the pass."""
-        states = {layer: handle.at(sequences, positions) for layer, handle in self.handles.items()}
+        places = Places.read(sequences, positions)
+        states = {layer: handle.at(places) for layer, handle in self.handles.items()}
         self.handles.clear()
         return states
 
@@ -156,7 +158,7 @@ def packed_pass(
     batch, main_len = tokens.shape
     layout = Branches(
         main_len=main_len, num_positions=chunks, num_rollouts=rollouts, branch_len=length,
-        sequences=sequences, positions=positions,
+        places=Places.read(sequences, positions),
     )  # fmt: skip
     output = _forward(model, torch.cat([tokens, branches.flatten(1)], 1), layout)
     if not isinstance(output, dict):

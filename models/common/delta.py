@@ -1,6 +1,5 @@
 """What the mixers with a delta-rule memory share: convolution, state, main stream and branches from its positions."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +10,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from torch import Tensor, nn
 
 from megatron_refine.kernels.delta_rule import Trace, delta_rule
+from megatron_refine.kernels.places import Places
 from megatron_refine.models.common.conv import short_conv
 from megatron_refine.models.common.norm import HeadNorm
 from megatron_refine.models.mixer import Mixer, sharded
@@ -44,10 +44,10 @@ class DeltaHandle:
     rows: Tensor  # [B, T, G, D], before the convolution
     width: int
 
-    def at(self, sequences: Tensor, positions: Tensor) -> DeltaState:
-        before = positions[:, None] + torch.arange(1 - self.width, 0, device=positions.device)  # [P, W-1]
-        tail = self.rows[sequences[:, None], before.clamp(min=0)] * (before >= 0)[..., None, None]
-        return DeltaState(self.trace.state_at(sequences, positions), tail)
+    def at(self, places: Places) -> DeltaState:
+        before, real = places.before(self.width - 1)  # [P, W-1]
+        tail = self.rows[places.sequences[:, None], before] * real[..., None, None]
+        return DeltaState(self.trace.state_at(places), tail)
 
 
 class DeltaMixer(Mixer):
@@ -85,16 +85,16 @@ class DeltaMixer(Mixer):
         return {"conv": self.conv}
 
     def rule_inputs(self, mixed: Tensor, others: Tensor) -> dict[str, Tensor]:
-        """Columns after the convolution [N, m, G, D] and the others [N, m, G, *] -> q, k, v, beta, g of the delta rule,
-        all with this rank's heads [N, m, H, *]."""
+        """Columns after the convolution [N, m, G, D] and the others [N, m, G, *] -> q, k [N, m, G, K], v, beta, g
+        [N, m, H, *] of the delta rule, with this rank's heads."""
         raise NotImplementedError
 
     def project(self, hidden: Tensor) -> Tensor:
         return self.in_proj(hidden)[0].unflatten(-1, (self.groups, self.channels + self.others))
 
-    def main(self, rows: Tensor, cuts: Sequence[int] | None) -> tuple[Tensor, DeltaHandle]:
+    def main(self, rows: Tensor) -> tuple[Tensor, DeltaHandle]:
         inputs, before = self._inputs(rows, None)
-        o, _, trace = delta_rule(**inputs, cuts=cuts)
+        o, _, trace = delta_rule(**inputs)
         return o, DeltaHandle(trace, before, self.conv.shape[-1])
 
     def branch(self, rows: Tensor, state: DeltaState) -> tuple[Tensor, DeltaState]:

@@ -13,15 +13,13 @@ def rule_inputs(
     q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor, beta_range: float
 ) -> dict[str, Tensor]:
     """q, k [N, m, G, K] of the key heads and v [N, m, H, V] of the value heads after the convolution, a, b [N, m, H],
-    A_log, dt_bias [H] -> arguments of `delta_rule`, with H heads.
+    A_log, dt_bias [H] -> arguments of `delta_rule`.
 
     g = -exp(A_log) softplus(a + dt_bias);  beta = beta_range * sigmoid(b).
     """
-    shared = v.shape[-2] // k.shape[-2]  # value heads of a key head
-    q, k = (l2_normalize(x).repeat_interleave(shared, -2) for x in (q, k))
     dtype = torch.promote_types(a.dtype, torch.float32)
     g = -A_log.to(dtype).exp() * F.softplus(a.to(dtype) + dt_bias.to(dtype))
-    return {"q": q, "k": k, "v": v, "beta": b.to(dtype).sigmoid() * beta_range, "g": g}
+    return {"q": l2_normalize(q), "k": l2_normalize(k), "v": v, "beta": b.to(dtype).sigmoid() * beta_range, "g": g}
 
 
 @fused
