@@ -40,6 +40,11 @@ class State(Protocol):
         """n consecutive copies of each of the P states."""
         ...
 
+    def fixed(self, tokens: int) -> "State | None":
+        """For a recording: the same state, from which `tokens` tokens are fed, one by one, by operations that are the
+        same wherever it stands in a sequence; what differs is in its tensors. None where there are no such."""
+        ...
+
 
 class Handle(Protocol):
     """A finished main pass, from which states are taken."""

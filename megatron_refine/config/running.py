@@ -57,7 +57,7 @@ class Engine(Section):
     )
     cuda_graphs: bool = Field(
         False,
-        description="native: decode rollouts by recorded CUDA graphs (DeltaNet, Gated DeltaNet; `parallel.pp=1`).",
+        description="native: decode rollouts by recorded CUDA graphs (`parallel.pp=1`).",
     )
     python: ProgramText = Field(
         "",

@@ -1,11 +1,9 @@
 """Rollouts by forking the trainer's own model: no second copy of the weights, no second pass over the prefix."""
 
-from functools import partial
-
 import torch
 from torch import Tensor, nn
 
-from megatron_refine.engine.decode import DecodeGraphs, Group, decode, decode_across_stages, recordable
+from megatron_refine.engine.decode import DecodeGraphs, Group, decode, decode_across_stages, fixed
 from megatron_refine.records import Fork, RolloutRequest, Rollouts
 from megatron_refine.trainer.model import unwrap
 from megatron_refine.trainer.random import ROLLOUT, uniform
@@ -47,8 +45,10 @@ class NativeEngine:
         stages = unwrap(self.model).pg_collection.pp.size()
         if stages == 1:
             given = _group(fork, draws, slice(None))
-            run = self._graphs if self._graphs and recordable(given.states) else partial(decode, self.model)
-            return run(given.states, given.hidden, given.draws, temperature)
+            states = fixed(given.states, len(draws) - 1) if self._graphs else None
+            if self._graphs and states is not None:
+                return self._graphs(states, given.hidden, given.draws, temperature)
+            return decode(self.model, given.states, given.hidden, given.draws, temperature)
         size = -(-draws.shape[1] // stages)
         parts = [slice(start, start + size) for start in range(0, draws.shape[1], size)]
         found = decode_across_stages(self.model, [_group(fork, draws, part) for part in parts], temperature)

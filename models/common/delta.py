@@ -35,6 +35,9 @@ class DeltaState:
     def fork(self, n: int) -> "DeltaState":
         return DeltaState(self.memory.repeat_interleave(n, 0), self.tail.repeat_interleave(n, 0))
 
+    def fixed(self, tokens: int) -> "DeltaState":
+        return self
+
 
 @dataclass(frozen=True)
 class DeltaHandle:

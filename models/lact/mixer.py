@@ -57,7 +57,7 @@ class LactHandle:
         return LactState(
             self.weights, [(chunk, row) for chunk, row, _ in lie], self.chunks,
             [(chunk, row, p - chunk * self.chunk) for chunk, row, p in lie], [0] * len(lie), None,
-            (self.keys[index], self.values[index]), places.tokens, 0, None,
+            (self.keys[index], self.values[index]), places.tokens, 0, None, self.chunk,
         )  # fmt: skip
 
 

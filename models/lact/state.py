@@ -28,6 +28,7 @@ class LactState:
     before: Tensor  # [P'] main tokens before the first own one
     fed: int  # own tokens so far, of each sequence
     window: tuple[Tensor, Tensor] | None  # own keys, values [M, t', h, d]
+    chunk: int  # tokens of a full one
     gathered: Fast | None = None  # `used`, once it was asked for
 
     def tensors(self) -> list[Tensor]:
@@ -59,6 +60,15 @@ class LactState:
             return self  # nothing of their own
         keys, values = (x.repeat_interleave(n, 0) for x in self.window)
         return replace(self, own=self.own.repeat(n), window=(keys, values))
+
+    def fixed(self, tokens: int) -> "LactState | None":
+        """Where no chunk ends within these tokens; before any branch token."""
+        entries = range(len(self.where))
+        if self.own is not None or max(self.open(entry) for entry in entries) + tokens > self.chunk:
+            return None
+        begun = [(0, 0, 0) for _ in entries]  # as for any other place
+        where = [(0, entry) for entry in entries]
+        return replace(self, weights=[], where=where, chunks=[], begun=begun, gathered=self.used())
 
     def used(self) -> Fast:
         """The weights that each entry reads, [P, H, ...]."""
