@@ -31,15 +31,36 @@ GPU_PEAK_FLOPS = {
     "L40": 181e12,
 }  # dense bf16, data sheets
 _installed = False
+_pretended = torch.device("cuda", 0)
+_recorder: Callable[[Callable[[], Any]], tuple[Callable[[], None], Any]] | None = None  # of `pretend_gpu`
 _said = 0  # times that rank 0 spoke
 
 
 def has_gpu() -> bool:
-    return torch.cuda.is_available()
+    return _recorder is not None or torch.cuda.is_available()
 
 
 def device() -> torch.device:
+    if _recorder is not None:
+        return _pretended
     return torch.device("cuda", torch.cuda.current_device()) if has_gpu() else CPU
+
+
+def pretend_gpu(compiler: Callable[..., Any], recorder: Callable[[Callable[[], Any]], Any]) -> None:
+    """Take a GPU's way through the program without one, on fake tensors, which hold no values: to count what it
+    launches. From then on this process can do nothing else.
+
+    compiler stands in for torch.compile, recorder for `record`. Call it before `install`.
+    """
+    global _recorder
+    assert not _installed, "pretend before Megatron-Core is imported"
+    _recorder = recorder
+    torch.compile = compiler  # type: ignore[assignment]
+    torch.cuda.current_device = lambda: _pretended  # type: ignore[assignment,return-value]
+    for name in ("set_device", "synchronize"):
+        setattr(torch.cuda, name, lambda *args, **kwargs: None)
+    _patch_generators()
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self.to(_pretended)  # type: ignore[method-assign]
 
 
 def install() -> None:
@@ -59,6 +80,8 @@ def install() -> None:
             "CUDA_DEVICE_MAX_CONNECTIONS", "1"
         )  # Megatron overlaps collectives by the order of launches
         torch.cuda.set_device(local_rank())
+        if _recorder is not None:
+            _patch_megatron_rng()
     else:
         _keep_freed_memory()
         _run_as_batch()
@@ -90,7 +113,7 @@ def init_process_group(timeout_minutes: float) -> None:
     timeout = timedelta(minutes=timeout_minutes)
     if not has_gpu():
         torch.set_num_threads(place.threads)
-    own_device = device() if has_gpu() else None
+    own_device = device() if backend() == "nccl" else None
     dist.init_process_group(backend(), rank=place.rank, world_size=place.world, timeout=timeout, device_id=own_device)
 
 
@@ -114,7 +137,7 @@ def from_first(value: str | None) -> str:
 
 def backend() -> str:
     """Of collectives on tensors of `device()`."""
-    return "nccl" if has_gpu() else "gloo"
+    return "nccl" if has_gpu() and _recorder is None else "gloo"
 
 
 class GroupStore:
@@ -149,8 +172,24 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def moment() -> Any:
+    """Now, where the device stands in its work once it comes to it: for `seconds_between`."""
+    if not has_gpu():
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(first: Any, last: Any) -> float:
+    """Of two moments that the device has passed: `synchronize` before."""
+    return 1e-3 * first.elapsed_time(last) if has_gpu() else last - first
+
+
 def record(run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
     """A CUDA graph of what `run` launches: what replays it, and the result, whose tensors every replay fills anew."""
+    if _recorder is not None:
+        return _recorder(run)
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -225,8 +264,7 @@ def _patch_torch() -> None:
     """Answer Megatron's device literals with the CPU."""
     torch.cuda.current_device = lambda: CPU  # type: ignore[assignment,return-value]
     torch.cuda.synchronize = lambda *args, **kwargs: None
-    torch.cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(seed)  # type: ignore[assignment]
-    torch.cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    _patch_generators()
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
     for name in ("tensor", "zeros", "ones", "empty", "full", "arange", "empty_like", "zeros_like"):
         setattr(torch, name, _on_cpu(getattr(torch, name)))
@@ -239,6 +277,11 @@ def _patch_torch() -> None:
         return real_type(self).replace("torch.", "torch.cuda.", 1)
 
     torch.Tensor.type = type_name  # type: ignore[method-assign,assignment]
+
+
+def _patch_generators() -> None:
+    torch.cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(seed)  # type: ignore[assignment]
+    torch.cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
 
 
 def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -307,7 +350,8 @@ def _repair_distributed_optimizer() -> None:
         with torch.no_grad():  # the main parameters of an fp32 model are leaves
             original_set(self, model_param, tensors)
         if step is not None:
-            state["step"] = step
+            fused = self.optimizer.param_groups[group].get("fused")  # counts where the parameter lies
+            state["step"] = step.to(next(iter(state.values())).device) if fused else step
 
     def load_state_dict(self: Any, state_dict: dict[str, Any]) -> None:
         original_load(self, state_dict)
