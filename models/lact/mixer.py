@@ -28,7 +28,7 @@ from megatron_refine.kernels.lact import Fast, Rule, Tokens, Weights, chunk_lact
 from megatron_refine.kernels.places import Places
 from megatron_refine.kernels.window_attention import branch_attention, window_attention
 from megatron_refine.models.common.norm import HeadNorm
-from megatron_refine.models.common.rope import rope
+from megatron_refine.models.common.rope import Table, first_positions, rope, table
 from megatron_refine.models.lact.config import LactConfig
 from megatron_refine.models.lact.state import LactState
 from megatron_refine.models.mixer import Mixer, sharded
@@ -122,7 +122,8 @@ class LactMixer(Mixer):
         return rows + F.pad(bias, (rows.shape[-1] - bias.shape[1], 0))
 
     def main(self, rows: Tensor) -> tuple[Tensor, LactHandle]:
-        x = self._inputs(rows, torch.arange(rows.shape[1], device=rows.device)[None])
+        turn = first_positions(rows.shape[1], self._half, self.model.rope_theta, rows.dtype, rows.device)
+        x = self._inputs(rows, turn)
         attended = window_attention(x.q, x.k, x.v, self.model.window_size)
         found, weights, chunks = chunk_lact(self.initial(), x.fast_q, x.tokens, self.rule)
         handle = LactHandle(weights, chunks, x.k, x.v, self.rule.chunk, self.model.window_size)
@@ -133,7 +134,8 @@ class LactMixer(Mixer):
         if state.own is not None:
             state = state.fork(count // state.own.k.shape[0])
         places = (state.before + state.fed).repeat_interleave(count // len(state.before))  # [P * n]
-        x = self._inputs(rows, places[:, None] + torch.arange(length, device=rows.device))
+        positions = places[:, None] + torch.arange(length, device=rows.device)
+        x = self._inputs(rows, table(positions, self._half, self.model.rope_theta, rows.dtype))
         window = x.k, x.v
         if state.window is not None:
             window = torch.cat([state.window[0], x.k], 1), torch.cat([state.window[1], x.v], 1)
@@ -180,14 +182,19 @@ class LactMixer(Mixer):
         w0 = whole("w0_left") @ whole("w0_right") + identity
         return w0, whole("w1"), whole("w2_left") @ whole("w2_right") + identity
 
-    def _inputs(self, rows: Tensor, positions: Tensor) -> Inputs:
-        """rows [N, m, H, *], positions [N or 1, m]."""
+    @property
+    def _half(self) -> int:
+        """Of an attention head's width."""
+        return self.model.hidden_size // self.model.num_attn_heads // 2
+
+    def _inputs(self, rows: Tensor, turn: Table) -> Inputs:
+        """rows [N, m, H, *] at the positions of a table."""
         m = self.model
         qkv, rates, momentum, scale = rows.split(self.widths, -1)
         q, k, v = qkv.split(self.dim, -1)  # [N, m, H, D]
         moves = (self.mine(x.view(self.heads, self.dim, 2)) for x in (self.qk_scale, self.qk_offset))
         factor, offset = (x.unbind(-1) for x in moves)
-        fast_q, fast_k = (self._fast(x, f, o, positions) for x, f, o in zip((q, k), factor, offset, strict=True))
+        fast_q, fast_k = (self._fast(x, f, o, turn) for x, f, o in zip((q, k), factor, offset, strict=True))
         fast_v = F.silu(v) if m.qkv_silu and not m.no_v_silu else v
         high = torch.promote_types(rates.dtype, torch.float32)
         tokens = Tokens(
@@ -195,15 +202,15 @@ class LactMixer(Mixer):
             momentum[..., 0].sigmoid() if m.use_momentum else None,
         )  # fmt: skip
         q, k, v = (self._attention_heads(x) for x in (q, k, v))
-        q, k = rope(q, positions, m.rope_theta), rope(k, positions, m.rope_theta)
+        q, k = rope(q, *turn), rope(k, *turn)
         return Inputs(q, k, v, fast_q, tokens, F.silu(scale[..., 0]) if m.learnable_ttt_scale else None)
 
-    def _fast(self, x: Tensor, factor: Tensor, offset: Tensor, positions: Tensor) -> Tensor:
+    def _fast(self, x: Tensor, factor: Tensor, offset: Tensor, turn: Table) -> Tensor:
         """Queries or keys of the fast weights: SiLU, unit length, position by attention head."""
         x = _unit(x, factor, offset, self.model.qkv_silu)
         if self.model.ttt_nope:
             return x
-        return rope(self._attention_heads(x), positions, self.model.rope_theta).reshape(x.shape)
+        return rope(self._attention_heads(x), *turn).reshape(x.shape)
 
     def _attention_heads(self, x: Tensor) -> Tensor:
         """[N, m, H, D] -> [N, m, h, d]."""
