@@ -39,6 +39,13 @@ class Places:
         """Of [P], [P] on the device: one read."""
         return cls(sequences, tokens, [(s, t) for s, t in torch.stack([sequences, tokens], 1).tolist()])
 
+    @classmethod
+    def of_each(cls, tokens: Tensor) -> "Places":
+        """Of [B, c] on the device, c places in each of B sequences: one read."""
+        sequences = torch.arange(len(tokens), device=tokens.device).repeat_interleave(tokens.shape[1])
+        on_host = [(sequence, count) for sequence, row in enumerate(tokens.tolist()) for count in row]
+        return cls(sequences, tokens.flatten(), on_host)
+
     def before(self, count: int) -> tuple[Tensor, Tensor]:
         """The `count` tokens before each place: their numbers [P, count], at least 0, and whether there are such."""
 

@@ -12,6 +12,7 @@ import torch
 
 from megatron_refine import platform
 from megatron_refine.config import Config
+from megatron_refine.kernels.places import Places
 from tests import parity
 from tests.runs import write_config
 from tests.zygote import Zygote
@@ -45,7 +46,7 @@ def decoded(config: Config) -> Any:
         with torch.no_grad():
             main = forward.main_pass(model, b.tokens)
             hidden = main.rows.take(positions.flatten() - 1, sequences)
-            states = main.states(sequences, positions.flatten())
+            states = main.states(Places.read(sequences, positions.flatten()))
         given = hidden, torch.rand(5, 2 * chunks, generator=generator, dtype=torch.float64), temperature
         fixed = decode.fixed(states, 4)
         assert fixed is not None

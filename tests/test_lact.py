@@ -12,6 +12,7 @@ from megatron_refine import platform
 from megatron_refine.config import Config, ConfigError, load
 from megatron_refine.kernels.lact import Rule, Tokens, chunk_lact
 from megatron_refine.kernels.lact.reference import recurrent_lact
+from megatron_refine.kernels.places import Places
 from megatron_refine.kernels.window_attention import branch_attention, window_attention
 from megatron_refine.kernels.window_attention.gpu import flex_window_attention
 from megatron_refine.kernels.window_attention.reference import full_window_attention
@@ -155,7 +156,7 @@ def decoded(config: Config, steps: int) -> tuple[float, list[int]]:
     tokens, starts = batch(1).tokens, torch.tensor([1, 30, 64])
     with torch.no_grad():
         whole = _rows(model, tokens, Branches(main_len=192)).local[:, 0]
-        states: dict[int, Any] = forward.main_pass(model, tokens).states(torch.zeros_like(starts), starts)
+        states: dict[int, Any] = forward.main_pass(model, tokens).states(Places.read(torch.zeros_like(starts), starts))
         worst = 0.0
         for j in range(steps):
             rows, states = forward.decode_step(model, tokens[0, starts + j], states)

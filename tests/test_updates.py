@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from megatron_refine.config import Config
+from megatron_refine.kernels.places import Places
 from megatron_refine.records import Batch
 from tests.lanes import short
 from tests.parity import batch, build, experience, full_gradients, full_parameters, relative, small_config
@@ -49,7 +50,8 @@ def update(config: Config) -> dict[str, Any]:
         mine = [
             slice(i, i + size) for i in range(ranks.dp_rank * 4 // ranks.dp, (ranks.dp_rank + 1) * 4 // ranks.dp, size)
         ]
-        micros, records = [b.rows(i) for i in mine], [SimpleNamespace(experience=e.rows(i)) for i in mine]
+        micros, own = [b.rows(i) for i in mine], [e.rows(i) for i in mine]
+        records = [SimpleNamespace(experience=x, places=Places.of_each(x.positions)) for x in own]
         if kind == "refine":
             result = step._update(micros, records, step._packed, refine=True)  # type: ignore[arg-type]
         else:

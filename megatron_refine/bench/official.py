@@ -54,8 +54,8 @@ class OfficialStep(RefineStep):
         records = [self._explore(micro, step) for micro in micros]
         real = torch.cat([usable(m.lengths, *self._limits()) for m in micros]).sum()
         count = float(real * self.config.branch_rows)
-        targets = float((batch.lengths - 1).sum())
-        items: list[Any] = [Item(micro, None, targets, 0) for micro in micros]
+        targets = (batch.lengths - 1).sum()
+        items: list[Any] = [Item(micro, None, targets, targets * 0) for micro in micros]
         for micro, record in zip(micros, records, strict=True):
             items += self._policy_items(micro, record, count)
         with self.clock("update"):
@@ -144,7 +144,8 @@ class OfficialStep(RefineStep):
     def _part(self, logprobs: Tensor, item: Any) -> tuple[Tensor, Tensor]:
         c = self.config.refine
         if isinstance(item, Item):
-            ntp = objective.next_token_sums(logprobs, item.batch.lengths)[0] / item.ntp_count
+            total = objective.next_token_sums(logprobs, item.batch.lengths)[0]
+            ntp = total / item.ntp_count.to(total.dtype)
             return c.ntp_coef * ntp, torch.stack([ntp, ntp * 0])
         terms = objective.policy_terms(logprobs, item.old, item.advantages, c.clip_low, c.clip_high, c.dual_clip)
         nsp = terms.loss.sum() / item.count
