@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from megatron_refine.platform import on_gpu
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -24,7 +26,7 @@ def fused(function: F) -> F:
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        on_gpu = any(isinstance(x, Tensor) and x.device.type == "cuda" for x in args)
-        return compiled()(*args, **kwargs) if on_gpu else function(*args, **kwargs)
+        gpu = any(isinstance(x, Tensor) and on_gpu(x) for x in args)
+        return compiled()(*args, **kwargs) if gpu else function(*args, **kwargs)
 
     return call  # type: ignore[return-value]

@@ -31,8 +31,7 @@ GPU_PEAK_FLOPS = {
     "L40": 181e12,
 }  # dense bf16, data sheets
 _installed = False
-_pretended = torch.device("cuda", 0)
-_recorder: Callable[[Callable[[], Any]], tuple[Callable[[], None], Any]] | None = None  # of `pretend_gpu`
+_recorder: Callable[[Callable[[], Any]], Any] | None = None  # of `pretend_gpu`
 _said = 0  # times that rank 0 spoke
 
 
@@ -40,15 +39,18 @@ def has_gpu() -> bool:
     return _recorder is not None or torch.cuda.is_available()
 
 
+def on_gpu(tensor: torch.Tensor) -> bool:
+    """Whether a GPU computes with the tensor."""
+    return tensor.device.type == "cuda" or _recorder is not None
+
+
 def device() -> torch.device:
-    if _recorder is not None:
-        return _pretended
-    return torch.device("cuda", torch.cuda.current_device()) if has_gpu() else CPU
+    return torch.device("cuda", torch.cuda.current_device()) if has_gpu() and _recorder is None else CPU
 
 
 def pretend_gpu(compiler: Callable[..., Any], recorder: Callable[[Callable[[], Any]], Any]) -> None:
-    """Take a GPU's way through the program without one, on fake tensors, which hold no values: to count what it
-    launches. From then on this process can do nothing else.
+    """Take a GPU's way through the program, on tensors of a CPU that hold no values: to count what it launches. From
+    then on this process can do nothing else.
 
     compiler stands in for torch.compile, recorder for `record`. Call it before `install`.
     """
@@ -56,11 +58,11 @@ def pretend_gpu(compiler: Callable[..., Any], recorder: Callable[[Callable[[], A
     assert not _installed, "pretend before Megatron-Core is imported"
     _recorder = recorder
     torch.compile = compiler  # type: ignore[assignment]
-    torch.cuda.current_device = lambda: _pretended  # type: ignore[assignment,return-value]
-    for name in ("set_device", "synchronize"):
-        setattr(torch.cuda, name, lambda *args, **kwargs: None)
-    _patch_generators()
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self.to(_pretended)  # type: ignore[method-assign]
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    del FakeTensor.tolist  # it asks for each value alone; Tensor's own is answered by a mode, as a whole
+    # parameters are made where and as they should be, and those without values cannot be moved
+    torch.nn.Module._apply = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
 
 
 def install() -> None:
@@ -75,18 +77,17 @@ def install() -> None:
         r"megatron\.core",
     ):  # what they deprecate and what they miss is no news to users
         warnings.filterwarnings("ignore", module=package)
-    if has_gpu():
+    if device() != CPU:
         os.environ.setdefault(
             "CUDA_DEVICE_MAX_CONNECTIONS", "1"
         )  # Megatron overlaps collectives by the order of launches
         torch.cuda.set_device(local_rank())
-        if _recorder is not None:
-            _patch_megatron_rng()
     else:
         _keep_freed_memory()
         _run_as_batch()
         _patch_torch()
-        _patch_megatron_jit()
+        if not has_gpu():
+            _patch_megatron_jit()
         _patch_megatron_rng()
     _repair_distributed_optimizer()
     if unused is None:
@@ -113,7 +114,7 @@ def init_process_group(timeout_minutes: float) -> None:
     timeout = timedelta(minutes=timeout_minutes)
     if not has_gpu():
         torch.set_num_threads(place.threads)
-    own_device = device() if backend() == "nccl" else None
+    own_device = device() if device() != CPU else None
     dist.init_process_group(backend(), rank=place.rank, world_size=place.world, timeout=timeout, device_id=own_device)
 
 
@@ -137,7 +138,7 @@ def from_first(value: str | None) -> str:
 
 def backend() -> str:
     """Of collectives on tensors of `device()`."""
-    return "nccl" if has_gpu() and _recorder is None else "gloo"
+    return "nccl" if device() != CPU else "gloo"
 
 
 class GroupStore:
@@ -264,7 +265,8 @@ def _patch_torch() -> None:
     """Answer Megatron's device literals with the CPU."""
     torch.cuda.current_device = lambda: CPU  # type: ignore[assignment,return-value]
     torch.cuda.synchronize = lambda *args, **kwargs: None
-    _patch_generators()
+    torch.cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(seed)  # type: ignore[assignment]
+    torch.cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
     for name in ("tensor", "zeros", "ones", "empty", "full", "arange", "empty_like", "zeros_like"):
         setattr(torch, name, _on_cpu(getattr(torch, name)))
@@ -277,11 +279,6 @@ def _patch_torch() -> None:
         return real_type(self).replace("torch.", "torch.cuda.", 1)
 
     torch.Tensor.type = type_name  # type: ignore[method-assign,assignment]
-
-
-def _patch_generators() -> None:
-    torch.cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(seed)  # type: ignore[assignment]
-    torch.cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
 
 
 def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

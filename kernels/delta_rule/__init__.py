@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megatron_refine.kernels.delta_rule.chunk import chunk_delta_rule
 from megatron_refine.kernels.places import Places
+from megatron_refine.platform import on_gpu
 
 
 class Trace(Protocol):
@@ -34,7 +35,7 @@ def delta_rule(
     sequences. Returns: o shaped as v, final state [N, H, K, V], trace. On a GPU in low precision the Triton kernels
     compute it; a GPU without them is a RuntimeError, never a silent slow path.
     """
-    if q.device.type == "cuda" and q.dtype != torch.float64:
+    if on_gpu(q) and q.dtype != torch.float64:
         _require_fla()
         from megatron_refine.kernels.delta_rule.fla import fla_delta_rule
 
@@ -58,4 +59,4 @@ def l2_normalize(x: Tensor) -> Tensor:
     """
     high = x.to(torch.promote_types(x.dtype, torch.float32))
     found = high * torch.rsqrt(high.pow(2).sum(-1, keepdim=True) + 1e-6)
-    return found.to(x.dtype) if x.device.type == "cuda" else found
+    return found.to(x.dtype) if on_gpu(x) else found

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_refine.kernels.fused import fused
+from megatron_refine.platform import on_gpu
 
 Fast = tuple[Tensor, Tensor, Tensor]
 """W0 [..., H, I, D], W1 [..., H, D, I], W2 [..., H, I, D], or what is shaped like them."""
@@ -118,7 +119,7 @@ def after(weights: Weights, tokens: Tokens, initial: Fast, rule: Rule) -> Weight
     if tokens.momentum is not None:
         kept = tokens.momentum.to(steps[0].dtype).mean(1)[..., None, None]
         steps = tuple(g + kept * m for g, m in zip(steps, weights.moved, strict=True))  # type: ignore[assignment]
-    low = tokens.k.dtype if tokens.k.device.type == "cuda" else steps[0].dtype  # as the official code, where it pays
+    low = tokens.k.dtype if on_gpu(tokens.k) else steps[0].dtype  # as the official code, where it pays
     taken = tuple(orthogonal(m, low) for m in steps) if rule.muon else steps
     t0, t1, t2 = (w + s for w, s in zip(weights.total, taken, strict=True))
     u0, u1, u2 = (_scale_rows(t, w) for t, w in zip((t0, t1, t2), initial, strict=True))

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_refine import platform
 from megatron_refine.kernels.fused import fused
 from megatron_refine.trainer.model import RefineModel
 
@@ -46,7 +47,7 @@ def score(model: RefineModel, rows: Tensor, targets: Tensor, temperature: Tensor
 
 def chunk_rows(weight: Tensor) -> int:
     """Rows of a chunk, for a weight [V/tp, hidden]."""
-    elements = GPU_CHUNK_ELEMENTS if weight.device.type == "cuda" else CHUNK_ELEMENTS
+    elements = GPU_CHUNK_ELEMENTS if platform.on_gpu(weight) else CHUNK_ELEMENTS
     rows = max(1, elements // weight.shape[0])
     return rows - rows % ALIGNED if rows > ALIGNED else rows
 
@@ -133,7 +134,7 @@ def _into_logits(
     outer = grad if temperature is None else grad / temperature.to(grad.dtype)
     scaled, width = _prepared(logits, temperature, real), logits.shape[1]
     found = (scaled - log_total[:, None]).exp_().mul_(-outer[:, None])
-    if logits.device.type == "cuda":  # in the one kernel
+    if platform.on_gpu(logits):  # in the one kernel
         ids = torch.arange(width, device=logits.device)
         found = torch.where(ids == local[:, None], found + outer[:, None], found)
     else:
@@ -149,7 +150,7 @@ def _add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
         total = left.new_zeros(left.shape[0], right.shape[1], dtype=high)
     if high == left.dtype:
         return total.addmm_(left, right)
-    if left.device.type == "cuda":
+    if platform.on_gpu(left):
         return torch.addmm(total, left, right, out_dtype=high)
     return total.add_(left @ right)  # a product of a chunk is rounded once
 

@@ -89,7 +89,7 @@ class Updater:
         parameter."""
         grads = [grad for part in self.parts for grad in part.get_main_grads_for_grad_norm()]
         device = next(self.model.parameters()).device
-        norm = get_total_norm(grads, foreach=device.type == "cuda") if grads else torch.zeros((), device=device)
+        norm = get_total_norm(grads, foreach=platform.has_gpu()) if grads else torch.zeros((), device=device)
         squared = norm[None] ** 2
         dist.all_reduce(squared, group=self.optimizer.get_grad_stats_parallel_group())
         return squared

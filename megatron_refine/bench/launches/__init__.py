@@ -1,7 +1,7 @@
 """What the steps of a GPU launch, compute and move, counted on any machine: no GPU, and nothing is computed.
 
-The program itself runs, on fake tensors that say they lie on a GPU: shapes without values, at full size. A dispatch
-mode sees every operator of torch, forward and backward. What torch does not see into is counted as it is declared.
+The program itself takes a GPU's way, at full size, on fake tensors: shapes without values. A dispatch mode sees every
+operator of torch, forward and backward. What torch does not see into is counted as it is declared.
 
 counter.py   the modes, and what one operator launches and moves;  opaque.py  torch.compile, FlexAttention, the kernels
              of flash-linear-attention (delta.py)

@@ -1,14 +1,14 @@
 """Counts what operators launch and move, as they pass by.
 
 An operator of torch is one launch that reads each tensor it is given once and writes its result once, unless a table
-below says otherwise. Views are free, and so is what happens on the CPU. Caches are not modelled: what one kernel writes
+below says otherwise. Views are free. Caches are not modelled: what one kernel writes
 and the next one reads is written and read.
 """
 
 import contextlib
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,13 +29,11 @@ GATHERS = {"index", "gather", "embedding", "index_select", "index_put_", "index_
            "scatter_add_", "scatter_", "index_add_", "index_copy"}  # fmt: skip
 # kernels of an operator, where torch's CUDA implementation has several
 SEVERAL = {
-    "_fused_rms_norm_backward": 3,  # into x; into the weight: parts, then their sum
     "embedding_dense_backward": 9,  # a sort by token, segments, their sums
     "index_put_": 6, "index_put": 7, "_index_put_impl_": 6,  # accumulating: a sort by index, then the sums
     "select_backward": 2, "slice_backward": 2, "constant_pad_nd": 2, "index_copy": 2,  # zeros or a copy, then the part
     "sort": 4, "cumsum": 2,
 }  # fmt: skip
-AGAIN = {"_fused_rms_norm_backward"}  # read what they are given twice
 READS = {"item", "tolist", "__bool__", "__int__", "__float__", "__index__"}
 
 
@@ -137,10 +135,10 @@ class Counter(TorchDispatchMode):
         name = func._schema.name.split("::")[1]
         if func.namespace == "c10d":
             return self._collective(name, func, args, kwargs or {})
-        if name == "_local_scalar_dense" and args[0].device.type == "cuda":
+        if name == "_local_scalar_dense" and unknown(args[0]):
             return self.read(args[0], nested=False)
         out = func(*args, **(kwargs or {}))
-        if self.paused or name in FREE or is_view(func):
+        if self.paused or name in FREE or func.namespace == "prim" or is_view(func):
             return out
         work = operator(name, [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)], out)
         if work is not None:
@@ -155,19 +153,30 @@ class Counter(TorchDispatchMode):
         return (args[0], done) if len(func._schema.returns) > 1 else done
 
 
-class HostReads(TorchFunctionMode):
-    """Answers what asks a fake tensor of a GPU for its values, once for each question, and counts it."""
+class Answers(TorchFunctionMode):
+    """Answers what asks a fake tensor for its values, once for each question, and counts it. Calls other functions in
+    the place of those that are one kernel on a GPU alone."""
 
-    def __init__(self, counter: Counter):
+    def __init__(self, counter: Counter, instead: Mapping[str, Callable[..., Any]]):
+        """instead: by name, each given the function and its arguments."""
         super().__init__()
-        self.counter = counter
+        self.counter, self.instead = counter, instead
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
-        if name in READS and isinstance(args[0], Tensor) and args[0].device.type == "cuda":
+        if name in READS and unknown(args[0]):
             found = self.counter.read(args[0], nested=name == "tolist")
             return {"__bool__": bool, "__int__": int, "__float__": float, "__index__": int}.get(name, _same)(found)
+        if name in self.instead and not self.counter.paused:
+            return self.instead[name](func, *args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+
+def unknown(value: Any) -> bool:
+    """Whether it is a tensor without values."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return isinstance(value, FakeTensor) and value.constant is None
 
 
 def _same(value: Any) -> Any:
@@ -205,24 +214,22 @@ def is_view(func: Any) -> bool:
 
 
 def operator(name: str, given: list[Tensor], out: Any) -> Work | None:
-    """What an operator of torch launches and moves; None where the GPU has no part in it."""
+    """What an operator of torch launches and moves; None where no tensor takes part."""
     result = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
-    gpu = [x for x in (*given, *result) if x.device.type == "cuda"]
-    if not gpu:
+    found = [*given, *result]
+    if not found:
         return None
     if name in MATMULS:
         left, right = given[-2:]
         flops = 2.0 * result[0].numel() * left.shape[-1]
         return Work(name, left.dtype, moved(given) + moved(result), 1, flops, products=True)
-    dtype = next((x.dtype for x in gpu if x.is_floating_point()), gpu[0].dtype)
+    dtype = next((x.dtype for x in found if x.is_floating_point()), found[0].dtype)
     size = moved(given) + moved(result)
     if name in WRITES:
         size = moved(result) + moved(given[1:] if name == "copy_" else given if name in ("_to_copy", "clone") else [])
     elif name in GATHERS:  # of the larger tensor, the rows that are named alone
         rows = min([moved(x) for x in given if x.is_floating_point()] + [moved(result)])
         size = (2 if name in ("index", "gather", "embedding", "index_select") else 3) * rows
-    elif name in AGAIN:
-        size += moved(given)
     if name.startswith(("_foreach_", "_fused_adam")):
         return several(name, dtype, given, result)
     return Work(name, dtype, size, launches(name, given))

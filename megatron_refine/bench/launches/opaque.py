@@ -5,6 +5,9 @@ backward pass is one kernel too, which reads arguments and gradients and writes 
 elements than the function's results (a weight's) is a sum over rows: two kernels more, which read everything again and
 write it. A tensor that is handed through costs nothing.
 
+The RMS norm is a kernel forward, and three backward: into its input, then into its weight in parts and their sum. Where
+weight and input differ in dtype torch has none, and it is counted as the operators that it is made of.
+
 FlexAttention is a kernel forward and two backward. Its products are those of all blocks of 128 x 128 that the mask
 touches: two each forward, seven backward (scores and their gradients twice, once for queries, once for keys).
 """
@@ -111,6 +114,24 @@ def compiled(counter: Counter, function: Any, args: Any, kwargs: Any) -> Any:
 
 def _among(x: Any, tensors: Sequence[Tensor]) -> bool:
     return any(x is tensor for tensor in tensors)
+
+
+def rms_norm(
+    counter: Counter, function: Any, x: Tensor, shape: Any, weight: Tensor | None = None, eps: float | None = None
+) -> Tensor:
+    """In the place of torch.nn.functional.rms_norm."""
+    if weight is None or weight.dtype != x.dtype:
+        found: Tensor = function(x, shape, weight, eps)
+        return found
+    out, scale = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
+    name = "rms_norm"
+
+    def backward(grads: Sequence[Any], found: Sequence[Any]) -> list[Work]:
+        into_x = Work(f"{name}, backward", x.dtype, moved([x, weight, scale, grads, found[:1]]))
+        return [into_x, Work(f"{name}, backward to weights", x.dtype, moved([x, scale, grads, found[1:]]), 2)]
+
+    call = Call(counter, [out], [Work(name, x.dtype, moved([x, weight, out, scale]))], backward)
+    return whole(call, [x, weight])[0]
 
 
 def attend(counter: Counter, q: Tensor, k: Tensor, v: Tensor, *, block_mask: Any, **_: Any) -> Tensor:

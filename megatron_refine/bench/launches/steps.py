@@ -4,9 +4,11 @@ Layers are alike, so two of them and one are run, and their difference stands fo
 reads decides how a step goes on, and fake tensors have no values: rollouts start at evenly spaced positions.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,8 +16,8 @@ from torch import Tensor
 
 from megatron_refine import platform
 from megatron_refine.bench.launches import delta
-from megatron_refine.bench.launches.counter import Counter, HostReads, Key, Sum
-from megatron_refine.bench.launches.opaque import compiler, recorder
+from megatron_refine.bench.launches.counter import Answers, Counter, Key, Sum
+from megatron_refine.bench.launches.opaque import compiler, recorder, rms_norm
 from megatron_refine.config import Config, ConfigError
 from megatron_refine.records import Batch
 
@@ -59,7 +61,8 @@ class Steps:
         size = config.train.micro_batch_size
         train = config.train.model_copy(update={"global_batch_size": size})
         update = config.update.model_copy(update={"mini_batch_size": 0})
-        self.config = config.model_copy(update={"train": train, "update": update})
+        engine = config.engine.model_copy(update={"stop_gap": math.inf})  # log-probabilities are any
+        self.config = config.model_copy(update={"train": train, "update": update, "engine": engine})
         self.counter = Counter()
         platform.pretend_gpu(compiler(self.counter), recorder(self.counter))
         delta.install(self.counter)
@@ -84,11 +87,8 @@ class Steps:
 
     @contextmanager
     def counting(self) -> Iterator[None]:
-        """All tensors made inside lie on the GPU, and are fake."""
-        with (
-            torch.autograd.set_multithreading_enabled(False),  # there is no thread of a GPU
-            self.fake, self.counter, HostReads(self.counter),
-        ):  # fmt: skip
+        """All tensors made inside are fake."""
+        with self.fake, self.counter, Answers(self.counter, {"rms_norm": partial(rms_norm, self.counter)}):
             yield
 
     def _prepared(self, layers: int, kinds: Sequence[str], cuda_graphs: bool) -> dict[str, Callable[[], Any]]:
@@ -111,8 +111,7 @@ class Steps:
         """The model, without what wraps it for data parallelism."""
         from megatron_refine.trainer.model import build_module
 
-        with torch.device(platform.device()):
-            return build_module(config, self.ranks)
+        return build_module(config, self.ranks)
 
     def update(self) -> Counted:
         """Of what follows the passes, once an optimizer step: gradients into their buffer, the norm, clipping, Adam.
@@ -124,9 +123,9 @@ class Steps:
         from megatron_refine.trainer.optimizer import Updater
 
         with self.counting():
-            with torch.device(platform.device()):
-                model = build_model(self.config, self.ranks)
-                updater = Updater(self.config, model, self.ranks)
+            model = build_model(self.config, self.ranks)
+        updater = Updater(self.config, model, self.ranks)  # ranks exchange objects there, whose values must be
+        with self.counting():
             item = Item(self._batch(), None, torch.ones(()), torch.ones(()))
             length = self.config.data.seq_length
 
@@ -139,13 +138,13 @@ class Steps:
 
     def _batch(self) -> Batch:
         size, length = self.config.train.micro_batch_size, self.config.data.seq_length
-        tokens = torch.empty(size, length, dtype=torch.int64, device=platform.device())
-        return Batch(tokens, *(torch.empty(size, dtype=torch.int64, device=platform.device()) for _ in range(2)))
+        tokens = torch.empty(size, length, dtype=torch.int64)
+        return Batch(tokens, *(torch.empty(size, dtype=torch.int64) for _ in range(2)))
 
     def _counted(self, run: Callable[[], Any]) -> Counted:
         self.counter.clear()
         run()
-        return Counted(self.counter.sums, self.counter.reads)
+        return Counted(self.counter.sums, [*self.counter.reads])
 
 
 def extrapolated(one: Counted, two: Counted, layers: int) -> Counted:
