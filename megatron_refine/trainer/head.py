@@ -85,7 +85,7 @@ class _VocabParallelScores(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         rows, weight, local, at, log_total, kept = ctx.saved_tensors
-        size = chunk_rows(weight) if kept is None else len(rows)
+        size = chunk_rows(weight) if kept is None else max(1, len(rows))
         into_rows, into_weight = [], None
         for chunk, wanted, temperature, totals, outer in _chunks(size, rows, local, at, log_total, grad):
             logits = chunk @ weight.mT if kept is None else kept
@@ -99,8 +99,8 @@ class _VocabParallelScores(torch.autograd.Function):
 
 
 def _chunks(size: int, *columns: Tensor | None) -> Any:
-    """`size` rows of all tensors at a time; None stays."""
-    count = -(-len(columns[0]) // size)  # type: ignore[arg-type]
+    """`size` rows of all tensors at a time, once where there are none; None stays."""
+    count = max(1, -(-len(columns[0]) // size))  # type: ignore[arg-type]
     return zip(*([None] * count if x is None else x.split(size) for x in columns), strict=True)
 
 
