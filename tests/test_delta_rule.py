@@ -17,7 +17,7 @@ from megatron_refine import platform
 from megatron_refine.kernels.delta_rule import delta_rule, fla, l2_normalize
 from megatron_refine.kernels.delta_rule.chunk import chunk_delta_rule
 from megatron_refine.kernels.delta_rule.reference import recurrent_delta_rule
-from megatron_refine.models.common.conv import short_conv
+from megatron_refine.kernels.short_conv import short_conv
 
 HEADS, KEY, VALUE = 2, 6, 5
 # fp64 rounds at 1e-16; a few thousand dependent roundings stay far below
