@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_refine.kernels.lact import passes
 from megatron_refine.kernels.lact.muon import iterations, newton_schulz, newton_schulz_backward
+from megatron_refine.platform import on_gpu
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,7 @@ def _moved(
     if not rule.muon:
         moved = passes.moved(step, before, factor, dtype)
         return moved, moved, None, None
-    low = step.dtype if step.device.type == "cuda" else dtype  # as the official code, where it pays
+    low = step.dtype if on_gpu(step) else dtype  # as the official code, where it pays
     moved, unit, norm = passes.unit(step, before, factor, dtype, low)
     unit = _wide(unit)
     return moved, _stack(newton_schulz(unit), step.shape), unit, norm

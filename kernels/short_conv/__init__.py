@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_refine.kernels.delta_rule import l2_normalize
 from megatron_refine.kernels.fused import fused
+from megatron_refine.platform import on_gpu
 
 
 def convolved(
@@ -24,7 +25,7 @@ def convolved(
     Returns: q, k [N, T, G, K] of unit length, v [N, T, G, V], and the other columns as they are. On a GPU a Triton
     kernel computes it, and q and k are in the precision of the rows; here they are in at least fp32.
     """
-    if rows.device.type == "cuda" and rows.dtype != torch.float64:
+    if on_gpu(rows) and rows.dtype != torch.float64:
         from megatron_refine.kernels.short_conv.gpu import gpu_convolved
 
         return gpu_convolved(rows, weight, tail, keys, others)

@@ -11,6 +11,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from torch import Tensor, nn
 
 from megatron_refine.kernels.delta_rule import Trace, delta_rule
+from megatron_refine.kernels.places import Places
 from megatron_refine.kernels.short_conv import convolved
 from megatron_refine.models.common.norm import HeadNorm
 from megatron_refine.models.mixer import Mixer, sharded
@@ -35,6 +36,9 @@ class DeltaState:
     def fork(self, n: int) -> "DeltaState":
         return DeltaState(self.memory.repeat_interleave(n, 0), self.tail.repeat_interleave(n, 0))
 
+    def fixed(self, tokens: int) -> "DeltaState":
+        return self
+
 
 @dataclass(frozen=True)
 class DeltaHandle:
@@ -45,11 +49,10 @@ class DeltaHandle:
     channels: int  # D
     width: int
 
-    def at(self, sequences: Tensor, positions: Tensor) -> DeltaState:
-        before = positions[:, None] + torch.arange(1 - self.width, 0, device=positions.device)  # [P, W-1]
-        tail = self.rows[sequences[:, None], before.clamp(min=0)][..., : self.channels]
-        tail = tail * (before >= 0)[..., None, None]
-        return DeltaState(self.trace.state_at(sequences, positions), tail)
+    def at(self, places: Places) -> DeltaState:
+        before, real = places.before(self.width - 1)  # [P, W-1]
+        tail = self.rows[places.sequences[:, None], before][..., : self.channels] * real[..., None, None]
+        return DeltaState(self.trace.state_at(places), tail)
 
 
 class DeltaMixer(Mixer):
@@ -90,8 +93,8 @@ class DeltaMixer(Mixer):
         return {"conv": self.conv}
 
     def rule_inputs(self, q: Tensor, k: Tensor, v: Tensor, others: Sequence[Tensor]) -> dict[str, Tensor]:
-        """After the convolution q, k [N, m, G, K], v [N, m, G, *], and the others [N, m, G, *] -> q, k, v, beta, g of
-        the delta rule, all with this rank's heads [N, m, H, *]."""
+        """After the convolution q, k [N, m, G, K], v [N, m, G, *], and the others [N, m, G, *] -> q, k [N, m, G, K], v,
+        beta, g [N, m, H, *] of the delta rule, with this rank's heads."""
         raise NotImplementedError
 
     def read_out(self, o: Tensor, others: Sequence[Tensor]) -> Tensor:
@@ -102,9 +105,9 @@ class DeltaMixer(Mixer):
     def project(self, hidden: Tensor) -> Tensor:
         return self.in_proj(hidden)[0].unflatten(-1, (self.groups, self.channels + sum(self.others)))
 
-    def main(self, rows: Tensor, cuts: Sequence[int] | None) -> tuple[Tensor, DeltaHandle]:
+    def main(self, rows: Tensor) -> tuple[Tensor, DeltaHandle]:
         inputs, others = self._inputs(rows, None)
-        o, _, trace = delta_rule(**inputs, cuts=cuts)
+        o, _, trace = delta_rule(**inputs)
         return self.read_out(o, others), DeltaHandle(trace, rows, self.channels, self.conv.shape[-1])
 
     def branch(self, rows: Tensor, state: DeltaState) -> tuple[Tensor, DeltaState]:

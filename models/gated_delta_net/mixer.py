@@ -46,8 +46,6 @@ class GatedDeltaNetMixer(DeltaMixer):
     def rule_inputs(self, q: Tensor, k: Tensor, v: Tensor, others: Sequence[Tensor]) -> dict[str, Tensor]:
         a, b = (x.flatten(-2) for x in others[1:])  # [N, m, H]
         beta, g = gates(a, b, self.mine(self.A_log), self.mine(self.dt_bias), self.beta_range)
-        if self.shared > 1:
-            q, k = (x.repeat_interleave(self.shared, -2) for x in (q, k))
         return {"q": q, "k": k, "v": v.reshape(*beta.shape, -1), "beta": beta, "g": g}
 
     def mixed_columns(self, rows: Tensor) -> Tensor:

@@ -35,8 +35,6 @@ class GatedDeltaNetAttention(DeltaAttention):
     def rule_inputs(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, ragged: Ragged) -> dict[str, Tensor]:
         a, b = (ragged.pad(project(x)[0]) for project in (self.a_proj, self.b_proj))
         beta, g = (ragged.real(found) for found in gates(a, b, self.A_log, self.dt_bias, self.beta_range))
-        shared = v.shape[-2] // k.shape[-2]  # value heads of a key head
-        q, k = (x.repeat_interleave(shared, -2) if shared > 1 else x for x in (q, k))
         return {"q": q, "k": k, "v": v, "beta": beta, "g": g}
 
     def read_out(self, x: Tensor, o: Tensor) -> Tensor:

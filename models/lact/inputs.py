@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_refine.kernels.fused import fused
 from megatron_refine.kernels.lact import Tokens
-from megatron_refine.models.common.rope import rope
+from megatron_refine.models.common.rope import Table, rope
 from megatron_refine.models.lact.config import LactConfig
 
 UNIT_EPS, READ_EPS = 1e-5, 1e-5  # whatever norm_eps is
@@ -33,12 +33,10 @@ class Inputs:
     scale: Tensor | None  # [N, m, H]
 
     @classmethod
-    def of(
-        cls, rows: Tensor, bias: Tensor, moves: tuple[Tensor, Tensor], positions: Tensor, shape: "Shape"
-    ) -> "Inputs":
+    def of(cls, rows: Tensor, bias: Tensor, moves: tuple[Tensor, Tensor], turn: Table, shape: "Shape") -> "Inputs":
         """Projected rows [N, m, H, *], bias [H, *] of the last columns, scale and offset [H, D, 2] of queries and keys,
-        positions [N or 1, m]."""
-        q, k, v, fast_q, x, rates, momentum, scale = _prepared(rows, bias, *moves, positions, shape)
+        and a table of the rows' positions."""
+        q, k, v, fast_q, x, rates, momentum, scale = _prepared(rows, bias, *moves, *turn, shape)
         return cls(q, k, v, fast_q.transpose(1, 2), Tokens(x, rates, momentum), scale)
 
 
@@ -47,7 +45,6 @@ class Shape(NamedTuple):
 
     dim: int  # D, of a fast-weight head
     attention_dim: int  # d, of an attention head
-    theta: float
     turn: bool  # queries and keys of the fast weights too
     silu: bool
     v_silu: bool
@@ -59,8 +56,8 @@ class Shape(NamedTuple):
         attention_dim = model.hidden_size // model.num_attn_heads
         v_silu = model.qkv_silu and not model.no_v_silu
         return cls(
-            model.head_dim, attention_dim, model.rope_theta, not model.ttt_nope, model.qkv_silu, v_silu,
-            model.use_momentum, model.learnable_ttt_scale,
+            model.head_dim, attention_dim, not model.ttt_nope, model.qkv_silu, v_silu, model.use_momentum,
+            model.learnable_ttt_scale,
         )  # fmt: skip
 
     @property
@@ -71,7 +68,7 @@ class Shape(NamedTuple):
 
 @fused
 def _prepared(
-    rows: Tensor, bias: Tensor, factor: Tensor, offset: Tensor, positions: Tensor, shape: Shape
+    rows: Tensor, bias: Tensor, factor: Tensor, offset: Tensor, cos: Tensor, sin: Tensor, shape: Shape
 ) -> tuple[Tensor | None, ...]:
     """-> q, k, v [N, m, h, d]; fast queries [N, H, m, D]; fast keys, keys, values [N, H, 3, m, D]; rates [N, H, m, 3],
     momentum [N, H, m], scale [N, m, H]."""
@@ -79,12 +76,12 @@ def _prepared(
     own, others_bias = bias.split([bias.shape[-1] - others.shape[-1], others.shape[-1]], -1)
     q, k, v = (qkv + own if own.shape[-1] else qkv).split(shape.dim, -1)  # [N, m, H, D]
     rates, momentum, scale = (others + others_bias).split(shape.widths[1:], -1)
-    fast_q, fast_k = (_fast(x, factor[..., i], offset[..., i], positions, shape) for i, x in enumerate((q, k)))
+    fast_q, fast_k = (_fast(x, factor[..., i], offset[..., i], (cos, sin), shape) for i, x in enumerate((q, k)))
     keys, values = (x.transpose(1, 2) for x in (fast_k, F.silu(v) if shape.v_silu else v))
     high = torch.promote_types(rates.dtype, torch.float32)
     q, k, v = (x.flatten(-2).unflatten(-1, (-1, shape.attention_dim)) for x in (q, k, v))
     return (
-        rope(q, positions, shape.theta), rope(k, positions, shape.theta), v.contiguous(),
+        rope(q, cos, sin), rope(k, cos, sin), v.contiguous(),
         fast_q.transpose(1, 2).contiguous(), torch.stack([keys, keys, values], 2),
         F.softplus(rates.to(high) + BASE_RATE_INVERSE).transpose(1, 2).contiguous(),
         momentum[..., 0].sigmoid().transpose(1, 2) if shape.momentum else None,
@@ -92,7 +89,7 @@ def _prepared(
     )  # fmt: skip
 
 
-def _fast(x: Tensor, factor: Tensor, offset: Tensor, positions: Tensor, shape: Shape) -> Tensor:
+def _fast(x: Tensor, factor: Tensor, offset: Tensor, turn: Table, shape: Shape) -> Tensor:
     """Queries or keys of the fast weights, [N, m, H, D]: SiLU, unit length, position by attention head."""
     x = x * factor + offset
     x = F.silu(x) if shape.silu else x
@@ -101,7 +98,7 @@ def _fast(x: Tensor, factor: Tensor, offset: Tensor, positions: Tensor, shape: S
     if not shape.turn:
         return x
     heads = x.flatten(-2).unflatten(-1, (-1, shape.attention_dim))
-    return rope(heads, positions, shape.theta).reshape(x.shape)
+    return rope(heads, *turn).reshape(x.shape)
 
 
 @fused

@@ -11,7 +11,7 @@ attention heads. qk_scale, qk_offset [hidden, 2] (q, k); w1 [heads, D, I]; w0, w
 w0_left [heads, I, rank], w0_right [heads, rank, D].
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,8 +22,10 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from torch import Tensor, nn
 
 from megatron_refine.kernels.lact import Rule, Tokens, Weights, chunk_lact, join, read, stacked
+from megatron_refine.kernels.places import Places
 from megatron_refine.kernels.window_attention import branch_attention, window_attention
 from megatron_refine.models.common.norm import HeadNorm
+from megatron_refine.models.common.rope import Table, first_positions, table
 from megatron_refine.models.lact.config import LactConfig
 from megatron_refine.models.lact.inputs import READ_EPS, Inputs, Shape, joined
 from megatron_refine.models.lact.state import LactState
@@ -43,17 +45,14 @@ class LactHandle:
     chunk: int
     window: int
 
-    def at(self, sequences: Tensor, positions: Tensor) -> LactState:
-        rows, places = sequences.tolist(), positions.tolist()
-        length = min(self.window - 1, max(places))
-        before = positions[:, None] + torch.arange(-length, 0, device=positions.device)
-        index = sequences[:, None], before.clamp(min=0)
+    def at(self, places: Places) -> LactState:
+        index = places.sequences[:, None], places.before(min(self.window - 1, max(p for _, p in places.on_host)))[0]
         # at the very end of a full last chunk the update is still to come
-        chunks = [min(p // self.chunk, len(self.weights) - 1) for p in places]
-        begun = [(c, row, p - c * self.chunk) for c, row, p in zip(chunks, rows, places, strict=True)]
+        lie = [(min(p // self.chunk, len(self.weights) - 1), row, p) for row, p in places.on_host]
         return LactState(
-            places, self.weights, list(zip(chunks, rows, strict=True)), self.chunks, begun, [0] * len(rows), None,
-            (self.keys[index], self.values[index]), positions, None,
+            self.weights, [(chunk, row) for chunk, row, _ in lie], self.chunks,
+            [(chunk, row, p - chunk * self.chunk) for chunk, row, p in lie], [0] * len(lie), None,
+            (self.keys[index], self.values[index]), places.tokens, 0, None, self.chunk,
         )  # fmt: skip
 
 
@@ -104,8 +103,9 @@ class LactMixer(Mixer):
     def project(self, hidden: Tensor) -> Tensor:
         return self.in_proj(hidden)[0].unflatten(-1, (self.heads, sum(self.widths)))
 
-    def main(self, rows: Tensor, cuts: Sequence[int] | None) -> tuple[Tensor, LactHandle]:
-        x = self._inputs(rows, torch.arange(rows.shape[1], device=rows.device)[None])
+    def main(self, rows: Tensor) -> tuple[Tensor, LactHandle]:
+        turn = first_positions(rows.shape[1], self._half, self.model.rope_theta, rows.dtype, rows.device)
+        x = self._inputs(rows, turn)
         attended = window_attention(x.q, x.k, x.v, self.model.window_size)
         found, weights, chunks = chunk_lact(self.initial(), x.fast_q, x.tokens, self.rule)
         handle = LactHandle(weights, chunks, x.k, x.v, self.rule.chunk, self.model.window_size)
@@ -115,41 +115,41 @@ class LactMixer(Mixer):
         count, length = rows.shape[:2]
         if state.own is not None:
             state = state.fork(count // state.own.x.shape[0])
-        places = torch.tensor(state.positions, device=rows.device).repeat_interleave(count // len(state.positions))
-        x = self._inputs(rows, places[:, None] + torch.arange(length, device=rows.device))
+        places = (state.before + state.fed).repeat_interleave(count // len(state.before))  # [P * n]
+        positions = places[:, None] + torch.arange(length, device=rows.device)
+        x = self._inputs(rows, table(positions, self._half, self.model.rope_theta, rows.dtype))
         window = x.k, x.v
         if state.window is not None:
             window = torch.cat([state.window[0], x.k], 1), torch.cat([state.window[1], x.v], 1)
         attended = branch_attention(x.q, state.prefix, window, state.before, self.model.window_size)
-        found, state = self._branch_memory(x, state)
+        found, state = self._branch_memory(x, state, places)
         return joined(attended, found, self.ttt_norm.weight, x.scale), _trimmed(state, window, self.model.window_size)
 
-    def _branch_memory(self, x: Inputs, state: LactState) -> tuple[Tensor, LactState]:
-        """Read and, at each chunk's end, update: entries reach theirs at different rows."""
-        count, length = x.fast_q.shape[:2]
+    def _branch_memory(self, x: Inputs, state: LactState, places: Tensor) -> tuple[Tensor, LactState]:
+        """Read and, at each chunk's end, update: entries reach theirs at different rows. places [P * n], of row 0."""
+        length = x.fast_q.shape[1]
         own, earlier = x.tokens, 0
         if state.own is not None:
             own, earlier = join([state.own, x.tokens]), len(state.own)
-        initial, found = self.initial(), None
-        done = [0] * len(state.where)
+        found, done, ends = None, [0] * len(state.where), 0
         row = torch.arange(length, device=x.fast_q.device)
         while True:
             before = len(state.where)
-            state = state.updated(own, [earlier + d for d in done], initial, self.rule)
+            state = state.updated(own, [earlier + d for d in done], self.initial, self.rule)
             done = [d for d in done for _ in range(len(state.where) // before)]
+            state = replace(state, gathered=state.used())
             now = read(state.used(), x.fast_q)
             if found is None:
                 found = now
-            else:
-                first = torch.tensor(done, device=row.device).repeat_interleave(count // len(done))
+            else:  # `done`, as the device knows it
+                first = ends * self.rule.chunk - places % self.rule.chunk
                 found = torch.where((row >= first[:, None])[..., None, None], now, found)
             taken = [min(self.rule.chunk - state.open(i), length - d) for i, d in enumerate(done)]
             done = [d + t for d, t in zip(done, taken, strict=True)]
             fresh = [f + t for f, t in zip(state.fresh, taken, strict=True)]
-            positions = [p + t for p, t in zip(state.positions, taken, strict=True)]
-            state = replace(state, positions=positions, fresh=fresh, own=own)
+            state, ends = replace(state, fresh=fresh, own=own), ends + 1
             if min(done) == length:
-                return found, state
+                return found, replace(state, fed=state.fed + length)
 
     def initial(self) -> Tensor:
         """The fast weights before the first chunk, [H, 3, I, D], at least fp32."""
@@ -164,11 +164,16 @@ class LactMixer(Mixer):
         w0, w2 = (whole(f"{name}_left") @ whole(f"{name}_right") + identity for name in ("w0", "w2"))
         return stacked(w0, whole("w1"), w2)
 
-    def _inputs(self, rows: Tensor, positions: Tensor) -> Inputs:
-        """rows [N, m, H, *], positions [N or 1, m]."""
+    @property
+    def _half(self) -> int:
+        """Of an attention head's width."""
+        return self.shape.attention_dim // 2
+
+    def _inputs(self, rows: Tensor, turn: Table) -> Inputs:
+        """rows [N, m, H, *] at the positions of a table."""
         moves = (self.mine(x.view(self.heads, self.dim, 2)) for x in (self.qk_scale, self.qk_offset))
         bias = self.mine(self.in_bias.view(self.heads, -1))
-        return Inputs.of(rows, bias, (*moves,), positions, self.shape)
+        return Inputs.of(rows, bias, (*moves,), turn, self.shape)
 
     def output(self, mixed: Tensor, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         return self.out_proj(mixed.to(rows.dtype))
