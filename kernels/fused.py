@@ -27,6 +27,8 @@ def fused(function: F) -> F:
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         gpu = any(isinstance(x, Tensor) and on_gpu(x) for x in args)
-        return compiled()(*args, **kwargs) if gpu else function(*args, **kwargs)
+        if not gpu or torch.compiler.is_compiling():  # part of the kernel of the caller
+            return function(*args, **kwargs)
+        return compiled()(*args, **kwargs)
 
     return call  # type: ignore[return-value]

@@ -50,8 +50,11 @@ class Branches(PackedSeqParams):
 
         One split, so that the backward pass writes one gradient of all rows instead of padding and adding two.
         """
-        padding = rows.shape[0] - self.num_rows
-        main, branches, _ = rows.split([self.main_len, self.branch_rows, padding])
+        total, padding = len(rows), len(rows) - self.num_rows
+        if total in (self.main_len, self.branch_rows):  # nothing to split, and no gradient to copy
+            main, branches = (rows, rows[:0]) if self.main_len else (rows[:0], rows)
+        else:
+            main, branches, _ = rows.split([self.main_len, self.branch_rows, padding])
         folded = branches.transpose(0, 1).unflatten(1, (-1, max(self.branch_len, 1)))
         return main.transpose(0, 1), folded.flatten(0, 1)
 

@@ -17,7 +17,7 @@ from megatron_refine.kernels.delta_rule import delta_rule, fla, l2_normalize
 from megatron_refine.kernels.delta_rule.chunk import chunk_delta_rule
 from megatron_refine.kernels.delta_rule.reference import recurrent_delta_rule
 from megatron_refine.kernels.places import Places
-from megatron_refine.models.common.conv import short_conv
+from megatron_refine.kernels.short_conv import short_conv
 from tests import fla_parts
 
 HEADS, KEY, VALUE = 2, 6, 5

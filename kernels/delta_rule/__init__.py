@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_refine.kernels.delta_rule.chunk import chunk_delta_rule
+from megatron_refine.kernels.fused import fused
 from megatron_refine.kernels.places import Places
 from megatron_refine.platform import on_gpu
 
@@ -52,6 +53,7 @@ def _require_fla() -> None:
         )
 
 
+@fused
 def l2_normalize(x: Tensor) -> Tensor:
     """x / sqrt(sum x^2 + 1e-6) over the last dimension, in at least fp32 (fla's l2norm: epsilon inside the root).
 

@@ -117,8 +117,8 @@ class DeltaCost:
 
         On a CPU what autograd saves around and in the chunked delta rule, which computes in fp32
         (`kernels/delta_rule/chunk.py`); held to measurements by tests. On a GPU what `kernels/delta_rule/fla.py` saves
-        (q, k, v, beta and a [C] of (I + A)^-1), compiled elementwise chains keeping their inputs; counted in the
-        sources, never measured.
+        (q, k, v, beta and a [C] of (I + A)^-1), the convolution and the gated norm keeping their inputs; counted in
+        the sources, never measured.
         """
         s = self.shape(model)
         heads, k, v = s.heads, s.key_dim, s.value_dim
@@ -128,7 +128,7 @@ class DeltaCost:
         left = heads * v * s.gated_output  # columns of the gate: what travels is beside the whole projection
         travelled = (columns - left) * itemsize * s.gated_output
         if gpu:
-            mixer = columns + s.channels + 2 * s.keys + heads * (CHUNK + 2 * v + v * s.gated_output)
+            mixer = columns + s.channels + heads * (CHUNK + 2 * v)
             return Saved(frame.rows * itemsize, mixer * itemsize, frame.mlp * itemsize, travelled, position=forked)
         mixer = columns + 3 * s.channels  # with the tail in front, before SiLU, after it
         mixer += heads * v * (1 + 2 * s.gated_output)  # what out_proj reads; SiLU of the gate, the norm's output

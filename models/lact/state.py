@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from megatron_refine.kernels.lact import Fast, Rule, Tokens, Weights, after, join
+from megatron_refine.kernels.lact import Rule, Tokens, Weights, after, join
 from megatron_refine.kernels.pick import pick
 
 
@@ -23,18 +23,18 @@ class LactState:
     chunks: list[Tokens]  # the main stream's tokens, by chunk
     begun: list[tuple[int, int, int]]  # of each entry: chunk, row and number of its main tokens in the open chunk
     fresh: list[int]  # own tokens in the open chunk
-    own: Tokens | None  # [M, t, ...], those of the open chunk last
+    own: Tokens | None  # of M sequences, those of the open chunk last
     prefix: tuple[Tensor, Tensor]  # keys, values [P', L, h, d] of the window before the first own token; P' divides M
     before: Tensor  # [P'] main tokens before the first own one
     fed: int  # own tokens so far, of each sequence
     window: tuple[Tensor, Tensor] | None  # own keys, values [M, t', h, d]
     chunk: int  # tokens of a full one
-    gathered: Fast | None = None  # `used`, once it was asked for
+    gathered: Tensor | None = None  # `used`, once it was asked for
 
     def tensors(self) -> list[Tensor]:
         """What must be in the graph of the main pass when gradients are on."""
-        fast = [matrix for w in self.weights for matrix in (*w.used, *w.total)]
-        return fast + [x for x in self.prefix if x.numel()] + [x for c in self.chunks for x in (c.k, c.v, c.rates)]
+        fast = [matrix for w in self.weights for matrix in (w.used, w.total)]
+        return fast + [x for x in self.prefix if x.numel()] + [x for c in self.chunks for x in (c.x, c.rates)]
 
     def detach(self) -> "LactState":
         return replace(
@@ -70,27 +70,26 @@ class LactState:
         where = [(0, entry) for entry in entries]
         return replace(self, weights=[], where=where, chunks=[], begun=begun, gathered=self.used())
 
-    def used(self) -> Fast:
-        """The weights that each entry reads, [P, H, ...]."""
+    def used(self) -> Tensor:
+        """The weights that each entry reads, [P, H, 3, I, D]."""
         if self.gathered is not None:
             return self.gathered
-        w0, w1, w2 = (pick([w.used[i] for w in self.weights], self.where) for i in range(3))
-        return w0, w1, w2
+        return pick([w.used for w in self.weights], self.where)
 
     def open(self, entry: int) -> int:
         """Tokens in the open chunk."""
         return self.begun[entry][2] + self.fresh[entry]
 
-    def updated(self, own: Tokens, ends: list[int], initial: Callable[[], Fast], rule: Rule) -> "LactState":
+    def updated(self, own: Tokens, ends: list[int], initial: Callable[[], Tensor], rule: Rule) -> "LactState":
         """The state with the weights of all entries whose open chunk is full updated.
 
-        own: [M, t, ...], of which ends[entry] tokens count. The branches of an entry part here: each has its own
+        own: t tokens of M sequences, of which ends[entry] count. The branches of an entry part here: each has its own
         weights.
         """
         full = [entry for entry in range(len(self.where)) if self.open(entry) == rule.chunk]
         if not full:
             return self
-        each = own.k.shape[0] // len(self.where)
+        each = own.x.shape[0] // len(self.where)
         wide = self.spread(each)
         ends = [end for end in ends for _ in range(each)]
         members = [entry * each + i for entry in full for i in range(each)]
@@ -125,13 +124,9 @@ _LISTS = ("where", "begun", "fresh")
 
 def _gather(weights: list[Weights], where: list[tuple[int, int]]) -> Weights:
     """Rows of several as one of [len(where), ...]."""
-    rows = [vars(weights[index].rows(slice(row, row + 1))) for index, row in where]
-
-    def column(name: str) -> Fast:
-        w0, w1, w2 = (torch.cat([r[name][i] for r in rows]) for i in range(3))
-        return w0, w1, w2
-
-    return Weights(column("used"), column("total"), column("moved"))
+    rows = [weights[index].rows(slice(row, row + 1)) for index, row in where]
+    columns = zip(*(vars(r).values() for r in rows), strict=True)
+    return Weights(*(torch.cat(column) for column in columns))
 
 
 def _stack(parts: list[Tokens]) -> Tokens:
