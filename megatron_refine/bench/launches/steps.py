@@ -79,7 +79,10 @@ class Steps:
         """Of steps of the whole model."""
         with self.counting():
             one, two = (self._prepared(layers, kinds, cuda_graphs) for layers in (1, 2))
-            next(iter(one.values()))()  # masks and tables that a run makes once
+            next(iter(one.values()))()  # masks and tables that are made once
+            if cuda_graphs:  # and recordings
+                one["fused"]()
+                two["fused"]()
             found = {}
             for kind in kinds:
                 first, second = self._counted(one[kind]), self._counted(two[kind])
