@@ -104,11 +104,12 @@ def steps(config: Config, refine: bool) -> list[Any]:
 
     found = []
     for path in (delta.delta_rule, interpreter.delta_rule):
-        with mock.patch.object(delta, "delta_rule", path):
+        with mock.patch.object(delta, "delta_rule", side_effect=path) as rule:
             step = make_step(config, torch.float32)
             metrics = step(batch(2, 96), 0, refine=refine)
             drawn = step.last.experience if refine else None
             found.append((metrics, drawn and (drawn.positions, drawn.tokens), full_gradients(step.model)))
+        assert rule.called
     return found
 
 
