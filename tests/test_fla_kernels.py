@@ -125,4 +125,4 @@ def test_steps_equal_those_of_the_torch_path(ranks: Zygote, tmp_path: Path, mode
         assert found[name] == pytest.approx(metrics[name], rel=ROUNDING, abs=1e-4), name
     errors = relative(mine, theirs)
     worst = max(errors, key=lambda name: errors[name])
-    assert errors[worst] < 2e-2, (worst, errors[worst])  # a gradient is a sum whose terms cancel
+    assert errors[worst] < 1e-2, (worst, errors[worst])  # its terms cancel: at most 5.5e-3, of a decay's parameters
