@@ -5,6 +5,7 @@
 #   make test PYTHON=/path/to/python3.11
 #   make test CACHE=                      install the environment anew, keep none in ~/.cache/megatron_refine
 # SGLang's CPU lane, in an environment of its own: make test-sglang, make train-sglang.
+# The GPU's kernels on the CPU, with packages in a folder of their own: make test-kernels.
 
 TORCH := 2.13.0
 RECENT := import sys; sys.exit(sys.version_info < (3, 11))
@@ -15,7 +16,7 @@ export OMP_NUM_THREADS := 1
 CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/megatron_refine
 export TORCH_INDEX
 
-.PHONY: help train train-sglang bench test test-all test-gpu test-sglang test-slurm test-chaos lint docs configuration clean
+.PHONY: help train train-sglang bench test test-all test-gpu test-kernels test-sglang test-slurm test-chaos lint docs configuration clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -38,14 +39,17 @@ PYTEST := $(BIN)/python -m pytest tests -q -rs
 PARALLEL := -n $(JOBS) --maxprocesses 8 --dist worksteal
 
 test: .venv/ready ## what every change should pass; GPU tests skip where there is no GPU, and say so
-	@$(PYTEST) $(PARALLEL) -m "not slow and not sglang and not slurm" --durations=15 $(ARGS)
-	@echo "the full matrix: make test-all; on their own: make test-sglang, make test-slurm, make test-chaos"
+	@$(PYTEST) $(PARALLEL) -m "not slow and not kernels and not sglang and not slurm" --durations=15 $(ARGS)
+	@echo "the full matrix: make test-all; on their own: make test-kernels, make test-sglang, make test-slurm, make test-chaos"
 
 test-all: .venv/ready ## the same in every family, layout and precision
-	@$(PYTEST) $(PARALLEL) -m "not sglang and not slurm" --durations=25 $(ARGS)
+	@$(PYTEST) $(PARALLEL) -m "not kernels and not sglang and not slurm" --durations=25 $(ARGS)
 
 test-gpu: .venv/ready ## the tests that need a GPU
 	@$(PYTEST) -m gpu $(ARGS)
+
+test-kernels: .venv/ready .venv-kernels/ready ## the tests of the GPU's Triton kernels, in Triton's interpreter on the CPU
+	@PYTHONPATH=$(CURDIR)/.venv-kernels TRITON_INTERPRET=1 $(PYTEST) $(PARALLEL) -m kernels --durations=15 $(ARGS)
 
 test-sglang: .venv/ready .venv-sglang/ready ## the tests against real SGLang servers on the CPU
 	@$(PYTEST) -m sglang --durations=15 $(ARGS)
@@ -80,7 +84,7 @@ configuration: .venv/ready ## write docs/configuration.md, from the schema and d
 	@$(BIN)/python -m megatron_refine.config.document $(ARGS)
 
 clean: ## remove the environments, the site and all caches; runs/ stays
-	rm -rf .venv .venv-sglang .venv-docs site .cache .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf .venv .venv-kernels .venv-sglang .venv-docs site .cache .pytest_cache .mypy_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # An environment that was made before from the same files is linked from CACHE (tools/environment.sh).
@@ -101,6 +105,19 @@ $(INSTALL) setuptools && $(install_torch) && \
 echo "installing the other requirements into .venv (two or three minutes)" && \
 $(INSTALL) --no-build-isolation --editable ".[dev]" && \
 { test -z "$$fresh" || tools/environment.sh keep .venv "$(CACHE)" $(PYTHON) $(MADE_FROM); }
+endef
+
+# A folder of packages for PYTHONPATH. They are not in .venv: Megatron-Core imports flash-linear-attention where it finds
+# it, and that imports transformers, seconds in every process.
+KERNELS_FROM := constraints.txt Makefile
+.venv-kernels/ready: constraints.txt | .venv/ready
+	@tools/environment.sh restore .venv-kernels "$(CACHE)" $(PYTHON) $(KERNELS_FROM) || { $(install_kernels); }
+	@touch $@
+
+define install_kernels
+echo "installing Triton and flash-linear-attention into .venv-kernels (a minute)"; rm -rf .venv-kernels; \
+$(INSTALL) --no-deps --target .venv-kernels triton fla-core flash-linear-attention && \
+tools/environment.sh keep .venv-kernels "$(CACHE)" $(PYTHON) $(KERNELS_FROM)
 endef
 
 # SGLang pins a CUDA stack of its own: on a CPU it is installed without dependencies, with those it imports in a list, and

@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from megatron_refine.platform import on_gpu
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -24,7 +26,9 @@ def fused(function: F) -> F:
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        on_gpu = any(isinstance(x, Tensor) and x.device.type == "cuda" for x in args)
-        return compiled()(*args, **kwargs) if on_gpu else function(*args, **kwargs)
+        gpu = any(isinstance(x, Tensor) and on_gpu(x) for x in args)
+        if not gpu or torch.compiler.is_compiling():  # part of the kernel of the caller
+            return function(*args, **kwargs)
+        return compiled()(*args, **kwargs)
 
     return call  # type: ignore[return-value]

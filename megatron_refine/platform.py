@@ -31,15 +31,38 @@ GPU_PEAK_FLOPS = {
     "L40": 181e12,
 }  # dense bf16, data sheets
 _installed = False
+_recorder: Callable[[Callable[[], Any]], Any] | None = None  # of `pretend_gpu`
 _said = 0  # times that rank 0 spoke
 
 
 def has_gpu() -> bool:
-    return torch.cuda.is_available()
+    return _recorder is not None or torch.cuda.is_available()
+
+
+def on_gpu(tensor: torch.Tensor) -> bool:
+    """Whether a GPU computes with the tensor."""
+    return tensor.device.type == "cuda" or _recorder is not None
 
 
 def device() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if has_gpu() else CPU
+    return torch.device("cuda", torch.cuda.current_device()) if has_gpu() and _recorder is None else CPU
+
+
+def pretend_gpu(compiler: Callable[..., Any], recorder: Callable[[Callable[[], Any]], Any]) -> None:
+    """Take a GPU's way through the program, on tensors of a CPU that hold no values: to count what it launches. From
+    then on this process can do nothing else.
+
+    compiler stands in for torch.compile, recorder for `record`. Call it before `install`.
+    """
+    global _recorder
+    assert not _installed, "pretend before Megatron-Core is imported"
+    _recorder = recorder
+    torch.compile = compiler  # type: ignore[assignment]
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    del FakeTensor.tolist  # it asks for each value alone; Tensor's own is answered by a mode, as a whole
+    # parameters are made where and as they should be, and those without values cannot be moved
+    torch.nn.Module._apply = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
 
 
 def install() -> None:
@@ -54,7 +77,7 @@ def install() -> None:
         r"megatron\.core",
     ):  # what they deprecate and what they miss is no news to users
         warnings.filterwarnings("ignore", module=package)
-    if has_gpu():
+    if device() != CPU:
         os.environ.setdefault(
             "CUDA_DEVICE_MAX_CONNECTIONS", "1"
         )  # Megatron overlaps collectives by the order of launches
@@ -63,7 +86,8 @@ def install() -> None:
         _keep_freed_memory()
         _run_as_batch()
         _patch_torch()
-        _patch_megatron_jit()
+        if not has_gpu():
+            _patch_megatron_jit()
         _patch_megatron_rng()
     _repair_distributed_optimizer()
     if unused is None:
@@ -90,7 +114,7 @@ def init_process_group(timeout_minutes: float) -> None:
     timeout = timedelta(minutes=timeout_minutes)
     if not has_gpu():
         torch.set_num_threads(place.threads)
-    own_device = device() if has_gpu() else None
+    own_device = device() if device() != CPU else None
     dist.init_process_group(backend(), rank=place.rank, world_size=place.world, timeout=timeout, device_id=own_device)
 
 
@@ -114,7 +138,7 @@ def from_first(value: str | None) -> str:
 
 def backend() -> str:
     """Of collectives on tensors of `device()`."""
-    return "nccl" if has_gpu() else "gloo"
+    return "nccl" if device() != CPU else "gloo"
 
 
 class GroupStore:
@@ -149,8 +173,24 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def moment() -> Any:
+    """Now, where the device stands in its work once it comes to it: for `seconds_between`."""
+    if not has_gpu():
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(first: Any, last: Any) -> float:
+    """Of two moments that the device has passed: `synchronize` before."""
+    return 1e-3 * first.elapsed_time(last) if has_gpu() else last - first
+
+
 def record(run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
     """A CUDA graph of what `run` launches: what replays it, and the result, whose tensors every replay fills anew."""
+    if _recorder is not None:
+        return _recorder(run)
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -311,7 +351,8 @@ def _repair_distributed_optimizer() -> None:
         with torch.no_grad():  # the main parameters of an fp32 model are leaves
             original_set(self, model_param, tensors)
         if step is not None:
-            state["step"] = step
+            fused = self.optimizer.param_groups[group].get("fused")  # counts where the parameter lies
+            state["step"] = step.to(next(iter(state.values())).device) if fused else step
 
     def load_state_dict(self: Any, state_dict: dict[str, Any]) -> None:
         original_load(self, state_dict)

@@ -36,10 +36,11 @@ from megatron_refine.trainer.watchdog import Watchdog
 
 
 def _engine(config: Config, model: nn.Module, ranks: Ranks, say: Callable[[str], None]) -> RolloutEngine:
-    if config.engine.cuda_graphs and not platform.has_gpu():
+    if config.engine.cuda_graphs == "true" and not platform.has_gpu():
         raise ConfigError("engine.cuda_graphs=true: there is no GPU here; leave it out")
     if config.engine.kind == "native" or not config.refine.enabled:
-        return NativeEngine(model, config.engine.cuda_graphs)
+        graphs = config.cuda_graphs and platform.has_gpu()
+        return NativeEngine(model, graphs, required=config.engine.cuda_graphs == "true")
     from megatron_refine.engine.sglang import SGLangEngine
 
     return SGLangEngine(config, model, ranks, say)

@@ -10,13 +10,14 @@ The layout rides to every layer as `packed_seq_params`, which Megatron hands on 
 """
 
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import megatron_refine.installed  # noqa: F401
 
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
+
+from megatron_refine.kernels.places import Places
 
 
 @dataclass
@@ -27,8 +28,7 @@ class Branches(PackedSeqParams):
     num_positions: int = 0  # c, a sequence
     num_rollouts: int = 1  # n, a position
     branch_len: int = 0  # k, rows a branch
-    sequences: Tensor | None = None  # [P] index of the sequence that each position lies in
-    positions: Tensor | None = None  # [P] main tokens before each branch
+    places: Places | None = None  # where the P branches of a main stream start
     states: dict[int, Any] | None = None  # branches only: layer number -> State of P positions
     handles: dict[int, Any] | None = None  # main only: a dict to collect each layer's handle
     final_states: dict[int, Any] | None = None  # branches only: a dict to collect each layer's state after the last row
@@ -45,20 +45,16 @@ class Branches(PackedSeqParams):
         """Rows a sequence, without padding."""
         return self.main_len + self.branch_rows
 
-    @cached_property
-    def cuts(self) -> list[int] | None:
-        """Numbers of main tokens after which states will be asked for; None where nobody knows yet."""
-        if self.handles is not None:
-            return None
-        return [] if self.positions is None else sorted(set(self.positions.tolist()))
-
     def split(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """[S, B, ...] -> main rows [B, T, ...] and branch rows [P * n, k, ...], sequence-major.
 
         One split, so that the backward pass writes one gradient of all rows instead of padding and adding two.
         """
-        padding = rows.shape[0] - self.num_rows
-        main, branches, _ = rows.split([self.main_len, self.branch_rows, padding])
+        total, padding = len(rows), len(rows) - self.num_rows
+        if total in (self.main_len, self.branch_rows):  # nothing to split, and no gradient to copy
+            main, branches = (rows, rows[:0]) if self.main_len else (rows[:0], rows)
+        else:
+            main, branches, _ = rows.split([self.main_len, self.branch_rows, padding])
         folded = branches.transpose(0, 1).unflatten(1, (-1, max(self.branch_len, 1)))
         return main.transpose(0, 1), folded.flatten(0, 1)
 

@@ -1,13 +1,13 @@
 """What every sequence mixer offers: a main stream, the state at any of its positions, and branches from there.
 
-    main(x, cuts)      -> (y, handle)   handle keeps what the pass has anyway
+    main(x)            -> (y, handle)   handle keeps what the pass has anyway
     handle.at(p)       -> State         the state after p main tokens, lazy, in the graph if x was
     branch(x_b, State) -> (y_b, State)  k rows a branch, from that state
 
 Everything else in the model is row-wise and does not know of branches. See docs/branch-packing.md.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import megatron_refine.installed  # noqa: F401
@@ -18,6 +18,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
+from megatron_refine.kernels.places import Places
 from megatron_refine.models.common.context import to_heads, to_rows
 from megatron_refine.models.layout import Branches
 
@@ -39,12 +40,17 @@ class State(Protocol):
         """n consecutive copies of each of the P states."""
         ...
 
+    def fixed(self, tokens: int) -> "State | None":
+        """For a recording: the same state, from which `tokens` tokens are fed, one by one, by operations that are the
+        same wherever it stands in a sequence; what differs is in its tensors. None where there are no such."""
+        ...
+
 
 class Handle(Protocol):
     """A finished main pass, from which states are taken."""
 
-    def at(self, sequences: Tensor, positions: Tensor) -> State:
-        """State after positions[i] tokens of sequences[i]: [P], [P]."""
+    def at(self, places: Places) -> State:
+        """The state at P places. Reads no value from the device: every layer would wait for it."""
         ...
 
 
@@ -72,9 +78,8 @@ class Mixer(MegatronModule):
         """Of projected rows [.., *], what `main` and `branch` need: the rest need not travel to another rank."""
         return rows
 
-    def main(self, rows: Tensor, cuts: Sequence[int] | None) -> tuple[Tensor, Handle]:
-        """[B, T, heads/(tp cp), *] -> outputs [B, T, heads/(tp cp), *], handle. cuts: where states will be asked for;
-        None: anywhere."""
+    def main(self, rows: Tensor) -> tuple[Tensor, Handle]:
+        """[B, T, heads/(tp cp), *] -> outputs [B, T, heads/(tp cp), *], handle."""
         raise NotImplementedError
 
     def branch(self, rows: Tensor, state: Any) -> tuple[Tensor, State]:
@@ -98,7 +103,7 @@ class Mixer(MegatronModule):
         main, branches = layout.split(rows)
         parts, handle = [], None
         if layout.main_len:
-            mixed, handle = self.main(main, layout.cuts)
+            mixed, handle = self.main(main)
             parts.append(mixed.transpose(0, 1))
             if layout.handles is not None:
                 layout.handles[self.layer_number] = handle
@@ -118,8 +123,8 @@ class Mixer(MegatronModule):
     def _branches(self, rows: Tensor, layout: Branches, handle: Handle | None) -> Tensor:
         """Outputs of branch rows [P * n, k, *local], from the main stream of this pass or from forked states."""
         if handle is not None:
-            assert layout.sequences is not None and layout.positions is not None
-            state: Any = handle.at(layout.sequences, layout.positions)
+            assert layout.places is not None, "branches of a main stream need their places"
+            state: Any = handle.at(layout.places)
         else:
             assert layout.states is not None, "branches without a main stream need states"
             state = layout.states[self.layer_number]

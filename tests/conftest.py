@@ -15,7 +15,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest  # noqa: E402
 
-from tests import sglang_lane, slurm_cluster  # noqa: E402
+from tests import interpreter, sglang_lane, slurm_cluster  # noqa: E402
 from tests.zygote import Zygote  # noqa: E402
 
 if TYPE_CHECKING:
@@ -84,6 +84,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("sglang") and not sglang_lane.PYTHON.exists():
             item.add_marker(pytest.mark.skip(reason=sglang_lane.MISSING))
+        if item.get_closest_marker("kernels") and not interpreter.available():
+            item.add_marker(pytest.mark.skip(reason=interpreter.MISSING))
         if item.get_closest_marker("slurm") and not slurm_cluster.available():
             item.add_marker(pytest.mark.skip(reason=slurm_cluster.MISSING))
     gpu_tests = [item for item in items if item.get_closest_marker("gpu")]

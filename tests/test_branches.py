@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from megatron_refine.config import Config
+from megatron_refine.kernels.places import Places
 from tests.lanes import short
 from tests.parity import MODELS, batch, build, experience, full_gradients, relative, small_config
 
@@ -53,21 +54,19 @@ def separate(model: Any, b: Any, e: Any, temperature: float = 1.0) -> tuple[Any,
 
 
 def packed(model: Any, b: Any, e: Any, temperature: float = 1.0) -> tuple[Any, Any]:
-    from megatron_refine.step.refine import _flat
     from megatron_refine.trainer import forward
 
-    return forward.packed_pass(model, b.tokens, e.tokens, *_flat(e.positions), temperature)  # type: ignore[return-value]
+    return forward.packed_pass(model, b.tokens, e.tokens, Places.of_each(e.positions), temperature)  # type: ignore[return-value]
 
 
 def fused(model: Any, b: Any, e: Any, temperature: float = 1.0) -> tuple[Any, Any]:
-    from megatron_refine.step.refine import _flat
     from megatron_refine.trainer import forward
 
-    sequences, positions = _flat(e.positions)
+    places = Places.of_each(e.positions)
     main = forward.main_pass(model, b.tokens)
-    states = main.states(sequences, positions)
+    states = main.states(places)
     assert not main.handles  # they pin the pass
-    branch = forward.branch_pass(model, forward.Forked(e.tokens, main.rows, sequences, positions, states, temperature))
+    branch = forward.branch_pass(model, forward.Forked(e.tokens, main.rows, places, states, temperature))
     return main.scores.logprobs[:, :-1], branch.logprobs
 
 
@@ -146,16 +145,13 @@ def test_branches_equal_separate_forwards(
 def logits(config: Config) -> float:
     """On a rank: largest difference of a branch row's logits, packed against separate."""
     from megatron_refine.models.layout import Branches
-    from megatron_refine.step.refine import _flat
     from megatron_refine.trainer.forward import _rows
     from megatron_refine.trainer.model import unwrap
 
     model, _ = build(config, torch.float32)
     b, e, head, worst = batch(2), experience(2, torch.float32), unwrap(model).logits, 0.0
-    sequences, positions = _flat(e.positions)
-    layout = Branches(
-        main_len=192, num_positions=4, num_rollouts=2, branch_len=5, sequences=sequences, positions=positions
-    )
+    places = Places.of_each(e.positions)
+    layout = Branches(main_len=192, num_positions=4, num_rollouts=2, branch_len=5, places=places)
     with torch.no_grad():
         packed = _rows(model, torch.cat([b.tokens, e.tokens.flatten(1)], 1), layout).local
         rows = layout.split(packed)[1].view(2, 4, 2, 5, -1)
@@ -191,7 +187,7 @@ def detached(config: Config) -> tuple[str, float, int]:
     b, e = batch(3), experience(3, torch.float64)
     message, missed = "", 0
     main = forward.main_pass(model, b.tokens)
-    states = main.states(torch.arange(3), torch.tensor([10, 70, 100]))
+    states = main.states(Places.read(torch.arange(3), torch.tensor([10, 70, 100])))
     everything = {layer: state.tensors() for layer, state in states.items()}
     forward._check_graph(states)
     for layer, i in [(layer, i) for layer, tensors in everything.items() for i in range(len(tensors))]:
@@ -208,16 +204,16 @@ def detached(config: Config) -> tuple[str, float, int]:
         nonlocal message
         model.zero_grad_buffer()
         main = forward.main_pass(model, b.tokens)
-        sequences, positions = torch.arange(3).repeat_interleave(4), e.positions.flatten()
-        states = main.states(sequences, positions)
+        places = Places.of_each(e.positions)
+        states = main.states(places)
         if detach:
             states = {layer: state.detach() for layer, state in states.items()}
             try:
-                forward.branch_pass(model, forward.Forked(e.tokens, main.rows, sequences, positions, states))
+                forward.branch_pass(model, forward.Forked(e.tokens, main.rows, places, states))
             except AssertionError as error:
                 message = str(error)
             forward._check_graph = lambda states: None
-        branch = forward.branch_pass(model, forward.Forked(e.tokens, main.rows, sequences, positions, states))
+        branch = forward.branch_pass(model, forward.Forked(e.tokens, main.rows, places, states))
         (branch.logprobs * e.advantages[..., None]).sum().backward()
         return full_gradients(model)
 

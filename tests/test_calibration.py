@@ -15,6 +15,7 @@ from megatron_refine.config import Config
 from megatron_refine.estimate.flops import step_flops
 from megatron_refine.estimate.memory import handles, module_bytes, rank_memory, recomputed
 from megatron_refine.estimate.traffic import step_traffic
+from megatron_refine.kernels.places import Places
 from megatron_refine.models import family
 from tests.lanes import short
 from tests.parity import batch, build, small_config
@@ -67,7 +68,7 @@ def saved(config: Config) -> dict[str, int]:
             if kind == "main":
                 output = forward.ntp_pass(model, tokens)
             else:
-                output = forward.packed_pass(model, tokens, branches, sequences, positions)
+                output = forward.packed_pass(model, tokens, branches, Places.read(sequences, positions))
         found[kind] = sum(storage.nbytes() for storage in kept.values())
         del output
     return found

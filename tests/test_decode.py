@@ -12,6 +12,7 @@ import torch
 
 from megatron_refine import platform
 from megatron_refine.config import Config
+from megatron_refine.kernels.places import Places
 from tests import parity
 from tests.runs import write_config
 from tests.zygote import Zygote
@@ -31,7 +32,7 @@ def replayed(run: Any) -> Any:
 
 
 def decoded(config: Config) -> Any:
-    """On a rank: rollouts of four micro-batches, plain and recorded, and the number of recordings; or None."""
+    """On a rank: rollouts of four micro-batches, plain and recorded, and the number of recordings."""
     from megatron_refine.engine import decode
     from megatron_refine.trainer import forward
 
@@ -40,20 +41,20 @@ def decoded(config: Config) -> Any:
     graphs, results = decode.DecodeGraphs(model), []
     for seed, chunks, temperature in ((0, 4, 0.7), (1, 4, 0.7), (2, 3, 0.7), (1, 4, 1.5)):
         b, generator = parity.batch(2, seed=seed), torch.Generator().manual_seed(seed)
-        positions = torch.randint(6, 180, (2, chunks), generator=generator)
+        positions = 24 + 16 * torch.randint(0, 9, (2, chunks), generator=generator)  # no chunk of LaCT's ends
         sequences = torch.arange(2).repeat_interleave(chunks)
         with torch.no_grad():
             main = forward.main_pass(model, b.tokens)
             hidden = main.rows.take(positions.flatten() - 1, sequences)
-            states = main.states(sequences, positions.flatten())
-        if not decode.recordable(states):
-            return None
-        given = states, hidden, torch.rand(5, 2 * chunks, generator=generator, dtype=torch.float64), temperature
-        results.append((decode.decode(model, *given), graphs(*given)))
+            states = main.states(Places.read(sequences, positions.flatten()))
+        given = hidden, torch.rand(5, 2 * chunks, generator=generator, dtype=torch.float64), temperature
+        fixed = decode.fixed(states, 4)
+        assert fixed is not None
+        results.append((decode.decode(model, states, *given), graphs(fixed, *given)))
     return results, len(graphs._recorded)
 
 
-@pytest.mark.parametrize("model", ["delta_net", "gated_delta_net"])
+@pytest.mark.parametrize("model", ["delta_net", "gated_delta_net", "lact", "lact muon"])
 def test_recorded_decoding_gives_the_same_rollouts(model: str, ranks: Zygote, tmp_path: Path) -> None:
     """Later requests of a shape and temperature replay the first one's recording; earlier results stay as they were."""
     results, recordings = ranks(1, decoded, config=parity.small_config(tmp_path, model=model))[0]
@@ -64,8 +65,24 @@ def test_recorded_decoding_gives_the_same_rollouts(model: str, ranks: Zygote, tm
     assert not results[1][1][0].equal(results[3][1][0])  # the same draws at another temperature
 
 
-def test_states_with_positions_are_not_recorded(ranks: Zygote, tmp_path: Path) -> None:
-    assert ranks(1, decoded, config=parity.small_config(tmp_path, model="lact"))[0] is None
+def ends_of_chunks(config: Config) -> list[bool]:
+    """On a rank: whether five tokens can be fed in a recording, from places before the end of a chunk of 16."""
+    from megatron_refine.engine import decode
+    from megatron_refine.trainer import forward
+
+    model, _ = parity.build(config, torch.float64)
+    found = []
+    for place in (11, 12, 15, 16):
+        places = Places.read(torch.tensor([0, 0]), torch.tensor([5, place]))
+        states = forward.main_pass(model, parity.batch(1).tokens).states(places)
+        found.append(decode.fixed(states, 5) is not None)
+    return found
+
+
+def test_the_end_of_a_chunk_is_not_recorded(ranks: Zygote, tmp_path: Path) -> None:
+    """The weights change there, at another token for every place."""
+    config = parity.small_config(tmp_path, model="lact")
+    assert ranks(1, ends_of_chunks, config=config)[0] == [True, False, False, True]
 
 
 @pytest.mark.gpu

@@ -3,7 +3,6 @@
 import importlib.util
 import math
 from collections.abc import Callable
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,13 +10,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import megatron_refine.kernels.delta_rule as dispatcher
 from megatron_refine import platform
 from megatron_refine.kernels.delta_rule import delta_rule, fla, l2_normalize
 from megatron_refine.kernels.delta_rule.chunk import chunk_delta_rule
 from megatron_refine.kernels.delta_rule.reference import recurrent_delta_rule
-from megatron_refine.models.common.conv import short_conv
+from megatron_refine.kernels.places import Places
+from megatron_refine.kernels.short_conv import short_conv
+from tests import fla_parts
 
 HEADS, KEY, VALUE = 2, 6, 5
 # fp64 rounds at 1e-16; a few thousand dependent roundings stay far below
@@ -26,16 +28,17 @@ Inputs = dict[str, Tensor]
 
 
 def make_inputs(
-    size: int, length: int, gated: bool, states: int = 0, key: int = KEY, value: int = VALUE, decay: float = 0.3
-) -> Inputs:
-    """fp64 leaves: q, k (unit length), v, beta in (0, 1), g <= 0 if gated, `states` start states if any."""
+    size: int, length: int, gated: bool, states: int = 0, key: int = KEY, value: int = VALUE, decay: float = 0.3,
+    groups: int = HEADS,
+) -> Inputs:  # fmt: skip
+    """fp64 leaves: q, k (unit length) of `groups` heads, v, beta in (0, 1), g <= 0 if gated, `states` start states."""
     generator = torch.Generator().manual_seed(1000 * size + length)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    rows = (size, length, HEADS)
-    x = {"q": normal(*rows, key), "k": F.normalize(normal(*rows, key), dim=-1), "v": normal(*rows, value)}
+    rows, shared = (size, length, HEADS), (size, length, groups, key)
+    x = {"q": normal(*shared), "k": F.normalize(normal(*shared), dim=-1), "v": normal(*rows, value)}
     x["beta"] = normal(*rows).sigmoid()
     if gated:
         x["g"] = -decay * normal(*rows).abs()
@@ -46,8 +49,10 @@ def make_inputs(
 
 def recurrent(x: Inputs, shared: int = 1) -> tuple[Tensor, Tensor]:
     """Outputs [N, T, H, V] and all T+1 states [N, T+1, H, K, V] of the recurrence."""
-    start = {"state": x["state"].repeat_interleave(shared, 0)} if "state" in x else {}
-    o, states = recurrent_delta_rule(**(x | start))
+    whole = {name: x[name].repeat_interleave(HEADS // x[name].shape[2], 2) for name in ("q", "k")}
+    if "state" in x:
+        whole["state"] = x["state"].repeat_interleave(shared, 0)
+    o, states = recurrent_delta_rule(**(x | whole))
     return o, torch.stack(states, 1)
 
 
@@ -56,7 +61,7 @@ def gradients(values: list[Tensor], x: Inputs) -> Inputs:
     generator = torch.Generator().manual_seed(9)
     weights = [torch.randn(v.shape, generator=generator, dtype=torch.float64).to(v) for v in values]
     loss = torch.stack([(v * w).sum() for v, w in zip(values, weights, strict=True)]).sum()
-    return dict(zip(x, torch.autograd.grad(loss, list(x.values()), allow_unused=True), strict=True))
+    return dict(zip(x, torch.autograd.grad(loss, list(x.values()), materialize_grads=True), strict=True))
 
 
 def assert_same(found: list[Tensor], expected: list[Tensor], x: Inputs) -> None:
@@ -102,20 +107,33 @@ def test_start_states_shared_by_branches(length: int, gated: bool) -> None:
 @pytest.mark.parametrize("length", [5, 64, 130])
 def test_state_at_any_position_is_in_the_graph(length: int, gated: bool) -> None:
     x = make_inputs(2, length, gated, states=2)
-    at = torch.tensor([p for p in (0, 1, 63, 64, 65, 128, length) if p <= length] * 2)
-    rows = torch.arange(2).repeat_interleave(len(at) // 2)
+    rows, at = positions(length)
     o, _, trace = delta_rule(**x)
     truth, states = recurrent(x)
-    assert_same([o, trace.state_at(rows, at)], [truth, states[rows, at]], x)
+    assert_same([o, trace.state_at(Places.read(rows, at))], [truth, states[rows, at]], x)
 
 
-@pytest.mark.parametrize("path", ["chunk", "segments"])
-def test_trace_of_shared_start_states(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def positions(length: int) -> tuple[Tensor, Tensor]:
+    """Sequences and positions in two sequences: around the ends of chunks, and at both ends."""
+    at = [p for p in (0, 1, 63, 64, 65, 128, length) if p <= length]
+    return torch.arange(2).repeat_interleave(len(at)), torch.tensor(at * 2)
+
+
+def test_trace_of_shared_start_states() -> None:
     x = make_inputs(6, 70, True, states=2)
     rows, at = torch.arange(6), torch.tensor([0, 3, 0, 64, 1, 70])
-    trace = delta_rule(**x)[2] if path == "chunk" else segments(monkeypatch)(**x)[2]
     _, states = recurrent(x, shared=3)
-    assert_same([trace.state_at(rows, at)], [states[rows, at]], x)
+    assert_same([delta_rule(**x)[2].state_at(Places.read(rows, at))], [states[rows, at]], x)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("length", [1, 70])
+def test_keys_shared_by_heads(length: int, gated: bool) -> None:
+    x = make_inputs(2, length, gated, states=2, groups=1)
+    rows, at = positions(length)
+    o, final, trace = delta_rule(**x)
+    truth, states = recurrent(x)
+    assert_same([o, final, trace.state_at(Places.read(rows, at))], [truth, states[:, -1], states[rows, at]], x)
 
 
 def test_no_decay_is_the_plain_rule() -> None:
@@ -130,25 +148,8 @@ def test_strong_decay(decay: float) -> None:
     rows, at = torch.tensor([0, 1, 1]), torch.tensor([40, 64, 70])
     o, final, trace = delta_rule(**x)
     truth, states = recurrent(x)
-    assert_same([o, final, trace.state_at(rows, at)], [truth, states[:, -1], states[rows, at]], x)
-
-
-@pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("start", [False, True])
-def test_packed_equals_separate_sequences(start: bool, gated: bool) -> None:
-    lengths = [5, 64, 1, 70]
-    x = make_inputs(1, sum(lengths), gated, states=4 if start else 0)
-    offsets = torch.tensor([0, *lengths]).cumsum(0)
-    o, final, trace = delta_rule(**x, cu_seqlens=offsets)
-    outputs, finals, states = [], [], []
-    for i, (begin, end) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
-        own = {n: v[i : i + 1] if n == "state" else v[:, begin:end] for n, v in x.items()}
-        truth, all_states = recurrent(own)
-        outputs.append(truth)
-        finals.append(all_states[:, -1])
-        states.append(all_states[0, lengths[i] // 2])
-    at = trace.state_at(torch.arange(4), torch.tensor(lengths) // 2)
-    assert_same([o, final, at], [torch.cat(outputs, 1), torch.cat(finals), torch.stack(states)], x)
+    found = [o, final, trace.state_at(Places.read(rows, at))]
+    assert_same(found, [truth, states[:, -1], states[rows, at]], x)
 
 
 @pytest.mark.parametrize("gated", [False, True])
@@ -177,38 +178,60 @@ def test_half_precision_is_computed_in_single(state: torch.dtype) -> None:
     assert torch.equal(found[0], upcast[0]) and torch.equal(found[1], upcast[1])
 
 
-def segments(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """The fla path with short segments, and the recurrence in place of the Triton kernel."""
-
-    def kernel(
-        q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, state: Tensor, ends: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        if ends is None:
-            o, states = recurrent_delta_rule(q, k, v, beta, g, state)
-            return o, states[-1]
-        whole, found = (q, k, v, beta, g), []
-        for i, (start, end) in enumerate(zip(ends.tolist(), ends[1:].tolist(), strict=False)):
-            found.append(kernel(*(None if x is None else x[:, start:end] for x in whole), state[i : i + 1]))
-        return torch.cat([o for o, _ in found], 1), torch.cat([final for _, final in found])
-
-    monkeypatch.setattr(fla, "_kernel", kernel)
-    monkeypatch.setattr(fla, "SEGMENT", 16)
+@pytest.fixture
+def fla_path(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """What calls fla's parts, with parts in torch in their place: `make test-kernels` runs the real ones."""
+    monkeypatch.setattr(fla, "_parts", fla_parts.parts)
     return fla.fla_delta_rule
 
 
 @pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("length", [5, 16, 32, 45])
-@pytest.mark.parametrize("cut", ["anywhere", "where asked", "nowhere"])
-def test_chained_segments_and_replay(length: int, cut: str, gated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    x = make_inputs(2, length, gated, states=2)
-    at = torch.tensor([p for p in (0, 1, 15, 16, 17, 31, 32, length) if p <= length] * 2)
-    rows = torch.arange(2).repeat_interleave(len(at) // 2)
-    cuts = {"anywhere": None, "where asked": at.tolist(), "nowhere": []}[cut]
-    o, final, trace = segments(monkeypatch)(**x, cuts=cuts)
-    truth, states = recurrent(x)
-    starts = at // 16 * 16  # positions without anything to replay are a case of their own
-    found = [o, final, trace.state_at(rows, at), trace.state_at(rows, starts)]
-    assert_same(found, [truth, states[:, -1], states[rows, at], states[rows, starts]], x)
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("length", [5, 64, 70, 200])
+def test_fla_path_equals_the_recurrence(length: int, grouped: bool, gated: bool, fla_path: Callable[..., Any]) -> None:
+    """States are read twice: of all chunks, two places in one, and of the second sequence alone."""
+    x = make_inputs(2, length, gated, states=1, groups=1 if grouped else HEADS)
+    rows, at = positions(length)
+    o, final, trace = fla_path(**x)
+    truth, states = recurrent(x, shared=2)
+    found = [o, final, trace.state_at(Places.read(rows, at)), trace.state_at(Places.read(rows[-3:], at[-3:]))]
+    assert_same(found, [truth, states[:, -1], states[rows, at], states[rows[-3:], at[-3:]]], x)
+
+
+def test_fla_path_without_all_of_its_gradients(fla_path: Callable[..., Any]) -> None:
+    """Where a loss knows nothing of the outputs, or of the states, or where there is no graph."""
+    x, places = make_inputs(2, 130, True), Places.read(torch.tensor([0, 1]), torch.tensor([100, 130]))
+    found = fla_path(**x)[2].state_at(places)
+    assert_same([found], [recurrent(x)[1][[0, 1], [100, 130]]], x)
+    o, _, trace = fla_path(**x)
+    trace.state_at(places)  # in no loss
+    assert_same([o], [recurrent(x)[0]], x)
+    with torch.no_grad():
+        torch.testing.assert_close(fla_path(**x)[2].state_at(places), found, **EXACT)
+
+
+def test_fla_path_twice_backward(fla_path: Callable[..., Any]) -> None:
+    """What was read the first time is not added to the second."""
+    x = make_inputs(1, 130, True)
+    found = fla_path(**x)[2].state_at(Places.read(torch.tensor([0]), torch.tensor([100])))
+    once, again = (torch.autograd.grad(found.sum(), x["k"], retain_graph=keep)[0] for keep in (True, False))
+    assert once.equal(again)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_fla_path_asks_the_device_for_nothing(gated: bool, fla_path: Callable[..., Any]) -> None:
+    """Tensors without values: whoever looks at one ends here."""
+    x = make_inputs(2, 130, gated)
+    rows, at = positions(130)
+    places = Places.read(rows, at)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = {name: mode.from_tensor(value.detach()).requires_grad_() for name, value in x.items()}
+        there = Places(mode.from_tensor(rows), mode.from_tensor(at), places.on_host)
+        for path in (fla_path, delta_rule):
+            o, final, trace = path(**fake)
+            state = trace.state_at(there)
+            (o.sum() + final.sum() + state.sum()).backward()
+    assert state.shape == (len(at), HEADS, KEY, VALUE) and fake["k"].grad.shape == x["k"].shape
 
 
 @pytest.fixture
@@ -242,15 +265,14 @@ def test_triton_kernels_equal_torch(gated: bool, dtype: torch.dtype) -> None:
     device = platform.device()
     low = {n: v.detach().to(device, torch.float32 if n in ("state", "g") else dtype) for n, v in x.items()}
     low = {n: v.requires_grad_() for n, v in low.items()}
-    rows, at = torch.tensor([0, 1, 3, 2], device=device), torch.tensor([1, 600, 1024, 1100], device=device)
+    rows, at = torch.tensor([1, 3, 2], device=device), torch.tensor([600, 1024, 1100], device=device)
     results = []
-    for path in (delta_rule, partial(delta_rule, cuts=at.tolist()), chunk_delta_rule):
+    for path in (delta_rule, chunk_delta_rule):
         o, final, trace = path(**low)
-        values = [o, final, trace.state_at(rows[1:], at[1:])]
+        values = [o, final, trace.state_at(Places.read(rows, at))]
         results.append([*values, *gradients([v.float() for v in values], low).values()])
     # the kernels multiply in bf16, which rounds at 4e-3, whatever the inputs are
-    for found in results[:-1]:
-        assert max(relative(f, e) for f, e in zip(found, results[-1], strict=True)) < 2e-2
+    assert max(relative(f, e) for f, e in zip(*results, strict=True)) < 2e-2
 
 
 @pytest.mark.gpu

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from megatron_refine.config import Config, ConfigError
+from megatron_refine.kernels.places import Places
 from tests.lanes import short
 from tests.parity import batch, full_gradients, full_parameters, relative, small_config
 from tests.runs import TP2
@@ -78,7 +79,7 @@ def dtypes(config: Config) -> dict[str, set[torch.dtype]]:
         main = forward.main_pass(step.model, batch(1).tokens)
         trace = getattr(main.handles[1], "trace", None)
         decays = {g.dtype for g in getattr(trace, "decays", None) or []}
-        state: Any = main.states(torch.tensor([0]), torch.tensor([100]))[1]
+        state: Any = main.states(Places.read(torch.tensor([0]), torch.tensor([100])))[1]
     memory = [state.memory] if hasattr(state, "memory") else [m for w in state.weights for m in (*w.used, *w.moved)]
     adam = step.updater.parts[0].optimizer
     moments = {v.dtype for s in adam.state.values() for k, v in s.items() if k != "step"}

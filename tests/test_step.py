@@ -27,7 +27,8 @@ class GradientsOnly:
         from megatron_refine.trainer.gradients import accumulate
         from megatron_refine.trainer.optimizer import UpdateResult
 
-        return UpdateResult(accumulate(self.model, items, forward, loss, num_rows, num_sums, self.ranks), 1.0, False)
+        sums = accumulate(self.model, items, forward, loss, num_rows, num_sums, self.ranks)
+        return UpdateResult(sums.tolist(), 1.0, False)
 
     def advance_schedule(self) -> None:
         """There is none."""

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_refine.kernels.pick import pick
+from megatron_refine.kernels.places import Places
 
 CHUNK = 64
 
@@ -36,26 +37,34 @@ class ChunkTrace:
     writes: list[Tensor]  # [N, H, C, V], the rows u
     decays: list[Tensor] | None  # [N, H, C] cumulative log decay G
 
-    def state_at(self, rows: Tensor, positions: Tensor) -> Tensor:
-        """The states after `positions[i]` tokens of sequence `rows[i]`: [P], [P] -> [P, H, K, V]."""
-        inside = positions % self.chunk
-        starts = list(zip((positions // self.chunk).tolist(), rows.tolist(), strict=True))
-        last = len(self.keys) - 1  # a position at the very end reads no row of the (absent) next chunk
+    def state_at(self, places: Places) -> Tensor:
+        """The states at P places -> [P, H, K, V]."""
+        starts = [(tokens // self.chunk, sequence) for sequence, tokens in places.on_host]
+        last = len(self.keys) - 1  # a place at the very end reads no row of the (absent) next chunk
         where = [(min(chunk, last), row) for chunk, row in starts]
         state = pick(self.states, [(chunk, self._start_row(chunk, row)) for chunk, row in starts])
-        keys, writes = pick(self.keys, where), pick(self.writes, where)
-        mask = (torch.arange(self.chunk, device=inside.device) < inside[:, None])[:, None]  # [P, 1, C]
-        if self.decays is None:
-            return state + (keys * mask[..., None]).mT @ writes
-        decay = pick(self.decays, where)
-        before = (inside - 1).clamp(min=0)[:, None, None].expand(*decay.shape[:2], 1)
-        total = decay.gather(-1, before) * (inside > 0)[:, None, None]  # G_r, [P, H, 1]
-        weight = torch.where(mask, total - decay, -torch.inf).exp()
-        return state * total[..., None].exp() + (keys * weight[..., None]).mT @ writes
+        decays = None if self.decays is None else pick(self.decays, where)
+        inside = places.tokens % self.chunk
+        return state_within(state, pick(self.keys, where), pick(self.writes, where), decays, inside)
 
     def _start_row(self, chunk: int, row: int) -> int:
         """Where a sequence's state stands. Before the first chunk, consecutive sequences may share theirs."""
         return row * self.states[chunk].shape[0] // self.keys[0].shape[0]
+
+
+def state_within(state: Tensor, keys: Tensor, writes: Tensor, decays: Tensor | None, inside: Tensor) -> Tensor:
+    """The states after `inside` [P] tokens of chunks: S_r of the formula above.
+
+    Args: state [P, H, K, V] before the chunk; of its C tokens keys [P, H, C, K], the rows u [P, H, C, V] and the
+    cumulative decays G [P, H, C], None without gate. Returns: [P, H, K, V].
+    """
+    mask = (torch.arange(keys.shape[2], device=inside.device) < inside[:, None])[:, None]  # [P, 1, C]
+    if decays is None:
+        return state + (keys * mask[..., None]).mT @ writes
+    before = (inside - 1).clamp(min=0)[:, None, None].expand(*decays.shape[:2], 1)
+    total = decays.gather(-1, before) * (inside > 0)[:, None, None]  # G_r, [P, H, 1]
+    weight = torch.where(mask, total - decays, -torch.inf).exp()
+    return state * total[..., None].exp() + (keys * weight[..., None]).mT @ writes
 
 
 def chunk_delta_rule(
@@ -63,11 +72,14 @@ def chunk_delta_rule(
 ) -> tuple[Tensor, Tensor, ChunkTrace]:
     """Same maths as `recurrent_delta_rule`; computed and returned in at least fp32.
 
-    Args: q, k [N, T, H, K]; v [N, T, H, V]; beta, g [N, T, H]; state [P, H, K, V] where P divides N: each start state
-    serves N/P consecutive sequences (the branches of one position) and is never copied to read it.
+    Args: q, k [N, T, G, K] where G divides H: each serves H/G consecutive heads; v [N, T, H, V]; beta, g [N, T, H];
+    state [P, H, K, V] where P divides N: each start state serves N/P consecutive sequences (the branches of one
+    position) and is never copied to read it.
     Returns: o [N, T, H, V], final state [N, H, K, V], trace.
     """
-    size, length = min(CHUNK, k.shape[1]), k.shape[1]
+    size, length, shared = min(CHUNK, k.shape[1]), k.shape[1], v.shape[2] // k.shape[2]
+    if shared > 1:
+        q, k = q.repeat_interleave(shared, 2), k.repeat_interleave(shared, 2)
     dtype = torch.promote_types(q.dtype, torch.float32)
     if length == 1 and state is not None:
         qt, kt, vt, bt = (x.to(dtype)[:, 0] for x in (q, k, v, beta))

@@ -1,102 +1,228 @@
 """The (gated) delta rule on flash-linear-attention's Triton kernels (GPU, bf16).
 
-The kernels return the output and the final state only. A pass is therefore a chain of segments, whose start states the
-chain has anyway: cut where states will be asked for, or, where that is not known yet, every SEGMENT tokens; the state
-inside a segment is then a replay of the tokens before it from already projected k, v, beta. Both are differentiable
-through the kernels' initial and final states.
+fla's own function returns the output and the final state only. This module calls its parts one by one instead (those
+of the release that setup.py pins). So it reads states inside of a pass from what the parts compute anyway: the state
+before each chunk of 64 tokens, and the rows u that the tokens write (chunk.py has the formula). The pass need not know
+where they will be read, and nothing is computed twice.
+
+A gradient takes the same way back: into the rows k and u of the chunk that was read, and into the state before it. The
+part that carries the state's gradient from chunk to chunk runs once for each stretch between chunks that were read.
+
+fla calls the rows u `v_new`; its `u` and `w` are U and W of the WY form, its decays within a chunk logarithms to base
+2. The parts of the gated rule compute the plain one where there is no decay.
 """
 
-import bisect
-from collections.abc import Sequence
+import functools
+import itertools
+import math
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-SEGMENT = 1024  # shorter ones replay less, and launch more kernels
-DECODED = 16  # tokens that the recurrent kernel takes faster than the chunked one, where no gradient is wanted
+from megatron_refine.kernels.delta_rule.chunk import CHUNK, state_within
+from megatron_refine.kernels.places import Chunks, Places
+
+DECODED = 16  # tokens that the recurrent kernel takes faster than the chunked ones
 
 
 @dataclass(frozen=True)
-class SegmentTrace:
-    """Start states of the segments, and the inputs to replay from them."""
+class Gradients:
+    """Of what was read of U chunks, C tokens each."""
 
-    starts: list[int]  # tokens before each segment, and in all
-    states: list[Tensor]  # [N, H, K, V] fp32 before each segment and after the last
-    inputs: tuple[Tensor, Tensor, Tensor, Tensor | None]  # k, v, beta, g of the whole pass
+    chunks: Chunks
+    states: Tensor  # [U, H, K, V]
+    keys: Tensor  # [U, C, G, K]
+    writes: Tensor  # [U, C, H, V]
+    decays: Tensor | None  # [U, C, H], of natural logarithms
 
-    def state_at(self, rows: Tensor, positions: Tensor) -> Tensor:
-        """The states after `positions[i]` tokens of sequence `rows[i]`: [P], [P] -> [P, H, K, V]."""
-        asked = list(zip(rows.tolist(), positions.tolist(), strict=True))
-        segments = [bisect.bisect_right(self.starts, p) - 1 for _, p in asked]
-        found = [self._start(row, segment) for (row, _), segment in zip(asked, segments, strict=True)]
-        spans = [(row, self.starts[s], p) for (row, p), s in zip(asked, segments, strict=True)]
-        inside = [i for i, (_, start, p) in enumerate(spans) if p > start]
-        if inside:
-            replayed = self._replay([spans[i] for i in inside], torch.stack([found[i] for i in inside]))
-            for i, state in zip(inside, replayed, strict=True):
-                found[i] = state
-        return torch.stack(found)
+    def add(self, name: str, target: Tensor) -> None:
+        """Those of `name`, into the rows of `target` [N, T, ...] that were read."""
+        index, rows = (self.chunks.sequences[:, None], self.chunks.tokens), getattr(self, name).to(target.dtype)
+        if self.chunks.whole:
+            target[index] += rows
+        else:  # the last token stands for those behind it, with zeros
+            target.index_put_(index, rows, accumulate=True)
 
-    def _replay(self, spans: list[tuple[int, int, int]], states: Tensor) -> Tensor:
-        """Final states of (row, from, to) from their start states, sequences of different lengths end to end."""
-        k, v, beta, g = (
-            None if x is None else torch.cat([x[row, start:end] for row, start, end in spans])[None]
-            for x in self.inputs
-        )
-        assert k is not None and v is not None and beta is not None
-        ends = torch.tensor([0, *(end - start for _, start, end in spans)]).cumsum(0)
-        return _kernel(torch.zeros_like(k), k, v, beta, g, states, ends)[1]
 
-    def _start(self, row: int, segment: int) -> Tensor:
-        """A sequence's state before a segment. Before the first one, consecutive sequences may share theirs."""
-        states = self.states[segment]
-        return states[row * states.shape[0] // self.inputs[0].shape[0]]
+@dataclass(frozen=True)
+class FlaTrace:
+    """What a pass leaves behind; of no use without what `read` collects for its backward pass."""
+
+    final: Tensor  # [N, H, K, V], whose graph is that of the pass
+    states: Tensor  # [N, NT, H, K, V] before each chunk, in the inputs' precision
+    keys: Tensor  # [N, T, G, K]
+    writes: Tensor  # [N, T, H, V], the rows u
+    decays: Tensor | None  # [N, T, H] cumulative log2 decay within the chunk
+    read: list[Gradients]
+
+    def state_at(self, places: Places) -> Tensor:
+        """The states at P places -> [P, H, K, V]."""
+        chunks = places.chunks(CHUNK, self.keys.shape[1])
+        parts: tuple[Tensor | None, ...] = _Read.apply(self.final, self, chunks)
+        if chunks.of_place is not None:
+            parts = tuple(None if x is None else x[chunks.of_place] for x in parts)
+        state, keys, writes, decays = parts
+        assert state is not None and keys is not None and writes is not None
+        keys = keys.repeat_interleave(writes.shape[2] // keys.shape[2], 2).transpose(1, 2)
+        decays = None if decays is None else decays.transpose(1, 2)
+        return state_within(state, keys, writes.transpose(1, 2), decays, chunks.inside)
+
+
+@dataclass(frozen=True)
+class NoTrace:
+    """Of tokens that continue a state without gradient: nobody reads states inside of them."""
+
+    def state_at(self, places: Places) -> Tensor:
+        raise AssertionError("a state is read where only the final one is known")
 
 
 def fla_delta_rule(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    g: Tensor | None = None,
-    state: Tensor | None = None,
-    cuts: Sequence[int] | None = None,
-) -> tuple[Tensor, Tensor, SegmentTrace]:
-    """Shapes as in `chunk_delta_rule`; o in the inputs' precision, states in fp32. cuts: as in `delta_rule`."""
-    if state is None:
-        state = k.new_zeros(k.shape[0], k.shape[2], k.shape[3], v.shape[3], dtype=torch.float32)
-    start, length = state, k.shape[1]
-    if state.shape[0] != k.shape[0]:
-        state = state.repeat_interleave(k.shape[0] // state.shape[0], 0)
-    cuts = range(SEGMENT, length, SEGMENT) if cuts is None else cuts
-    starts = sorted({0, *(cut for cut in cuts if 0 < cut < length), length})
-    outputs, states = [], [start]
-    for begin, end in zip(starts, starts[1:], strict=False):
-        qs, ks, vs, bs = (x[:, begin:end] for x in (q, k, v, beta))
-        o, state = _kernel(qs, ks, vs, bs, None if g is None else g[:, begin:end], state)
-        outputs.append(o)
-        states.append(state)
-    o = torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0]
-    return o, state, SegmentTrace(starts, states, (k, v, beta, g))
-
-
-def _kernel(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, state: Tensor, ends: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """ends [N + 1], on the CPU: N sequences end to end in one row, from N states."""
-    from fla.ops.delta_rule import chunk_delta_rule, fused_recurrent_delta_rule
-    from fla.ops.gated_delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
-
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None = None, state: Tensor | None = None
+) -> tuple[Tensor, Tensor, FlaTrace | NoTrace]:
+    """Shapes as in `chunk_delta_rule`; o in the inputs' precision, states in fp32, those at a place rounded to the
+    inputs' precision as the kernels read them."""
     low = torch.bfloat16 if q.dtype == torch.float32 else q.dtype  # the kernels refuse fp32
+    high = torch.promote_types(low, torch.float32)
     q, k, v, beta = (x.to(low).contiguous() for x in (q, k, v, beta))
-    options: dict[str, Any] = {"initial_state": state.float().contiguous(), "output_final_state": True}
-    recurrent = ends is None and q.shape[1] <= DECODED and not torch.is_grad_enabled()
-    if ends is not None:
-        options |= {"cu_seqlens": ends.to(q.device), "cu_seqlens_cpu": ends}
-    if g is None:
-        plain = fused_recurrent_delta_rule if recurrent else chunk_delta_rule
-        return plain(q, k, v, beta=beta, **options)
-    gated = fused_recurrent_gated_delta_rule if recurrent else chunk_gated_delta_rule
-    return gated(q, k, v, g=g.float().contiguous(), beta=beta, **options)
+    g = None if g is None else g.to(high).contiguous()
+    start = v.new_zeros(v.shape[0], v.shape[2], k.shape[3], v.shape[3], dtype=high) if state is None else state.to(high)
+    if start.shape[0] != v.shape[0]:
+        start = start.repeat_interleave(v.shape[0] // start.shape[0], 0)
+    start = start.contiguous()
+    if state is not None and v.shape[1] <= DECODED and not torch.is_grad_enabled():
+        return *_recurrent(q, k, v, beta, g, start), NoTrace()
+    read: list[Gradients] = []
+    o, final, states, writes, decays = _Rule.apply(q, k, v, beta, g, start, read)
+    return o, final, FlaTrace(final, states, k, writes, decays, read)
+
+
+def _recurrent(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
+    from fla.ops.gated_delta_rule import fused_recurrent_gated_delta_rule
+
+    found: tuple[Tensor, Tensor] = fused_recurrent_gated_delta_rule(
+        q, k, v, g=g, beta=beta, initial_state=state, output_final_state=True
+    )
+    return found
+
+
+@functools.cache
+def _parts() -> SimpleNamespace:
+    """Of fla's chunked rule, forward and backward."""
+    from fla.ops.common.chunk_delta_h import chunk_gated_delta_rule_bwd_dhu, chunk_gated_delta_rule_fwd_h
+    from fla.ops.common.chunk_o import chunk_bwd_dqkwg, chunk_bwd_dv_local, chunk_fwd_o
+    from fla.ops.gated_delta_rule.chunk_fwd import chunk_gated_delta_rule_fwd_intra
+    from fla.ops.gated_delta_rule.wy_fast import prepare_wy_repr_bwd, recompute_w_u_fwd
+    from fla.ops.utils import chunk_local_cumsum
+
+    return SimpleNamespace(
+        cumsum=chunk_local_cumsum,
+        solve=chunk_gated_delta_rule_fwd_intra,
+        states=chunk_gated_delta_rule_fwd_h,
+        outputs=chunk_fwd_o,
+        solve_again=recompute_w_u_fwd,
+        writes_backward=chunk_bwd_dv_local,
+        states_backward=chunk_gated_delta_rule_bwd_dhu,
+        outputs_backward=chunk_bwd_dqkwg,
+        solve_backward=prepare_wy_repr_bwd,
+    )
+
+
+class _Rule(torch.autograd.Function):
+    """q, k [N, T, G, K], v [N, T, H, V], beta, g [N, T, H], state [N, H, K, V], all contiguous -> o, the final state;
+    without gradient, what a trace is made of."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, state: Tensor, read: list[Gradients]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        parts = _parts()
+        decays = None if g is None else parts.cumsum(g, chunk_size=CHUNK, scale=1 / math.log(2))
+        w, u, solved = parts.solve(k=k, v=v, g=decays, beta=beta)
+        states, writes, final = parts.states(k=k, w=w, u=u, g=decays, initial_state=state, output_final_state=True)
+        o = parts.outputs(q=q, k=k, v=writes, h=states, g=decays, scale=q.shape[-1] ** -0.5)
+        ctx.save_for_backward(q, k, v, beta, decays, solved, state)
+        ctx.read = read
+        ctx.set_materialize_grads(False)  # there would be zeros for all states
+        ctx.mark_non_differentiable(*(x for x in (states, writes, decays) if x is not None))
+        return o, final, states, writes, decays
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, do: Tensor | None, dfinal: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        parts, (q, k, v, beta, decays, solved, state) = _parts(), ctx.saved_tensors
+        do = torch.zeros_like(v) if do is None else do.contiguous()
+        dfinal = torch.zeros_like(state) if dfinal is None else dfinal.contiguous()
+        read, given = list(ctx.read), {"g": decays, "scale": q.shape[-1] ** -0.5}
+        ctx.read.clear()
+        w, u = parts.solve_again(k=k, v=v, beta=beta, A=solved, g=decays)
+        states, writes, _ = parts.states(k=k, w=w, u=u, g=decays, initial_state=state, output_final_state=False)
+        dwrites = parts.writes_backward(q=q, k=k, do=do, **given)
+        _enter("writes", dwrites, read)
+        dstates, dstate, dwrites = _carry(q, k, w, do, dwrites, dfinal, read, given)
+        dq, dk, dw, dg = parts.outputs_backward(
+            q=q, k=k, v=writes, w=w, h=states, dv=dwrites, do=do, dh=dstates, **given
+        )
+        more, dv, dbeta, dg_more = parts.solve_backward(
+            k=k, v=v, beta=beta, g=decays, A=solved, dw=dw, du=dwrites
+        )  # fmt: skip
+        _enter("keys", dk.add_(more), read)
+        if decays is not None:
+            _enter("decays", dg.add_(dg_more), read)
+            dg = parts.cumsum(dg, chunk_size=CHUNK, reverse=True)
+        return dq, dk, dv, dbeta, dg, dstate, None
+
+
+def _enter(name: str, target: Tensor, read: list[Gradients]) -> None:
+    for gradients in read:
+        gradients.add(name, target)
+
+
+def _carry(
+    q: Tensor, k: Tensor, w: Tensor, do: Tensor, dwrites: Tensor, later: Tensor, read: list[Gradients], given: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """From the last chunk to the first, from `later` [N, H, K, V], the final state's gradient: gradients of the states
+    after each chunk [N, NT, H, K, V], of the start state, and of the rows u [N, T, H, V]."""
+    entering: dict[int, list[tuple[int, Tensor]]] = {}
+    for gradients in read:
+        for (sequence, number), grad in zip(gradients.chunks.on_host, gradients.states, strict=True):
+            entering.setdefault(number, []).append((sequence, grad))
+    bounds = sorted({0, -(-k.shape[1] // CHUNK), *entering})
+    found = []
+    for first, end in reversed(list(itertools.pairwise(bounds))):
+        tokens = slice(first * CHUNK, end * CHUNK)
+        own = {"q": q, "k": k, "w": w, "do": do, "dv": dwrites, "g": given["g"]}
+        own = {name: None if x is None else x[:, tokens].contiguous() for name, x in own.items()}
+        states, later, writes = _parts().states_backward(**own, h0=later, dht=later, scale=given["scale"])
+        for sequence, grad in entering.get(first, ()):
+            later[sequence].add_(grad)
+        found.append((states, writes))
+    if len(found) == 1:
+        return states, later, writes
+    dstates, dwrites = (torch.cat(x, 1) for x in zip(*reversed(found), strict=True))
+    return dstates, later, dwrites
+
+
+class _Read(torch.autograd.Function):
+    """Of U chunks the state before them [U, H, K, V], and of their tokens k [U, C, G, K], u [U, C, H, V] and decays
+    [U, C, H], natural logarithms.
+
+    The gradients wait in the trace for the rule's backward pass, which comes later: it made `final`, an input here.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, final: Tensor, trace: FlaTrace, chunks: Chunks) -> tuple[Tensor | None, ...]:
+        ctx.read, ctx.chunks = trace.read, chunks  # not the trace, which pins the pass
+        index = chunks.sequences[:, None], chunks.tokens
+        state = trace.states[chunks.sequences, chunks.numbers].to(final.dtype)
+        keys, writes = trace.keys[index].to(final.dtype), trace.writes[index].to(final.dtype)
+        return state, keys, writes, None if trace.decays is None else trace.decays[index] * math.log(2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None]:
+        ctx.read.append(Gradients(ctx.chunks, *grads))
+        return None, None, None

@@ -11,71 +11,64 @@ on sum <f_W(k), v> at the end of each chunk:
 What makes branches cheap: within a chunk the weights do not change, and G is a sum over tokens. So a branch reads the
 weights of the chunk it starts in, and one that crosses the chunk's end adds its own tokens to those of the main stream.
 A token whose rates are 0 leaves no trace.
+
+All chunks of a pass are read at once, when all weights are there: no update depends on what was read.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from megatron_refine.kernels.fused import fused
-
-Fast = tuple[Tensor, Tensor, Tensor]
-"""W0 [..., H, I, D], W1 [..., H, D, I], W2 [..., H, I, D], or what is shaped like them."""
-
-ROW_EPS, FROBENIUS_EPS = 1e-5, 1e-7
-# coefficients of five Newton-Schulz steps (LaCT's, after Muon)
-NEWTON_SCHULZ = (
-    (4.0848, -6.8946, 2.9270),
-    (3.9505, -6.3029, 2.6377),
-    (3.7418, -5.5913, 2.3037),
-    (2.8769, -3.1427, 1.2046),
-    (2.8366, -3.0525, 1.2012),
-)
-
-
-@dataclass(frozen=True)
-class Rule:
-    chunk: int  # tokens between updates
-    muon: bool = False
-    prenorm: bool = False  # steps add up before the rows are scaled, not after
+from megatron_refine.kernels.lact import passes
+from megatron_refine.kernels.lact.update import Rule, updates
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Fast weights as a chunk finds them, of N sequences; at least fp32."""
+    """Fast weights as a chunk finds them, of N sequences, each [N, H, 3, I, D]: W0, W2 and the transpose of W1."""
 
-    used: Fast  # read, and where gradients are taken
-    total: Fast  # before their rows were scaled (prenorm), else the same as `used`
-    moved: Fast  # M
+    used: Tensor  # read, and where gradients are taken; in the precision of the tokens
+    total: Tensor  # what steps are added to: before its rows were scaled (prenorm), else after; at least fp32
+    moved: Tensor  # M, at least fp32
 
     def detach(self) -> "Weights":
-        return Weights(*((w[0].detach(), w[1].detach(), w[2].detach()) for w in (self.used, self.total, self.moved)))
+        return Weights(self.used.detach(), self.total.detach(), self.moved.detach())
 
     def rows(self, index: slice) -> "Weights":
-        return Weights(*((w[0][index], w[1][index], w[2][index]) for w in (self.used, self.total, self.moved)))
+        return Weights(self.used[index], self.total[index], self.moved[index])
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """What the update needs of tokens: k, v [N, t, H, D], rates [N, t, H, 3], momentum [N, t, H] or None."""
+    """What the update needs of t tokens of N sequences."""
 
-    k: Tensor
-    v: Tensor
-    rates: Tensor
-    momentum: Tensor | None
+    x: Tensor  # [N, H, 3, t, D]: what W0, W2 and the transpose of W1 are multiplied with: k, k, v
+    rates: Tensor  # [N, H, t, 3] of W0, W1, W2
+    momentum: Tensor | None  # [N, H, t]
+
+    @classmethod
+    def of(cls, k: Tensor, v: Tensor, rates: Tensor, momentum: Tensor | None) -> "Tokens":
+        """From k, v [N, t, H, D], rates [N, t, H, 3], momentum [N, t, H]."""
+        k, v = k.transpose(1, 2), v.transpose(1, 2)
+        own = None if momentum is None else momentum.transpose(1, 2)
+        return cls(torch.stack([k, k, v], 2), rates.transpose(1, 2), own)
+
+    def __len__(self) -> int:
+        return self.x.shape[3]
 
     def split(self, size: int) -> list["Tokens"]:
-        momentum = [None] * -(-self.k.shape[1] // size) if self.momentum is None else self.momentum.split(size, 1)
-        parts = zip(*(x.split(size, 1) for x in (self.k, self.v, self.rates)), momentum, strict=True)
-        return [Tokens(*part) for part in parts]
+        momentum = [None] * -(-len(self) // size) if self.momentum is None else self.momentum.split(size, 2)
+        return [Tokens(*part) for part in zip(self.x.split(size, 3), self.rates.split(size, 2), momentum, strict=True)]
 
     def part(self, rows: slice, tokens: slice) -> "Tokens":
-        return Tokens(*(None if x is None else x[rows, tokens] for x in vars(self).values()))  # type: ignore[arg-type]
+        own = None if self.momentum is None else self.momentum[rows, :, tokens]
+        return Tokens(self.x[rows, :, :, tokens], self.rates[rows, :, tokens], own)
 
     def detach(self) -> "Tokens":
-        return Tokens(*(None if x is None else x.detach() for x in vars(self).values()))  # type: ignore[arg-type]
+        return Tokens(self.x.detach(), self.rates.detach(), None if self.momentum is None else self.momentum.detach())
 
     def repeat(self, n: int) -> "Tokens":
         parts = (None if x is None else x.repeat_interleave(n, 0) for x in vars(self).values())
@@ -84,102 +77,87 @@ class Tokens:
 
 def join(parts: list[Tokens]) -> Tokens:
     """Tokens one after the other."""
-    columns = zip(*(vars(p).values() for p in parts), strict=True)
-    return Tokens(*(None if c[0] is None else torch.cat(c, 1) for c in columns))  # type: ignore[arg-type]
+    momenta = [m for p in parts if (m := p.momentum) is not None]
+    x, rates = torch.cat([p.x for p in parts], 3), torch.cat([p.rates for p in parts], 2)
+    return Tokens(x, rates, torch.cat(momenta, 2) if momenta else None)
 
 
-def chunk_lact(initial: Fast, q: Tensor, tokens: Tokens, rule: Rule) -> tuple[Tensor, list[Weights], list[Tokens]]:
+def stacked(w0: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
+    """W0, W2 [.., I, D], W1 [.., D, I] -> [.., 3, I, D]."""
+    return torch.stack([w0, w2, w1.mT], -3)
+
+
+def chunk_lact(initial: Tensor, q: Tensor, tokens: Tokens, rule: Rule) -> tuple[Tensor, list[Weights], list[Tokens]]:
     """Same maths as `recurrent_lact`.
 
-    Args: initial weights of H heads; q [N, T, H, D].
+    Args: initial weights [H, 3, I, D]; q [N, T, H, D].
     Returns: what each token reads [N, T, H, D]; the weights at the start of each chunk; the tokens by chunk. The
     weights after a last chunk that is full are not computed: no token reads them.
     """
-    chunks = tokens.split(rule.chunk)
-    weights, outputs = [start(initial, q.shape[0])], []
-    for i, (queries, chunk) in enumerate(zip(q.split(rule.chunk, 1), chunks, strict=True)):
-        outputs.append(read(weights[-1].used, queries))
-        if i + 1 < len(chunks):
-            weights.append(after(weights[-1], chunk, initial, rule))
-    return torch.cat(outputs, 1), weights, chunks
+    first = start(initial, q.shape[0], q.dtype)
+    weights = [first, *_trained(first, tokens, initial, rule, -(-q.shape[1] // rule.chunk) - 1)]
+    whole = q.shape[1] // rule.chunk  # chunks
+    parts = []
+    if whole:
+        queries = q[:, : whole * rule.chunk].transpose(1, 2).unflatten(2, (whole, rule.chunk))  # [N, H, C, t, D]
+        used = torch.stack([w.used for w in weights[:whole]], 2)
+        found = _Read.apply(queries.flatten(0, 2), used.flatten(0, 2))
+        parts.append(found.view(queries.shape).flatten(2, 3).transpose(1, 2))
+    if whole < len(weights):
+        parts.append(read(weights[-1].used, q[:, whole * rule.chunk :]))
+    return torch.cat(parts, 1) if len(parts) > 1 else parts[0], weights, tokens.split(rule.chunk)
 
 
-def start(initial: Fast, count: int) -> Weights:
-    """The weights of `count` sequences before their first chunk."""
-    dtype = torch.promote_types(initial[0].dtype, torch.float32)
-    w0, w1, w2 = (w.to(dtype).expand(count, *w.shape) for w in initial)
-    still = (torch.zeros_like(w0), torch.zeros_like(w1), torch.zeros_like(w2))
-    return Weights((w0, w1, w2), (w0, w1, w2), still)
+def start(initial: Tensor, count: int, dtype: torch.dtype) -> Weights:
+    """The weights of `count` sequences, whose tokens have this dtype, before their first chunk."""
+    total = initial.to(torch.promote_types(initial.dtype, torch.float32))
+    used, total = (w.expand(count, *w.shape) for w in (total.to(dtype), total))
+    return Weights(used, total, total.new_zeros(()).expand(total.shape))
 
 
-def after(weights: Weights, tokens: Tokens, initial: Fast, rule: Rule) -> Weights:
+def after(weights: Weights, tokens: Tokens, initial: Tensor, rule: Rule) -> Weights:
     """The weights after a chunk of these tokens."""
-    steps = gradient(weights.used, tokens)
+    return _trained(weights, tokens, initial, rule, 1)[0]
+
+
+def _trained(weights: Weights, tokens: Tokens, initial: Tensor, rule: Rule, count: int) -> list[Weights]:
+    """After each of the first `count` chunks of the tokens."""
+    if not count:
+        return []
+    high, momentum = weights.total.dtype, None
     if tokens.momentum is not None:
-        kept = tokens.momentum.to(steps[0].dtype).mean(1)[..., None, None]
-        steps = tuple(g + kept * m for g, m in zip(steps, weights.moved, strict=True))  # type: ignore[assignment]
-    low = tokens.k.dtype if tokens.k.device.type == "cuda" else steps[0].dtype  # as the official code, where it pays
-    taken = tuple(orthogonal(m, low) for m in steps) if rule.muon else steps
-    t0, t1, t2 = (w + s for w, s in zip(weights.total, taken, strict=True))
-    u0, u1, u2 = (_scale_rows(t, w) for t, w in zip((t0, t1, t2), initial, strict=True))
-    used = (u0, u1, u2)
-    return Weights(used, (t0, t1, t2) if rule.prenorm else used, steps)
+        chunks = tokens.momentum[:, :, : count * rule.chunk].unflatten(2, (count, rule.chunk))
+        momentum = chunks.to(high).mean(-1)
+    found = updates(
+        rule, count, weights.used, weights.total, weights.moved, passes.row_lengths(initial.to(high)), tokens.x,
+        tokens.rates, momentum,
+    )  # fmt: skip
+    return [Weights(*each) for each in found]
 
 
-def read(weights: Fast, q: Tensor) -> Tensor:
-    """f_W(q), shaped as q [N, t, H, D]; weights [P, H, ...], P dividing N: each serves N/P consecutive sequences."""
-    w0, w1, w2 = (w.to(q.dtype) for w in weights)
-    z = _fold(q, w0.shape[0])
-    return _unfold(_gated(z @ w0.mT, z @ w2.mT) @ w1.mT, q.shape[0])
+def read(used: Tensor, q: Tensor) -> Tensor:
+    """f_W(q), shaped as q [N, t, H, D]; used [P, H, 3, I, D], P dividing N: each serves N/P consecutive sequences."""
+    states = used.shape[0]
+    folded = q.unflatten(0, (states, -1)).flatten(1, 2).transpose(1, 2)  # [P, H, N/P * t, D]
+    found = _Read.apply(folded.flatten(0, 1), used.flatten(0, 1).to(q.dtype)).view(folded.shape)
+    return found.transpose(1, 2).unflatten(1, (q.shape[0] // states, -1)).flatten(0, 1)
 
 
-@fused
-def _gated(gate: Tensor, up: Tensor) -> Tensor:
-    return F.silu(gate) * up
+class _Read(torch.autograd.Function):
+    """q [s, t, D], used [s, 3, I, D] -> [s, t, D]."""
 
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, used: Tensor) -> Tensor:
+        z = torch.bmm(q, used[:, :2].flatten(1, 2).mT)  # [s, t, 2 I]
+        ctx.save_for_backward(q, used, z)
+        return torch.bmm(passes.gated(z), used[:, 2])
 
-def gradient(weights: Fast, tokens: Tokens) -> Fast:
-    """G of the tokens, in at least fp32: weights [N, H, ...] -> the same shapes."""
-    k, v, rates = tokens.k.transpose(1, 2), tokens.v.transpose(1, 2), tokens.rates.transpose(1, 2)  # [N, H, t, *]
-    w0, w1, w2 = (w.to(k.dtype) for w in weights)
-    # v W1 is d<f(k), v> / d hidden
-    into_gate, hidden, into_up, k0, k2 = _weighted(k @ w0.mT, k @ w2.mT, v @ w1, k, rates.to(k.dtype))
-    found = (into_gate.mT @ k0, v.mT @ hidden, into_up.mT @ k2)
-    g0, g1, g2 = (g.to(torch.promote_types(g.dtype, torch.float32)) for g in found)
-    return g0, g1, g2
-
-
-@fused
-def _weighted(gate: Tensor, up: Tensor, into: Tensor, k: Tensor, rates: Tensor) -> tuple[Tensor, ...]:
-    """d/d gate, the hidden rows times rate 1, d/d up, and keys times rates 0 and 2: the sides of G's three products."""
-    sigmoid = gate.sigmoid()
-    silu = gate * sigmoid
-    into_gate = into * up * sigmoid * (1 + gate * (1 - sigmoid))
-    rate0, rate1, rate2 = rates.split(1, -1)
-    return into_gate, silu * up * rate1, into * silu, k * rate0, k * rate2
-
-
-def orthogonal(g: Tensor, dtype: torch.dtype) -> Tensor:
-    """Muon's step: five Newton-Schulz iterations in `dtype` towards the nearest semi-orthogonal matrix, [..., m, n]."""
-    x = g.to(dtype)
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + FROBENIUS_EPS)
-    tall = x.shape[-2] > x.shape[-1]
-    x = x.mT if tall else x
-    for a, b, c in NEWTON_SCHULZ:
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x.mT if tall else x).to(g.dtype)
-
-
-def _scale_rows(w: Tensor, initial: Tensor) -> Tensor:
-    return w / (w.norm(dim=-1, keepdim=True) + ROW_EPS) * initial.to(w.dtype).norm(dim=-1, keepdim=True)
-
-
-def _fold(q: Tensor, states: int) -> Tensor:
-    """[N, t, H, D] -> [P, H, N/P * t, D]."""
-    return q.unflatten(0, (states, -1)).flatten(1, 2).transpose(1, 2)
-
-
-def _unfold(x: Tensor, sequences: int) -> Tensor:
-    """[P, H, N/P * t, D] -> [N, t, H, D]."""
-    return x.transpose(1, 2).unflatten(1, (sequences // x.shape[0], -1)).flatten(0, 1)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        q, used, z = ctx.saved_tensors
+        z, hidden = passes.gated_backward(torch.bmm(grad, used[:, 2].mT), z)
+        into = torch.empty_like(used, memory_format=torch.contiguous_format)
+        torch.bmm(z.mT, q, out=into[:, :2].view(len(used), -1, used.shape[-1]))
+        torch.bmm(hidden.mT, grad, out=into[:, 2])
+        return torch.bmm(z, used[:, :2].flatten(1, 2)), into

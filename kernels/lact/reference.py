@@ -4,7 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_refine.kernels.lact.chunk import Fast, Rule
+from megatron_refine.kernels.lact import Rule
+
+Fast = tuple[Tensor, Tensor, Tensor]
+"""W0 [H, I, D], W1 [H, D, I], W2 [H, I, D]."""
 
 NEWTON_SCHULZ = [
     (4.0848, -6.8946, 2.9270), (3.9505, -6.3029, 2.6377), (3.7418, -5.5913, 2.3037), (2.8769, -3.1427, 1.2046),

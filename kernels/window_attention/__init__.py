@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_refine.platform import on_gpu
+
 
 def window_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     """A token sees itself and the window - 1 before it. q, k, v [N, T, h, d] -> [N, T, h, d].
@@ -14,7 +16,7 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     length = q.shape[1]
     if length <= window:
         return _attend(q, k, v, None)
-    if q.device.type == "cuda" and q.dtype != torch.float64:
+    if on_gpu(q) and q.dtype != torch.float64:
         from megatron_refine.kernels.window_attention.gpu import gpu_window_attention
 
         return gpu_window_attention(q, k, v, window)

@@ -48,7 +48,7 @@ def _lact(config: Config) -> dict[str, Callable[[], Any]]:
     import torch
 
     from megatron_refine import platform
-    from megatron_refine.kernels.lact import Rule, Tokens, chunk_lact
+    from megatron_refine.kernels.lact import Rule, Tokens, chunk_lact, stacked
     from megatron_refine.kernels.lact.reference import recurrent_lact
 
     m: Any = config.model
@@ -61,6 +61,6 @@ def _lact(config: Config) -> dict[str, Callable[[], Any]]:
     initial = w0.detach().requires_grad_(), w1.detach().requires_grad_(), w2.detach().requires_grad_()
     rule = Rule(m.lact_chunk_size, m.use_muon, m.ttt_prenorm)
     return {
-        "chunks": lambda: chunk_lact(initial, q, Tokens(k, v, rates, momentum), rule)[0],
+        "chunks": lambda: chunk_lact(stacked(*initial), q, Tokens.of(k, v, rates, momentum), rule)[0],
         "recurrence": lambda: recurrent_lact(initial, q[0], k[0], v[0], rates[0], momentum[0], rule),
     }

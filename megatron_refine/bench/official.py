@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron_refine.kernels.places import Places
 from megatron_refine.models.layout import Branches
 from megatron_refine.models.mixer import Mixer
 from megatron_refine.records import Batch, Experience, Rollouts
@@ -53,8 +54,8 @@ class OfficialStep(RefineStep):
         records = [self._explore(micro, step) for micro in micros]
         real = torch.cat([usable(m.lengths, *self._limits()) for m in micros]).sum()
         count = float(real * self.config.branch_rows)
-        targets = float((batch.lengths - 1).sum())
-        items: list[Any] = [Item(micro, None, targets, 0) for micro in micros]
+        targets = (batch.lengths - 1).sum()
+        items: list[Any] = [Item(micro, None, targets, targets * 0) for micro in micros]
         for micro, record in zip(micros, records, strict=True):
             items += self._policy_items(micro, record, count)
         with self.clock("update"):
@@ -143,7 +144,8 @@ class OfficialStep(RefineStep):
     def _part(self, logprobs: Tensor, item: Any) -> tuple[Tensor, Tensor]:
         c = self.config.refine
         if isinstance(item, Item):
-            ntp = objective.next_token_sums(logprobs, item.batch.lengths)[0] / item.ntp_count
+            total = objective.next_token_sums(logprobs, item.batch.lengths)[0]
+            ntp = total / item.ntp_count.to(total.dtype)
             return c.ntp_coef * ntp, torch.stack([ntp, ntp * 0])
         terms = objective.policy_terms(logprobs, item.old, item.advantages, c.clip_low, c.clip_high, c.dual_clip)
         nsp = terms.loss.sum() / item.count
@@ -176,7 +178,8 @@ def write(model: nn.Module, tokens: Tensor, lengths: Tensor, draws: Tensor, temp
                 rows, handles = forward.prefill(model, text)
             hidden = rows.take(lengths + j - 1, row)
             if cached:
-                states = {layer: handle.at(row, lengths) for layer, handle in handles.items()}
+                places = Places.read(row, lengths)
+                states = {layer: handle.at(places) for layer, handle in handles.items()}
         token, logprob = head.sample(unwrap(model), hidden, u, temperature)
         written.append(token)
         logprobs.append(logprob)
@@ -228,7 +231,8 @@ class _Handles:
 
     handles: list[Any]
 
-    def at(self, sequences: Tensor, positions: Tensor) -> Any:
-        first = torch.zeros(1, dtype=torch.int64, device=positions.device)
-        found = [self.handles[b].at(first, p[None]) for b, p in zip(sequences.tolist(), positions, strict=True)]
+    def at(self, places: Places) -> Any:
+        first = torch.zeros(1, dtype=torch.int64, device=places.tokens.device)
+        each = zip(places.on_host, places.tokens, strict=True)
+        found = [self.handles[b].at(Places(first, p[None], [(0, tokens)])) for (b, tokens), p in each]
         return type(found[0])(*(torch.cat(parts) for parts in zip(*(state.tensors() for state in found), strict=True)))

@@ -14,6 +14,7 @@ def run(config: Config, rounds: int) -> str:
 
     from megatron_refine.bench.official import write
     from megatron_refine.engine.native import NativeEngine
+    from megatron_refine.kernels.places import Places
     from megatron_refine.records import Fork, RolloutRequest
     from megatron_refine.trainer import forward
     from megatron_refine.trainer.model import build_model
@@ -34,7 +35,8 @@ def run(config: Config, rounds: int) -> str:
 
     @torch.no_grad()
     def forked(_: int) -> Any:
-        states = {layer: handle.at(sequences, starts) for layer, handle in handles.items()}
+        places = Places.read(sequences, starts)
+        states = {layer: handle.at(places) for layer, handle in handles.items()}
         fork = Fork(states, hidden.take(starts - 1, sequences))
         return engine.rollout(RolloutRequest(
             batch.tokens, positions, batch.sample_ids, r.num_rollouts, r.rollout_len, r.rollout_temperature,

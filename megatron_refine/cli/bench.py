@@ -10,6 +10,8 @@ profile  the ten hottest operators (on a GPU: kernels) of an NTP-only and a fuse
 kernels  the mixer's operation in chunks, and a token after the other
 sync     weights to an SGLang server, and plain broadcasts of as many bytes to a process that only receives them
 data     text to rows, rows to batches
+
+launches counts instead, without a GPU, what the steps of a GPU launch and move: megatron-refine bench launches --help
 """
 
 import argparse
@@ -27,8 +29,11 @@ from megatron_refine.models.family import FAMILIES
 def main(arguments: list[str]) -> int:
     """Run a benchmark; the first rank prints. Returns the exit code: 0; 1 where a ratio is not that of --check; 2 where
     configuration or data are wrong."""
+    if arguments[:1] == ["launches"]:
+        return launches(arguments[1:])
     parser = usage.parser("bench", __doc__)
-    parser.add_argument("benchmark", choices=["step", "length", "profile", "rollout", "kernels", "sync", "data"])
+    kinds = ["step", "length", "profile", "rollout", "kernels", "sync", "data", "launches"]
+    parser.add_argument("benchmark", choices=kinds)
     usage.add_config(parser)
     parser.add_argument("--rounds", type=int, default=12, help="measurements of each kind (default: 12)")
     parser.add_argument("--official", action="store_true", help="step: the official scheme too")
@@ -56,6 +61,8 @@ def main(arguments: list[str]) -> int:
 
 def run(options: argparse.Namespace, config: configuration.Config, alone: bool, record: baseline.Record) -> str:
     """The table of the benchmark; "" but on the first rank. alone: whether there is no other rank."""
+    if options.benchmark == "launches":
+        raise configuration.ConfigError("launches: is the first word: megatron-refine bench launches --config FILE ...")
     if options.rounds < 1:
         raise configuration.ConfigError(f"--rounds={options.rounds}: must be 1 or more")
     if options.benchmark != "step" and (options.json or options.check):
@@ -88,3 +95,33 @@ def run(options: argparse.Namespace, config: configuration.Config, alone: bool, 
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+LAUNCHES = """Count what the steps of a GPU launch and move, on a machine without one.
+
+Nothing is computed, and nothing is measured: NTP, fused and two-pass steps of one micro-batch run at full size, forward
+and backward, on tensors without values. Prints launches, matrix products by dtype, bytes of everything else, and the
+time that peaks of 600 TFLOP/s (bf16), 3 TB/s and 10 us a launch allow; by stage, and the ten largest operators. The
+optimizer's part, once a batch, stands apart. How each kernel is counted: docs/benchmarks.md
+"""
+
+
+def launches(arguments: list[str]) -> int:
+    """Count the steps of a configuration. Returns the exit code: 0; 2 where the configuration is wrong."""
+    parser = usage.parser("bench launches", LAUNCHES)
+    usage.add_config(parser)
+    parser.add_argument("--json", action="store_true", help="print launches, bytes, roofline_seconds and mfu as JSON")
+    options = parser.parse_intermixed_args(arguments)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    try:
+        config = configuration.load(options.config, options.overrides, FAMILIES)
+        if launcher.check().world > 1:
+            raise configuration.ConfigError("launches: counts one rank; start it without a launcher")
+        from megatron_refine.bench.launches import roofline, steps
+
+        counted = steps.count(config)
+    except (configuration.ConfigError, launcher.LaunchError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(roofline.as_json(config, counted) if options.json else roofline.tables(config, counted))
+    return 0

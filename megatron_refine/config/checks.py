@@ -125,9 +125,8 @@ def _phase_problems(c: Config) -> Iterator[tuple[bool, str]]:
 def _engine_problems(c: Config) -> Iterator[tuple[bool, str]]:
     e = c.engine
     yield (
-        e.cuda_graphs and (e.kind != "native" or c.model.family == "lact" or c.parallel.pp > 1),
-        "engine.cuda_graphs=true: is for engine.kind=native with DeltaNet or Gated DeltaNet at parallel.pp=1; leave it "
-        "out",
+        e.cuda_graphs == "true" and (e.kind != "native" or c.parallel.pp > 1),
+        "engine.cuda_graphs=true: is for engine.kind=native at parallel.pp=1; leave it out",
     )
     if e.kind == "native":
         return

@@ -55,9 +55,10 @@ class Engine(Section):
         description="`native`: the trainer's own model, forked. `sglang`: SGLang servers with a copy of the weights "
         "(DeltaNet, Gated DeltaNet).",
     )
-    cuda_graphs: bool = Field(
-        False,
-        description="native: decode rollouts by recorded CUDA graphs (DeltaNet, Gated DeltaNet; `parallel.pp=1`).",
+    cuda_graphs: Literal["auto", "true", "false"] = Field(
+        "auto",
+        description="native: decode rollouts as recorded CUDA graphs. `auto`: where there is a GPU and "
+        "`parallel.pp=1`; step by step, with a warning, where recording fails.",
     )
     python: ProgramText = Field(
         "",

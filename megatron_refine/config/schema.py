@@ -73,6 +73,11 @@ class Config(Section):
         return self.train.phase == "testtime" and self.ttt.reset == "per_batch"
 
     @property
+    def cuda_graphs(self) -> bool:
+        """Whether rollouts are decoded as CUDA graphs on a GPU."""
+        return self.engine.cuda_graphs != "false" and self.engine.kind == "native" and self.parallel.pp == 1
+
+    @property
     def branch_rows(self) -> int:
         """Rollout tokens of a sequence, c * n * k."""
         return self.refine.num_chunks * self.refine.num_rollouts * self.refine.rollout_len

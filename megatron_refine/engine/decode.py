@@ -1,7 +1,7 @@
 """k tokens of every branch: step by step, or as one CUDA graph, where launching the kernels costs the time."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,27 +84,60 @@ class DecodeGraphs:
     def __call__(
         self, states: dict[int, Any], hidden: Tensor, draws: Tensor, temperature: float
     ) -> tuple[Tensor, Tensor]:
-        given = [*(tensor for state in states.values() for tensor in state.tensors()), hidden, draws]
-        key = temperature, tuple((tensor.shape, tensor.dtype) for tensor in given)
+        """States: `fixed`."""
+        given: list[Tensor] = []
+        shape = _taken_apart(states, given)
+        given += [hidden, draws]
+        key = temperature, shape, tuple((tensor.shape, tensor.dtype) for tensor in given)
         if key not in self._recorded:
-            self._recorded[key] = self._record(states, given, temperature)
+            self._recorded[key] = self._record(shape, given, temperature)
         own, replay, (tokens, logprobs) = self._recorded[key]
         for mine, theirs in zip(own, given, strict=True):
             mine.copy_(theirs)
         replay()
         return tokens.clone(), logprobs.clone()
 
-    def _record(self, states: dict[int, Any], given: list[Tensor], temperature: float) -> Any:
+    def _record(self, shape: Any, given: list[Tensor], temperature: float) -> Any:
         own = [tensor.clone() for tensor in given]
         *left, hidden, draws = own
-        kept = {}
-        for layer, state in states.items():
-            size = len(state.tensors())
-            kept[layer], left = type(state)(*left[:size]), left[size:]
+        kept = _put_together(shape, iter(left))
         replay, found = platform.record(lambda: decode(self.model, kept, hidden, draws, temperature))
         return own, replay, found
 
 
-def recordable(states: dict[int, Any]) -> bool:
-    """Whether the states are tensors and nothing else: LaCT's depend on positions that Python looks at."""
-    return all(len(dataclasses.fields(state)) == len(state.tensors()) for state in states.values())
+def fixed(states: dict[int, Any], tokens: int) -> dict[int, Any] | None:
+    """The states for a recording that feeds `tokens` tokens; None where one of them has to be decoded step by step."""
+    found = {layer: state.fixed(tokens) for layer, state in states.items()}
+    return None if None in found.values() else found
+
+
+_TENSOR = object()
+
+
+def _taken_apart(value: Any, tensors: list[Tensor]) -> Any:
+    """What is left of a value whose tensors are appended to a list: hashable."""
+    if isinstance(value, Tensor):
+        tensors.append(value)
+        return _TENSOR
+    if isinstance(value, dict):
+        return dict, tuple(value), tuple(_taken_apart(x, tensors) for x in value.values())
+    if isinstance(value, list | tuple):
+        return type(value), (), tuple(_taken_apart(x, tensors) for x in value)
+    if dataclasses.is_dataclass(value):
+        names = tuple(field.name for field in dataclasses.fields(value))
+        return type(value), names, tuple(_taken_apart(getattr(value, name), tensors) for name in names)
+    return value
+
+
+def _put_together(left: Any, tensors: Iterator[Tensor]) -> Any:
+    """The inverse."""
+    if left is _TENSOR:
+        return next(tensors)
+    if not isinstance(left, tuple):
+        return left
+    kind, names, parts = left
+    values = [_put_together(part, tensors) for part in parts]
+    if kind in (list, tuple):
+        return kind(values)
+    named = dict(zip(names, values, strict=True))
+    return named if kind is dict else kind(**named)

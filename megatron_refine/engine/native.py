@@ -1,11 +1,11 @@
 """Rollouts by forking the trainer's own model: no second copy of the weights, no second pass over the prefix."""
 
-from functools import partial
+import warnings
 
 import torch
 from torch import Tensor, nn
 
-from megatron_refine.engine.decode import DecodeGraphs, Group, decode, decode_across_stages, recordable
+from megatron_refine.engine.decode import DecodeGraphs, Group, decode, decode_across_stages, fixed
 from megatron_refine.records import Fork, RolloutRequest, Rollouts
 from megatron_refine.trainer.model import unwrap
 from megatron_refine.trainer.random import ROLLOUT, uniform
@@ -14,8 +14,9 @@ from megatron_refine.trainer.random import ROLLOUT, uniform
 class NativeEngine:
     """All branches of a micro-batch decode as one batch from their forked states. Needs `request.fork`."""
 
-    def __init__(self, model: nn.Module, cuda_graphs: bool = False):
-        self.model = model
+    def __init__(self, model: nn.Module, cuda_graphs: bool = False, required: bool = False):
+        """cuda_graphs: record what is decoded; without `required`, decode step by step where that fails."""
+        self.model, self._required = model, required
         self._graphs = DecodeGraphs(model) if cuda_graphs else None
         self.weight_version = 0
 
@@ -47,13 +48,29 @@ class NativeEngine:
         stages = unwrap(self.model).pg_collection.pp.size()
         if stages == 1:
             given = _group(fork, draws, slice(None))
-            run = self._graphs if self._graphs and recordable(given.states) else partial(decode, self.model)
-            return run(given.states, given.hidden, given.draws, temperature)
+            return self._on_one_stage(given, temperature)
         size = -(-draws.shape[1] // stages)
         parts = [slice(start, start + size) for start in range(0, draws.shape[1], size)]
         found = decode_across_stages(self.model, [_group(fork, draws, part) for part in parts], temperature)
         tokens, logprobs = zip(*found, strict=True)
         return torch.cat(tokens, 1), torch.cat(logprobs, 1)
+
+
+    def _on_one_stage(self, group: Group, temperature: float) -> tuple[Tensor, Tensor]:
+        given = group.hidden, group.draws, temperature
+        states = fixed(group.states, len(group.draws) - 1) if self._graphs else None
+        if self._graphs is None or states is None:
+            return decode(self.model, group.states, *given)
+        try:
+            return self._graphs(states, *given)
+        except RuntimeError as error:
+            if self._required:
+                raise
+            reason = str(error).partition("\n")[0]
+            text = "engine.cuda_graphs=auto: decoding cannot be recorded, and goes on step by step"
+            warnings.warn(f"{text}: {reason}", stacklevel=2)
+            self._graphs = None
+            return decode(self.model, group.states, *given)
 
 
 def _group(fork: Fork, draws: Tensor, part: slice) -> Group:

@@ -86,7 +86,7 @@ def _decoding(config: Config, micros: int, hardware: Hardware) -> tuple[float, f
     p, model = config.parallel, config.model
     weights = family.flops(model.family).rank_parameters(model, p.tp, p.pp, p.pp - 1) * itemsize(config)
     reading = weights / hardware.memory_bandwidth
-    starting = KERNELS * model.num_layers / p.pp * hardware.launch * (0.1 if config.engine.cuda_graphs else 1.0)
+    starting = KERNELS * model.num_layers / p.pp * hardware.launch * (0.1 if config.cuda_graphs else 1.0)
     steps = micros * config.refine.rollout_len * (2 * p.pp - 1 if p.pp > 1 else 1)
     return steps * max(reading, starting / 2), steps * (reading + starting)
 

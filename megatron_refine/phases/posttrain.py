@@ -65,7 +65,7 @@ class PostTraining:
         items = [AnswerItem(batch.rows(part), lengths[part], count) for part in parts]
         with step.clock("answer"):
             result = step.updater.update(items, _forward, _answer_loss, batch.tokens.shape[1], 1)
-        return {"train/answer_loss": float(result.sums[0])} | step.clock.take()
+        return {"train/answer_loss": result.sums[0]} | step.clock.take()
 
 
 def _forward(model: nn.Module, item: AnswerItem) -> Any:

@@ -18,16 +18,23 @@ def rollout_sums(
     rewards [B, c, n]; entropy [B, T]; lengths [B]; zero_variance [B]; gap [B, c, n, k].
     """
     use = experience.usable
-    rewards, gap, weights = rewards[use].double(), gap[use].double(), experience.weights[use].double()
-    masked = (weights == 0).all(-1)
+
+    def used(x: Tensor) -> Tensor:
+        """Zeros where a sequence is unusable: picking the others would wait for their number."""
+        return torch.where(use.view(-1, *[1] * (x.dim() - 1)), x.double(), 0.0)
+
+    sequences = use.sum().double()
+    rewards, gap, weights = used(rewards), used(gap), used(experience.weights)
+    masked = (experience.weights == 0).all(-1) & use[:, None, None]
     real = torch.arange(entropy.shape[1], device=entropy.device) < lengths[:, None]
+    rollouts = sequences * rewards[0].numel()
     return torch.stack(
         [
-            rewards.sum(), rewards.square().sum(), rewards.new_tensor(rewards.numel()),
+            rewards.sum(), rewards.square().sum(), rollouts,
             (entropy * real).sum().double(), real.sum().double(),
-            zero_variance[use].sum().double(), use.sum().double(),
-            gap.sum(), gap.new_tensor(gap.numel()),
-            masked.sum().double(), weights.sum(), (~masked).sum().double() * weights.shape[-1],
+            used(zero_variance).sum(), sequences,
+            gap.sum(), sequences * gap[0].numel(),
+            masked.sum().double(), weights.sum(), (rollouts - masked.sum()) * weights.shape[-1],
         ]
     )  # fmt: skip
 
@@ -37,7 +44,8 @@ def rollout_metrics(sums: list[Tensor], largest_gap: Tensor, weight_version: int
     total = sum_over(torch.stack(sums).sum(0), dp_group)
     largest = largest_gap.clone()
     dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=dp_group)
-    reward, square, rewards, entropy, tokens, zero, sequences, gap, gaps, masked, weight, weights = total.tolist()
+    found = torch.cat([total, largest.double()[None]]).tolist()  # once
+    reward, square, rewards, entropy, tokens, zero, sequences, gap, gaps, masked, weight, weights, most = found
     mean = reward / max(rewards, 1)
     return {
         "rollout/reward_mean": mean,
@@ -45,7 +53,7 @@ def rollout_metrics(sums: list[Tensor], largest_gap: Tensor, weight_version: int
         "rollout/entropy_mean": entropy / max(tokens, 1),
         "rollout/zero_variance_groups": zero / max(sequences, 1),
         "rollout/logprob_gap_mean": gap / max(gaps, 1),
-        "rollout/logprob_gap_max": float(largest),
+        "rollout/logprob_gap_max": most,
         "rollout/masked_fraction": masked / max(rewards, 1),
         "rollout/importance_mean": weight / max(weights, 1),  # over the tokens of rollouts that are not masked
         "rollout/weight_version": weight_version,

@@ -4,6 +4,7 @@ Two-pass and fused differ in one thing: who keeps the graph. `explore` runs the 
 own passes are what the update differentiates (fused); without it, the update makes a packed pass of its own (two-pass).
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_refine.config import Config
+from megatron_refine.kernels.places import Places
 from megatron_refine.records import Batch, Experience, Fork, RolloutEngine, RolloutRequest, Rollouts
 from megatron_refine.step import objective
 from megatron_refine.step.advantage import advantages, zero_variance_groups
@@ -42,6 +44,7 @@ class Explored:
     """A micro-batch after its rollouts are scored; holds no graph."""
 
     experience: Experience
+    places: Places  # of its positions
     rewards: Tensor  # [B, c, n]
     entropy: Tensor  # [B, T]
     correct: Tensor  # [B, T] bool: the true next token has the highest logit
@@ -54,9 +57,9 @@ class Item:
     """A micro-batch of an update."""
 
     batch: Batch
-    experience: Experience | None
-    ntp_count: float  # real targets of the whole mini-batch, over all ranks
-    nsp_count: float  # rollout tokens of the whole mini-batch, over all ranks
+    explored: Explored | None
+    ntp_count: Tensor  # real targets of the whole mini-batch, over all ranks; on the device, as the next
+    nsp_count: Tensor  # rollout tokens of the whole mini-batch, over all ranks
 
 
 class RefineStep:
@@ -121,20 +124,21 @@ class RefineStep:
         for batch, main in zip(batches, mains, strict=True):
             with self.clock("select"), torch.set_grad_enabled(keep_graph):
                 positions.append(self._select(batch, main.scores.entropy, step))
-                sequences, starts = _flat(positions[-1])
-                fork = Fork(main.states(sequences, starts), main.rows.take(starts - 1, sequences))
+                places = Places.of_each(positions[-1])
+                fork = Fork(main.states(places), main.rows.take(places.tokens - 1, places.sequences))
             with self.clock("rollout"), torch.no_grad():
                 rollouts = self.engine.rollout(self._request(batch, positions[-1], fork, step, temperature))
             written.append(rollouts)
-            forks.append(forward.Forked(rollouts.tokens, main.rows, sequences, starts, fork.states, temperature))
+            forks.append(forward.Forked(rollouts.tokens, main.rows, places, fork.states, temperature))
         with self.clock("rescore"), torch.set_grad_enabled(keep_graph):
             branches = forward.branch_passes(self.model, forks)
-        found = zip(batches, positions, mains, written, branches, strict=True)
+        found = zip(batches, positions, forks, mains, written, branches, strict=True)
         return [self._judge(*each) for each in found]
 
     def _judge(
-        self, batch: Batch, positions: Tensor, main: forward.MainPass, rollouts: Rollouts, branch: forward.BranchPass
-    ) -> tuple[Explored, Outputs]:
+        self, batch: Batch, positions: Tensor, forked: forward.Forked, main: forward.MainPass, rollouts: Rollouts,
+        branch: forward.BranchPass,
+    ) -> tuple[Explored, Outputs]:  # fmt: skip
         """Rewards and advantages, and what the loss is computed from."""
         c, limits = self.config.refine, self.config.engine
         with self.clock("reward"), torch.no_grad():
@@ -147,7 +151,8 @@ class RefineStep:
                 usable(batch.lengths, c.num_chunks, c.margin, c.rollout_len),
             )  # fmt: skip
         gap = logprob_gap(old, rollouts.logprobs)
-        explored = Explored(experience, rewards, main.scores.entropy, main.scores.correct, truth, gap)
+        scores = main.scores
+        explored = Explored(experience, forked.places, rewards, scores.entropy, scores.correct, truth, gap)
         return explored, Outputs(main.scores.logprobs[:, :-1], branch.logprobs, experience)
 
     def _select(self, batch: Batch, entropy: Tensor, step: int) -> Tensor:
@@ -176,10 +181,10 @@ class RefineStep:
         return outputs
 
     def _packed(self, model: nn.Module, item: Item) -> Any:
-        e = item.experience
-        assert e is not None
+        assert item.explored is not None
+        e, places = item.explored.experience, item.explored.places
         temperature = self.config.refine.rollout_temperature
-        output = forward.packed_pass(model, item.batch.tokens, e.tokens, *_flat(e.positions), temperature)
+        output = forward.packed_pass(model, item.batch.tokens, e.tokens, places, temperature)
         return Outputs(*output, e) if isinstance(output, tuple) else output
 
     def _update(
@@ -190,8 +195,8 @@ class RefineStep:
         lengths = torch.cat([m.lengths for m in micros])
         rollouts = usable(lengths, c.num_chunks, c.margin, c.rollout_len).sum() * self.config.branch_rows * refine
         counts = sum_over(torch.stack([(lengths - 1).clamp(min=0).sum(), rollouts]).double(), self.ranks.dp_group)
-        ntp, nsp = counts.clamp(min=1).tolist()
-        records: list[Experience | None] = [e.experience for e in explored] or [None] * len(micros)
+        ntp, nsp = counts.clamp(min=1).unbind()
+        records: list[Explored | None] = [*explored] or [None] * len(micros)
         items = [Item(micro, record, ntp, nsp) for micro, record in zip(micros, records, strict=True)]
         rows = micros[0].tokens.shape[1] + (self.config.branch_rows if explored else 0)
         with self.clock("update"):
@@ -200,7 +205,8 @@ class RefineStep:
     def _loss(self, outputs: Outputs, item: Item) -> tuple[Tensor, Tensor]:
         """This micro-batch's part of the global loss; of the means of NTP loss, NSP loss, active clips and ratios."""
         c = self.config.refine
-        ntp = objective.next_token_sums(outputs.main_logprobs, item.batch.lengths)[0] / item.ntp_count
+        total = objective.next_token_sums(outputs.main_logprobs, item.batch.lengths)[0]
+        ntp = total / item.ntp_count.to(total.dtype)
         e = outputs.experience
         if e is None or outputs.branch_logprobs is None:
             return ntp, torch.stack([ntp, ntp * 0, ntp * 0, ntp * 0])
@@ -210,11 +216,13 @@ class RefineStep:
         # Means over the rollout tokens of usable sequences. Masked ones count, as zeros of the loss: a fused update
         # fixes their number before it has rollouts. Clips and ratios compare the trainer with itself: no weights there.
         parts = (terms.loss * e.weights, terms.clipped, terms.ratio)
-        nsp, clipped, ratio = ((part * e.usable[:, None, None, None]).sum() / item.nsp_count for part in parts)
+        count = item.nsp_count.to(terms.loss.dtype)
+        nsp, clipped, ratio = ((part * e.usable[:, None, None, None]).sum() / count for part in parts)
         return c.ntp_coef * ntp + c.nsp_coef * nsp, torch.stack([ntp, nsp, clipped, ratio])
 
     def _loss_metrics(self, results: list[UpdateResult], refine: bool) -> dict[str, float]:
-        ntp, nsp, clipped, ratio = torch.stack([r.sums for r in results]).mean(0).tolist()
+        columns = zip(*(r.sums for r in results), strict=True)
+        ntp, nsp, clipped, ratio = (math.fsum(column) / len(results) for column in columns)
         c = self.config.refine
         metrics = {
             "train/loss": c.ntp_coef * ntp + c.nsp_coef * nsp if refine else ntp,
@@ -235,12 +243,6 @@ class RefineStep:
         gaps = (x.gap.masked_fill(~x.experience.usable[:, None, None, None], 0) for x in explored)
         largest = torch.stack([gap.max() for gap in gaps]).max()
         return rollout_metrics(sums, largest, version, self.ranks.dp_group)
-
-
-def _flat(positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Positions [B, c] -> the sequence [P] and the position [P] of each, sequence-major."""
-    sequences = torch.arange(len(positions), device=positions.device).repeat_interleave(positions.shape[1])
-    return sequences, positions.flatten()
 
 
 def _continuations(tokens: Tensor, rows: Rows, positions: Tensor, length: int) -> tuple[Tensor, Tensor]:

@@ -68,7 +68,7 @@ def select_positions(
     weights = resolve("refine.selection", selection, SELECTIONS)(entropy, lengths, rollout_len)
     chunks = uniform.shape[1]
     size = (lengths // chunks).clamp(min=1)
-    offsets = torch.arange(int(size.max()), device=entropy.device)
+    offsets = torch.arange(max(entropy.shape[1] // chunks, 1), device=entropy.device)  # of the longest there may be
     starts = size[:, None] * torch.arange(chunks, device=entropy.device)  # [B, c]
     index = (starts[..., None] + offsets).clamp(max=entropy.shape[1] - 1)  # [B, c, size]
     inside = offsets < size[:, None, None]

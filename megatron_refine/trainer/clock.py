@@ -1,34 +1,58 @@
 """Seconds of each stage of a step."""
 
 import contextlib
-import time
 from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
 
 from megatron_refine import platform
 
 
+@dataclass
+class _Span:
+    """A stage from a moment to another, and the stages inside of it."""
+
+    stage: str
+    begin: Any
+    end: Any = None
+    inner: list["_Span"] = field(default_factory=list)
+
+    def seconds(self) -> float:
+        return platform.seconds_between(self.begin, self.end)
+
+
 class Clock:
-    """Adds up wall-clock seconds by stage name. Stages nest: a second counts for the innermost one alone."""
+    """Adds up seconds by stage name. Stages nest: a second counts for the innermost one alone.
+
+    The moments are marked on the device, between the work of two stages, and read at the end: no stage waits for the
+    device. On a CPU they are those of the wall clock.
+    """
 
     def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._inner: list[float] = []  # seconds of stages inside each open one
+        self._ended: list[_Span] = []
+        self._open: list[_Span] = []
         self.stage = ""  # the one begun last
 
     @contextlib.contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
-        start, self.stage = time.perf_counter(), stage
-        self._inner.append(0.0)
+        span = _Span(stage, platform.moment())
+        self.stage = stage
+        if self._open:
+            self._open[-1].inner.append(span)
+        self._open.append(span)
         try:
             yield
         finally:
-            platform.synchronize()  # so that a stage holds its own work
-            elapsed = time.perf_counter() - start
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + elapsed - self._inner.pop()
-            if self._inner:
-                self._inner[-1] += elapsed
+            span.end = platform.moment()
+            self._open.pop()
+            self._ended.append(span)
 
     def take(self) -> dict[str, float]:
-        """The seconds since the last call, as metrics; starts again from zero."""
-        seconds, self.seconds = self.seconds, {}
-        return {f"time/{stage}": value for stage, value in seconds.items()}
+        """The seconds since the last call, as metrics; starts again from zero. Waits for the device."""
+        ended, self._ended = self._ended, []
+        platform.synchronize()
+        found: dict[str, float] = {}
+        for span in ended:
+            own = span.seconds() - sum(inner.seconds() for inner in span.inner)
+            found[span.stage] = found.get(span.stage, 0.0) + own
+        return {f"time/{stage}": seconds for stage, seconds in found.items()}

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron_refine.kernels.places import Places
 from megatron_refine.models.layout import Branches
 from megatron_refine.models.mixer import Handle, State
 from megatron_refine.trainer import head
@@ -37,9 +38,9 @@ class MainPass:
     scores: head.Scores  # [B, T]: of predicting token t+1 from row t; the target of the last row is meaningless
     handles: dict[int, Handle]  # of this stage's layers
 
-    def states(self, sequences: Tensor, positions: Tensor) -> dict[int, State]:
-        """Each layer's state after positions[i] tokens of sequences[i]. Drops the handles, which pin the pass."""
-        states = {layer: handle.at(sequences, positions) for layer, handle in self.handles.items()}
+    def states(self, places: Places) -> dict[int, State]:
+        """Each layer's state at P places. Drops the handles, which pin the pass."""
+        states = {layer: handle.at(places) for layer, handle in self.handles.items()}
         self.handles.clear()
         return states
 
@@ -50,9 +51,8 @@ class Forked:
 
     tokens: Tensor  # [B, c, n, k]
     main: Rows  # of the pass that the states are of
-    sequences: Tensor  # [P]
-    positions: Tensor  # [P]
-    states: dict[int, Any]  # of the P positions, by layer
+    places: Places  # P of them
+    states: dict[int, Any]  # there, by layer
     temperature: float = 1.0  # that the tokens were drawn at; 0: greedily
 
 
@@ -134,7 +134,7 @@ def _score_branches(forked: Forked, rows: Rows) -> BranchPass:
     tokens = forked.tokens
 
     def scores() -> head.Scores:
-        pieces = _branch_pieces(forked.main, rows, 0, tokens, forked.sequences, forked.positions)
+        pieces = _branch_pieces(forked.main, rows, 0, tokens, forked.places)
         return score(rows.model, pieces, _branch_targets(tokens), _temperatures(0, tokens, forked.temperature))
 
     logprobs = _on_all_stages(rows, scores, torch.Size([tokens.numel()])).logprobs
@@ -144,25 +144,24 @@ def _score_branches(forked: Forked, rows: Rows) -> BranchPass:
 
 
 def packed_pass(
-    model: nn.Module, tokens: Tensor, branches: Tensor, sequences: Tensor, positions: Tensor, temperature: float = 1.0
+    model: nn.Module, tokens: Tensor, branches: Tensor, places: Places, temperature: float = 1.0
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Main and branch rows in one forward.
 
-    Args: tokens [B, T]; branches [B, c, n, k], drawn at `temperature`; sequences, positions [P].
+    Args: tokens [B, T]; branches [B, c, n, k], drawn at `temperature`, from P places.
     Returns: log-probabilities [B, T-1] of the main stream and [B, c, n, k] of the branches; before the last pipeline
     stage, the hidden rows that Megatron's schedule sends on.
     """
     _, chunks, rollouts, length = branches.shape
     batch, main_len = tokens.shape
     layout = Branches(
-        main_len=main_len, num_positions=chunks, num_rollouts=rollouts, branch_len=length,
-        sequences=sequences, positions=positions,
+        main_len=main_len, num_positions=chunks, num_rollouts=rollouts, branch_len=length, places=places
     )  # fmt: skip
     output = _forward(model, torch.cat([tokens, branches.flatten(1)], 1), layout)
     if not isinstance(output, dict):
         return output
     rows = Rows(unwrap(model), output["rows"])
-    pieces = [rows.span(main_len - 1), *_branch_pieces(rows, rows, main_len, branches, sequences, positions)]
+    pieces = [rows.span(main_len - 1), *_branch_pieces(rows, rows, main_len, branches, places)]
     targets = torch.cat([tokens[:, 1:].T.flatten(), _branch_targets(branches)])
     count = targets.numel() - branches.numel()
     scored = score(rows.model, pieces, targets, _temperatures(count, branches, temperature)).logprobs
@@ -184,12 +183,10 @@ def decode_step(
     return rows, layout.final_states
 
 
-def _branch_pieces(
-    main: Rows, rows: Rows, first: int, tokens: Tensor, sequences: Tensor, positions: Tensor
-) -> list[Held]:
+def _branch_pieces(main: Rows, rows: Rows, first: int, tokens: Tensor, places: Places) -> list[Held]:
     """Rows that predict branch tokens [B, c, n, k]: all first tokens, then all others; branch rows begin at `first`."""
     batch, chunks, rollouts, length = tokens.shape
-    starts = main.pick((positions - 1).repeat_interleave(rollouts), sequences.repeat_interleave(rollouts))
+    starts = main.pick((places.tokens - 1).repeat_interleave(rollouts), places.sequences.repeat_interleave(rollouts))
     if length == 1:
         return [starts]
     branch = torch.arange(chunks * rollouts, device=tokens.device)[:, None] * length

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from megatron_refine.kernels.places import Places
 from megatron_refine.trainer import forward, random
 from megatron_refine.trainer.model import unwrap
 from megatron_refine.trainer.parallel import from_last_stage
@@ -44,7 +45,8 @@ def generate(
     """
     everyone = torch.arange(len(tokens), device=tokens.device)
     rows, handles = forward.prefill(model, tokens)
-    states = {layer: handles.pop(layer).at(everyone, lengths) for layer in list(handles)}
+    places = Places.read(everyone, lengths)
+    states = {layer: handles.pop(layer).at(places) for layer in list(handles)}
     inner, link = unwrap(model), Link(unwrap(model))
     rows = Rows.of(inner, rows.take(lengths - 1, everyone)[:, None])
     written: list[list[int]] = [[] for _ in max_new]

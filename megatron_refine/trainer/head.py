@@ -1,7 +1,7 @@
 """From final rows to log-probabilities, entropies and samples, with the vocabulary sharded over tensor-parallel ranks.
 
-Rows are taken in chunks; where there are several, their logits are recomputed in the backward pass, so that no rank
-ever holds [T, V].
+Rows are taken in chunks; where there are several, their logits are computed again in the backward pass, so that no rank
+ever holds [T, V]. The weight's gradient is a sum over the chunks, in at least fp32.
 """
 
 from dataclasses import dataclass
@@ -11,11 +11,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
 
+from megatron_refine import platform
+from megatron_refine.kernels.fused import fused
 from megatron_refine.trainer.model import RefineModel
 
-CHUNK_ELEMENTS = 1 << 22  # logits of a chunk of rows on one rank: 16 MiB in fp32
+CHUNK_ELEMENTS = 1 << 22  # logits of a chunk of rows on one rank: 16 MiB in fp32, of which caches hold much
+GPU_CHUNK_ELEMENTS = 1 << 26  # on a GPU: each chunk reads the whole weight, and adds to all of its gradient
+ALIGNED = 128  # rows, where a chunk has more
 
 
 @dataclass(frozen=True)
@@ -37,52 +40,119 @@ def score(model: RefineModel, rows: Tensor, targets: Tensor, temperature: Tensor
 
     temperature: [R] of each row's distribution; None: 1.
     """
-    weight = model.shared_embedding_or_output_weight()
-    size = max(1, CHUNK_ELEMENTS // weight.shape[0])
-    group = model.pg_collection.tp
+    weight, group = model.output_weight(), model.pg_collection.tp
+    real = model.real_vocab - group.rank() * weight.shape[0]
+    return Scores(*_VocabParallelScores.apply(rows, weight, targets, temperature, group, real))
 
-    def chunk_scores(chunk: Tensor, wanted: Tensor, at: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        return _VocabParallelScores.apply(model.logits(chunk, at), wanted, group)
 
-    if len(rows) <= size:  # one chunk: keeping it stays within the bound
-        return Scores(*chunk_scores(rows, targets, temperature))
-    chunks = rows.split(size)
-    at = [None] * len(chunks) if temperature is None else temperature.split(size)
-    parts = [
-        checkpoint(chunk_scores, *given, use_reentrant=False, preserve_rng_state=False)
-        for given in zip(chunks, targets.split(size), at, strict=True)
-    ]
-    return Scores(*(torch.cat(column) for column in zip(*parts, strict=True)))
+def chunk_rows(weight: Tensor) -> int:
+    """Rows of a chunk, for a weight [V/tp, hidden]."""
+    elements = GPU_CHUNK_ELEMENTS if platform.on_gpu(weight) else CHUNK_ELEMENTS
+    rows = max(1, elements // weight.shape[0])
+    return rows - rows % ALIGNED if rows > ALIGNED else rows
 
 
 class _VocabParallelScores(torch.autograd.Function):
-    """log softmax(z)[target], the entropy and the hit of the argmax, for logits sharded along the vocabulary."""
+    """log softmax(z)[target], the entropy and the hit of the argmax, for logits z sharded along the vocabulary.
+
+    dz = (1[target] - softmax(z)) d log p / temperature. rows [R, hidden], weight [V/tp, hidden], targets [R], at [R]
+    temperatures or None; real: ids of this rank's part that are no padding.
+    """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, group: Any) -> tuple[Tensor, Tensor, Tensor]:
-        width, rank = logits.shape[1], group.rank()
-        highest = logits.amax(-1)
-        weights = (logits - highest[:, None]).exp_()
-        local = targets - rank * width
-        here = (local >= 0) & (local < width)
-        local = local.clamp(0, width - 1)
-        target = logits.gather(1, local[:, None])[:, 0] * here
-        mine = torch.stack([highest, weights.sum(-1), torch.linalg.vecdot(weights, logits), target])
+    def forward(
+        ctx: Any, rows: Tensor, weight: Tensor, targets: Tensor, at: Tensor | None, group: Any, real: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        local, size = targets - group.rank() * weight.shape[0], chunk_rows(weight)
+        logits = weight.new_empty(0)
+        found = []
+        for chunk, wanted, temperature in _chunks(size, rows, local, at):
+            logits = chunk @ weight.mT
+            found.append(_statistics(logits, wanted, temperature, real))
+        mine = found[0] if len(found) == 1 else torch.cat(found, 1)
         tops, totals, weighted, targeted = _gather(mine, group).unbind(1)  # of each rank's logits, [tp, R]
         scales = (tops - tops.amax(0)).exp()
         total, target = (totals * scales).sum(0), targeted.sum(0)
         log_total = tops.amax(0) + total.log()
         entropy, correct = log_total - (weighted * scales).sum(0) / total, target >= tops.amax(0)
-        ctx.save_for_backward(weights.mul_((scales[rank] / total)[:, None]), local, here)
+        kept = logits if len(found) == 1 else None  # one chunk: keeping it stays within the bound
+        ctx.save_for_backward(rows, weight, local, at, log_total, kept)
+        ctx.real = real
         ctx.mark_non_differentiable(entropy, correct)
         return target - log_total, entropy, correct
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor, None, None]:
-        softmax, local, here = ctx.saved_tensors
-        grad_logits = softmax.mul(-grad[:, None])
-        return grad_logits.scatter_add_(1, local[:, None], (grad * here)[:, None]), None, None
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        rows, weight, local, at, log_total, kept = ctx.saved_tensors
+        size = chunk_rows(weight) if kept is None else max(1, len(rows))
+        into_rows, into_weight = [], None
+        for chunk, wanted, temperature, totals, outer in _chunks(size, rows, local, at, log_total, grad):
+            logits = chunk @ weight.mT if kept is None else kept
+            into = _into_logits(logits, wanted, temperature, totals, outer, ctx.real)
+            if ctx.needs_input_grad[0]:
+                into_rows.append(into @ weight)
+            if ctx.needs_input_grad[1]:
+                into_weight = into.mT @ chunk if kept is not None else _add_product(into_weight, into.mT, chunk)
+        found = torch.cat(into_rows) if into_rows else None
+        return found, None if into_weight is None else into_weight.to(weight.dtype), None, None, None, None
+
+
+def _chunks(size: int, *columns: Tensor | None) -> Any:
+    """`size` rows of all tensors at a time, once where there are none; None stays."""
+    count = max(1, -(-len(columns[0]) // size))  # type: ignore[arg-type]
+    return zip(*([None] * count if x is None else x.split(size) for x in columns), strict=True)
+
+
+def _prepared(logits: Tensor, temperature: Tensor | None, real: int) -> Tensor:
+    """In at least fp32, at the temperature of each row, padding ids at a very low value."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if temperature is not None:
+        logits = logits / temperature[:, None].to(logits.dtype)
+    if real < logits.shape[1]:
+        padding = torch.arange(logits.shape[1], device=logits.device) >= real
+        logits = logits.masked_fill(padding, torch.finfo(logits.dtype).min / 2)
+    return logits
+
+
+@fused
+def _statistics(logits: Tensor, local: Tensor, temperature: Tensor | None, real: int) -> Tensor:
+    """Of this rank's logits [R, V/tp] the highest, the sum of exp(z - highest), that of their products with z, and the
+    target's (0 where it is another rank's): [4, R]."""
+    logits = _prepared(logits, temperature, real)
+    highest, width = logits.amax(-1), logits.shape[1]
+    weights = (logits - highest[:, None]).exp_()
+    target = logits.gather(1, local.clamp(0, width - 1)[:, None])[:, 0] * ((local >= 0) & (local < width))
+    return torch.stack([highest, weights.sum(-1), torch.linalg.vecdot(weights, logits), target])
+
+
+@fused
+def _into_logits(
+    logits: Tensor, local: Tensor, temperature: Tensor | None, log_total: Tensor, grad: Tensor, real: int
+) -> Tensor:
+    """The gradient of this rank's logits [R, V/tp], in their own precision, by that of the log-probabilities [R]."""
+    outer = grad if temperature is None else grad / temperature.to(grad.dtype)
+    scaled, width = _prepared(logits, temperature, real), logits.shape[1]
+    found = (scaled - log_total[:, None]).exp_().mul_(-outer[:, None])
+    if platform.on_gpu(logits):  # in the one kernel
+        ids = torch.arange(width, device=logits.device)
+        found = torch.where(ids == local[:, None], found + outer[:, None], found)
+    else:
+        here = (local >= 0) & (local < width)
+        found.scatter_add_(1, local.clamp(0, width - 1)[:, None], (outer * here)[:, None])
+    return found.to(logits.dtype)
+
+
+def _add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    """total + left @ right, kept in at least fp32."""
+    high = torch.promote_types(left.dtype, torch.float32)
+    if total is None:
+        total = left.new_zeros(left.shape[0], right.shape[1], dtype=high)
+    if high == left.dtype:
+        return total.addmm_(left, right)
+    if platform.on_gpu(left):
+        return torch.addmm(total, left, right, out_dtype=high)
+    return total.add_(left @ right)  # a product of a chunk is rounded once
 
 
 @torch.no_grad()

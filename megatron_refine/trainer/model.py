@@ -33,9 +33,6 @@ class RefineModel(GPTModel):
         """real_vocab: ids at or above it only pad the vocabulary."""
         super().__init__(*args, **kwargs)
         self.real_vocab = real_vocab
-        if self.post_process:  # `_postprocess` owns the collectives around the output layer, forward and backward
-            layer = self.output_layer
-            layer.sequence_parallel, layer.allreduce_dgrad, layer.disable_grad_reduce = False, False, True
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """On the last stage {"rows": [S, B, hidden]}, all rows in order on every tp rank; before it, hidden states.
@@ -53,19 +50,18 @@ class RefineModel(GPTModel):
             rows = copy_to_tensor_model_parallel_region(hidden_states, group=self.pg_collection.tp)
         return {"rows": rows}
 
-    def logits(self, rows: Tensor, temperature: Tensor | None = None) -> Tensor:
-        """Complete rows [R, hidden] -> this rank's logits [R, V/tp], at least fp32; padding ids at a very low value.
+    def output_weight(self) -> Tensor:
+        """Of the output layer, on the last stage: [V/tp, hidden]."""
+        shared = self.share_embeddings_and_output_weights
+        return self.shared_embedding_or_output_weight() if shared else self.output_layer.weight
 
-        temperature [R] divides them: in their precision, not in that of the rows.
-        """
-        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        logits = self.output_layer(rows[:, None], weight=weight)[0][:, 0]
+    def logits(self, rows: Tensor) -> Tensor:
+        """Complete rows [R, hidden] -> this rank's logits [R, V/tp], at least fp32; padding ids at a very low value."""
+        logits = rows @ self.output_weight().mT
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        if temperature is not None:
-            logits = logits / temperature[:, None].to(logits.dtype)
-        real = self.real_vocab - self.pg_collection.tp.rank() * logits.shape[1]
-        if real < logits.shape[1]:
-            padding = torch.arange(logits.shape[1], device=logits.device) >= real
+        real = self.real_vocab - self.pg_collection.tp.rank() * logits.shape[-1]
+        if real < logits.shape[-1]:
+            padding = torch.arange(logits.shape[-1], device=logits.device) >= real
             logits = logits.masked_fill(padding, torch.finfo(logits.dtype).min / 2)
         return logits
 

@@ -8,11 +8,14 @@ from typing import Any
 import megatron_refine.installed  # noqa: F401
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
+from megatron_refine import platform
 from megatron_refine.config import Config
 from megatron_refine.estimate.flops import total_steps
 from megatron_refine.trainer.errors import NonFiniteError
@@ -22,7 +25,7 @@ from megatron_refine.trainer.parallel import Ranks
 
 @dataclass(frozen=True)
 class UpdateResult:
-    sums: Tensor  # [M] fp64, the loss function's sums over all micro-batches and data-parallel ranks
+    sums: list[float]  # the loss function's, over all micro-batches and data-parallel ranks
     grad_norm: float
     skipped: bool  # the gradient was not finite: parameters and moments are as before
 
@@ -45,11 +48,14 @@ class Updater:
 
     def _start_adam(self) -> None:
         """Give torch's Adam the state of its first step now: if that step is skipped, a checkpoint needs it."""
-        for adam in (part.optimizer for part in self.parts):
-            if isinstance(adam, torch.optim.Adam):  # AdamW is one; fused Adams keep their own
-                for parameter in (p for group in adam.param_groups for p in group["params"]):
-                    zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-                    adam.state[parameter] = {"step": torch.tensor(0.0)} | zeros
+        for adam in self._torch_adams():
+            for parameter in (p for group in adam.param_groups for p in group["params"]):
+                zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                adam.state[parameter] = {"step": torch.tensor(0.0)} | zeros
+
+    def _torch_adams(self) -> list[torch.optim.Adam]:
+        """Those of torch, of which AdamW is one; fused Adams of others keep their own state."""
+        return [part.optimizer for part in self.parts if isinstance(part.optimizer, torch.optim.Adam)]
 
     @property
     def lr(self) -> float:
@@ -63,17 +69,43 @@ class Updater:
         self.optimizer.zero_grad()
         sums = accumulate(self.model, items, forward, loss, num_rows, num_sums, self.ranks)
         self.optimizer.prepare_grads()
-        norm = float(self.optimizer.get_grad_norm())
-        skipped = not (math.isfinite(norm) and bool(torch.isfinite(sums).all()))
+        # the one time that an update waits for the device
+        squared, *found = torch.cat([self._squared_norm().double(), sums]).tolist()
+        norm = squared**0.5
+        skipped = not all(map(math.isfinite, (norm, *found)))
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         if not skipped:
-            self.optimizer.step()
+            self._step(norm)
         elif self.skipped_in_a_row > self.config.train.max_skipped_steps:
             raise NonFiniteError(
                 f"loss or gradient not finite in {self.skipped_in_a_row} steps in a row (gradient norm {norm}); the "
                 "checkpoints are intact: run again with a lower optimizer.lr, or after a look at the data"
             )
-        return UpdateResult(sums, norm, skipped)
+        return UpdateResult(found, norm, skipped)
+
+    @torch.no_grad()
+    def _squared_norm(self) -> Tensor:
+        """Of the whole model's gradient, [1]. Megatron's own way, without Transformer Engine, reads a value of every
+        parameter."""
+        grads = [grad for part in self.parts for grad in part.get_main_grads_for_grad_norm()]
+        device = next(self.model.parameters()).device
+        norm = get_total_norm(grads, foreach=platform.has_gpu()) if grads else torch.zeros((), device=device)
+        squared = norm[None] ** 2
+        dist.all_reduce(squared, group=self.optimizer.get_grad_stats_parallel_group())
+        return squared
+
+    @torch.no_grad()
+    def _step(self, norm: float) -> None:
+        """Clip gradients of this norm to optimizer.clip_grad, then Adam."""
+        limit = self.config.optimizer.clip_grad
+        scale = limit / (norm + 1e-6)
+        if 0 < limit and scale < 1:
+            grads = [p.grad for part in self.parts for p in part.get_parameters() if p.grad is not None]
+            torch._foreach_mul_(grads, scale)
+        if platform.has_gpu():
+            for adam in self._torch_adams():
+                fuse(adam)
+        self.optimizer.step_with_ready_grads()
 
     def weights(self) -> list[Tensor]:
         """A copy of this rank's weights, to `restart` from."""
@@ -97,6 +129,18 @@ class Updater:
     def advance_schedule(self) -> None:
         """Once a batch, however many optimizer steps it took."""
         self.scheduler.step(1)
+
+
+def fuse(adam: torch.optim.Adam) -> None:
+    """Have torch's Adam take a few kernels for all parameters, and count its steps where they lie. Again before each
+    step: a checkpoint may come from where it did neither."""
+    for group in adam.param_groups:
+        if group["fused"]:
+            continue
+        group.update(fused=True, foreach=False)
+        for parameter in group["params"]:
+            state = adam.state[parameter]
+            state["step"] = state["step"].to(parameter.device)
 
 
 def _build_optimizer(config: Config, model: DistributedDataParallel) -> Any:

@@ -21,7 +21,7 @@ FP32 = 4
 class DeltaShape:
     """A family's mixer, over all ranks."""
 
-    heads: int  # H, of the values; keys are repeated for them
+    heads: int  # H, of the values; keys are repeated for them on a CPU
     key_dim: int  # K
     value_dim: int  # V
     channels: int  # columns of the input projection that pass the convolution
@@ -30,6 +30,11 @@ class DeltaShape:
     vectors: int = 0  # parameters a layer that are sharded and in no matmul nor convolution
     gated_rule: bool = False  # the delta rule with decay
     gated_output: bool = False
+
+    @property
+    def keys(self) -> int:
+        """Columns of the keys, as many as of the queries."""
+        return (self.channels - self.heads * self.value_dim) // 2
 
 
 def rule_elements(k: int, v: int, decay: bool) -> int:
@@ -99,21 +104,21 @@ class DeltaCost:
         return s.channels + s.others - outputs * s.gated_output, outputs
 
     def handle_bytes(self, model: ModelConfig, itemsize: int, length: int, gpu: bool, cp: int) -> float:
-        """The projected rows, for the convolution's tail; keys, what is written (a GPU: values) and states to begin
-        from, every chunk (a GPU: every 1024 tokens); beta and decays."""
+        """The projected rows, for the convolution's tail; keys, what is written and the states before each chunk (a
+        GPU: in the precision of the inputs); decays."""
         s = self.shape(model)
-        k, v, every = s.key_dim, s.value_dim, 1024 if gpu else CHUNK
-        rule = k * FP32 + v * (itemsize if gpu else FP32) + k * v * FP32 / every + FP32 * (gpu + s.gated_rule)
+        size, keys = (itemsize, s.keys) if gpu else (FP32, s.heads * s.key_dim)
+        rule = s.heads * (s.value_dim * (size + s.key_dim * size / CHUNK) + FP32 * s.gated_rule)
         columns = self.exchanged_columns(model)[0] if cp > 1 else s.channels + s.others
-        return columns * itemsize + s.heads * rule
+        return columns * itemsize + keys * size + rule
 
     def saved_bytes(self, model: ModelConfig, itemsize: int, length: int, gpu: bool) -> Saved:
         """Bytes kept for the backward pass of a layer.
 
         On a CPU what autograd saves around and in the chunked delta rule, which computes in fp32
-        (`kernels/delta_rule/chunk.py`); held to measurements by tests. On a GPU what flash-linear-attention's function
-        saves (its 0.6.0: q, k, v, beta and a [C] of (I + A)^-1), compiled elementwise chains keeping their inputs;
-        counted in the sources, never measured.
+        (`kernels/delta_rule/chunk.py`); held to measurements by tests. On a GPU what `kernels/delta_rule/fla.py` saves
+        (q, k, v, beta and a [C] of (I + A)^-1), the convolution and the gated norm keeping their inputs; counted in
+        the sources, never measured.
         """
         s = self.shape(model)
         heads, k, v = s.heads, s.key_dim, s.value_dim
@@ -123,7 +128,7 @@ class DeltaCost:
         left = heads * v * s.gated_output  # columns of the gate: what travels is beside the whole projection
         travelled = (columns - left) * itemsize * s.gated_output
         if gpu:
-            mixer = columns + s.channels + heads * (2 * k + CHUNK + 2 * v + v * s.gated_output)
+            mixer = columns + s.channels + heads * (CHUNK + 2 * v)
             return Saved(frame.rows * itemsize, mixer * itemsize, frame.mlp * itemsize, travelled, position=forked)
         mixer = columns + 3 * s.channels  # with the tail in front, before SiLU, after it
         mixer += heads * v * (1 + 2 * s.gated_output)  # what out_proj reads; SiLU of the gate, the norm's output

@@ -23,8 +23,8 @@ from sglang.srt.model_loader.weight_utils import default_weight_loader
 from sglang.srt.runtime_context import get_parallel
 from torch import Tensor, nn
 
-from megatron_refine.kernels.delta_rule import delta_rule
-from megatron_refine.models.common.conv import short_conv
+from megatron_refine.kernels.delta_rule import delta_rule, l2_normalize
+from megatron_refine.kernels.short_conv import short_conv
 
 
 @dataclass(frozen=True)
@@ -127,12 +127,13 @@ class DeltaAttention(nn.Module):
         self.o_proj = RowParallelLinear(values, hidden, bias=False)
 
     def rule_inputs(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, ragged: Ragged) -> dict[str, Tensor]:
-        """Rows x [R, hidden] and the convolved q, k [N, L, key heads, K], v [N, L, H, V] -> arguments of delta_rule."""
+        """Rows x [R, hidden] and what the convolution made of them, q, k [N, L, key heads, K] of unit length, v
+        [N, L, H, V] -> arguments of delta_rule."""
         raise NotImplementedError
 
-    def gate(self, x: Tensor, normed: Tensor) -> Tensor:
-        """Outputs [R, H, V] after the norm; a family may gate them by the rows x [R, hidden]."""
-        return normed
+    def read_out(self, x: Tensor, o: Tensor) -> Tensor:
+        """Outputs [R, H, V] of the delta rule, normed; a family may gate them by the rows x [R, hidden]."""
+        return self.o_norm(o)
 
     def forward(self, x: Tensor, batch: Any, ragged: Ragged) -> Tensor:
         """[R, hidden] -> [R, hidden]; reads and writes the slots of the batch's requests."""
@@ -151,10 +152,10 @@ class DeltaAttention(nn.Module):
         widths = [c.weight.shape[0] for c in (self.q_conv1d, self.k_conv1d, self.v_conv1d)]
         head_dims = (self.shape.key_dim, self.shape.key_dim, self.shape.value_dim)
         q, k, v = (z.unflatten(-1, (-1, d)) for z, d in zip(mixed.split(widths, -1), head_dims, strict=True))
-        inputs: dict[str, Any] = self.rule_inputs(x, q, k, v, ragged)
+        inputs: dict[str, Any] = self.rule_inputs(x, l2_normalize(q), l2_normalize(k), v, ragged)
         o, final, _ = delta_rule(**inputs, state=state)
         memory[slots] = final.to(memory.dtype)
-        normed = self.gate(x, self.o_norm(ragged.rows(o)))
+        normed = self.read_out(x, ragged.rows(o))
         return self.o_proj(normed.to(x.dtype).flatten(-2))[0]
 
 

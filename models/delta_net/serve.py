@@ -6,7 +6,7 @@ from torch import Tensor
 
 from megatron_refine.models.common.delta_serve import DeltaAttention, DeltaForCausalLM, Ragged, StateShape, column
 from megatron_refine.models.delta_net.config import DeltaNetConfig
-from megatron_refine.models.delta_net.rule import rule_inputs
+from megatron_refine.models.delta_net.rule import write_strength
 
 
 def state_shape(model: DeltaNetConfig) -> StateShape:
@@ -24,8 +24,8 @@ class DeltaNetAttention(DeltaAttention):
         self.b_proj = column(model.hidden_size, model.num_heads)
 
     def rule_inputs(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, ragged: Ragged) -> dict[str, Tensor]:
-        found = rule_inputs(q, k, v, ragged.pad(self.b_proj(x)[0]), self.beta_range)
-        return found | {"beta": ragged.real(found["beta"])}
+        beta = write_strength(ragged.pad(self.b_proj(x)[0]), self.beta_range)
+        return {"q": q, "k": k, "v": v, "beta": ragged.real(beta)}
 
 
 class DeltaNetForCausalLM(DeltaForCausalLM):

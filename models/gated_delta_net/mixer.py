@@ -9,6 +9,7 @@ of its value heads in turn; conv the channels [q | k | v]. A_log and dt_bias hav
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from megatron_refine.models.common.delta import DeltaMixer
 from megatron_refine.models.gated_delta_net.config import GatedDeltaNetConfig
-from megatron_refine.models.gated_delta_net.rule import gate_output, rule_inputs
+from megatron_refine.models.gated_delta_net.rule import gate_output, gates
 from megatron_refine.models.mixer import sharded
 
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4  # of the initial decay, as in Mamba2
@@ -29,13 +30,12 @@ class GatedDeltaNetMixer(DeltaMixer):
     def __init__(self, config: Any, layer_number: int, model: GatedDeltaNetConfig, pg_collection: Any, **_: Any):
         self.shared = model.value_heads // model.num_heads  # value heads of a key head
         values = self.shared * model.head_dim_v
-        self.widths = [model.head_dim, model.head_dim, values]
-        self.other_widths = [values if model.use_gate else 0, self.shared, self.shared]  # gate, a, beta
         self.beta_range = 2.0 if model.allow_neg_eigval else 1.0
         super().__init__(
             config, layer_number, pg_collection, hidden=model.hidden_size, groups=model.num_heads,
-            channels=sum(self.widths), others=sum(self.other_widths), heads=model.value_heads,
-            value_dim=model.head_dim_v, conv_size=model.conv_size, eps=model.norm_eps,
+            key_dim=model.head_dim, channels=2 * model.head_dim + values,
+            others=[values if model.use_gate else 0, self.shared, self.shared],  # gate, a, beta
+            heads=model.value_heads, value_dim=model.head_dim_v, conv_size=model.conv_size, eps=model.norm_eps,
         )  # fmt: skip
         self.A_log = sharded(torch.empty(self.heads, dtype=config.params_dtype), _initial_decay)
         self.dt_bias = sharded(torch.empty(self.heads, dtype=config.params_dtype), _initial_step)
@@ -43,22 +43,30 @@ class GatedDeltaNetMixer(DeltaMixer):
     def own_parameters(self) -> dict[str, nn.Parameter]:
         return super().own_parameters() | {"A_log": self.A_log, "dt_bias": self.dt_bias}
 
-    def rule_inputs(self, mixed: Tensor, others: Tensor) -> dict[str, Tensor]:
-        q, k, v = mixed.split(self.widths, -1)
-        a, b = (x.flatten(-2) for x in others[..., -2 * self.shared :].split(self.shared, -1))  # [N, m, H]
-        v = v.unflatten(-1, (self.shared, -1)).flatten(-3, -2)
-        return rule_inputs(q, k, v, a, b, self.mine(self.A_log), self.mine(self.dt_bias), self.beta_range)
+    def rule_inputs(self, q: Tensor, k: Tensor, v: Tensor, others: Sequence[Tensor]) -> dict[str, Tensor]:
+        a, b = (x.flatten(-2) for x in others[1:])  # [N, m, H]
+        beta, g = gates(a, b, self.mine(self.A_log), self.mine(self.dt_bias), self.beta_range)
+        return {"q": q, "k": k, "v": v.reshape(*beta.shape, -1), "beta": beta, "g": g}
 
     def mixed_columns(self, rows: Tensor) -> Tensor:
         """All but the gate."""
         return torch.cat([rows[..., : self.channels], rows[..., -2 * self.shared :]], -1)
 
+    def read_out(self, o: Tensor, others: Sequence[Tensor]) -> Tensor:
+        """Normed and gated where the gate came with the rows."""
+        gate = others[0]
+        if not gate.shape[-1]:
+            return o
+        return gate_output(o, self.o_norm.weight, self.o_norm.eps, gate).to(gate.dtype)
+
     def output(self, mixed: Tensor, rows: Tensor) -> tuple[Tensor, Tensor | None]:
-        normed = self.o_norm(mixed)
-        gate = rows[..., self.channels : self.channels + self.other_widths[0]]
-        if gate.shape[-1]:
-            normed = gate_output(normed, gate.unflatten(-1, (self.shared, -1)).flatten(-3, -2))
-        return self.out_proj(normed.to(rows.dtype).flatten(-2))
+        width = self.others[0]
+        if not width:
+            return super().output(mixed, rows)
+        if self.cp_group.size() > 1:  # the gate stayed here
+            gate = rows[..., self.channels : self.channels + width]
+            mixed = gate_output(mixed, self.o_norm.weight, self.o_norm.eps, gate).to(rows.dtype)
+        return self.out_proj(mixed.flatten(-2))
 
 
 def _initial_decay(full: Tensor, generator: torch.Generator) -> Tensor:

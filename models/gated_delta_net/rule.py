@@ -1,30 +1,25 @@
-"""What Gated DeltaNet gives the delta rule, in training and in serving."""
+"""What Gated DeltaNet gives the delta rule and makes of its output, in training and in serving."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_refine.kernels.delta_rule import l2_normalize
 from megatron_refine.kernels.fused import fused
 
 
 @fused
-def rule_inputs(
-    q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor, beta_range: float
-) -> dict[str, Tensor]:
-    """q, k [N, m, G, K] of the key heads and v [N, m, H, V] of the value heads after the convolution, a, b [N, m, H],
-    A_log, dt_bias [H] -> arguments of `delta_rule`, with H heads.
+def gates(a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor, beta_range: float) -> tuple[Tensor, Tensor]:
+    """a, b [N, m, H], A_log, dt_bias [H] -> beta, g [N, m, H] of the delta rule, in at least fp32.
 
-    g = -exp(A_log) softplus(a + dt_bias);  beta = beta_range * sigmoid(b).
+    beta = beta_range * sigmoid(b);  g = -exp(A_log) softplus(a + dt_bias).
     """
-    shared = v.shape[-2] // k.shape[-2]  # value heads of a key head
-    q, k = (l2_normalize(x).repeat_interleave(shared, -2) for x in (q, k))
     dtype = torch.promote_types(a.dtype, torch.float32)
     g = -A_log.to(dtype).exp() * F.softplus(a.to(dtype) + dt_bias.to(dtype))
-    return {"q": q, "k": k, "v": v, "beta": b.to(dtype).sigmoid() * beta_range, "g": g}
+    return b.to(dtype).sigmoid() * beta_range, g
 
 
 @fused
-def gate_output(normed: Tensor, gate: Tensor) -> Tensor:
-    """Normed outputs times SiLU of the gate, both [..., H, V]."""
-    return normed * F.silu(gate.to(normed.dtype))
+def gate_output(o: Tensor, weight: Tensor, eps: float, gate: Tensor) -> Tensor:
+    """Outputs of the delta rule [..., H, V], normed, times SiLU of the gate, of as many columns."""
+    normed = F.rms_norm(o, weight.shape, weight, eps)
+    return normed * F.silu(gate.reshape(normed.shape).to(normed.dtype))

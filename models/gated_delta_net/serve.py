@@ -13,7 +13,7 @@ from megatron_refine.models.common.delta_serve import (
     sharded_parameter,
 )
 from megatron_refine.models.gated_delta_net.config import GatedDeltaNetConfig
-from megatron_refine.models.gated_delta_net.rule import gate_output, rule_inputs
+from megatron_refine.models.gated_delta_net.rule import gate_output, gates
 
 
 def state_shape(model: GatedDeltaNetConfig) -> StateShape:
@@ -34,13 +34,13 @@ class GatedDeltaNetAttention(DeltaAttention):
 
     def rule_inputs(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, ragged: Ragged) -> dict[str, Tensor]:
         a, b = (ragged.pad(project(x)[0]) for project in (self.a_proj, self.b_proj))
-        found = rule_inputs(q, k, v, a, b, self.A_log, self.dt_bias, self.beta_range)
-        return found | {name: ragged.real(found[name]) for name in ("beta", "g")}
+        beta, g = (ragged.real(found) for found in gates(a, b, self.A_log, self.dt_bias, self.beta_range))
+        return {"q": q, "k": k, "v": v, "beta": beta, "g": g}
 
-    def gate(self, x: Tensor, normed: Tensor) -> Tensor:
+    def read_out(self, x: Tensor, o: Tensor) -> Tensor:
         if self.g_proj is None:
-            return normed
-        return gate_output(normed, self.g_proj(x)[0].unflatten(-1, (-1, self.shape.value_dim)))
+            return super().read_out(x, o)
+        return gate_output(o, self.o_norm.weight, self.o_norm.eps, self.g_proj(x)[0])
 
 
 class GatedDeltaNetForCausalLM(DeltaForCausalLM):

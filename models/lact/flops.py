@@ -56,9 +56,8 @@ def head_flops(model: LactConfig) -> int:
 
 
 def state_bytes(model: LactConfig, itemsize: int) -> int:
-    """Bytes of a layer's state at one position: the weights that it reads in fp32, the window's keys and values."""
-    fast = 3 * model.num_lact_heads * model.head_dim * model.inner_dim * FP32
-    return fast + 2 * (model.window_size - 1) * model.hidden_size * itemsize
+    """Bytes of a layer's state at one position: the weights that it reads, the window's keys and values."""
+    return (_matrices(model) + 2 * (model.window_size - 1) * model.hidden_size) * itemsize
 
 
 def head_norm_width(model: LactConfig) -> int:
@@ -72,44 +71,51 @@ def exchanged_columns(model: LactConfig) -> tuple[int, int]:
 
 
 def handle_bytes(model: LactConfig, itemsize: int, length: int, gpu: bool, cp: int) -> float:
-    """Keys and values of the attention and of the fast weights, their rates and momenta; at each chunk the weights, as
-    used and as they move."""
-    chunks, matrices = -(-length // model.lact_chunk_size), 9 if model.ttt_prenorm else 6
-    weights = chunks * matrices * model.num_lact_heads * model.head_dim * model.inner_dim * FP32 / length
-    return 4 * model.hidden_size * itemsize + 4 * model.num_lact_heads * FP32 + weights
+    """Keys and values of the attention, keys twice and values of the fast weights, their rates and momenta; at each
+    chunk the weights as used, as they add up and as they move."""
+    updates = -(-length // model.lact_chunk_size) - 1
+    weights = (updates * (itemsize + 2 * FP32) + FP32) * _matrices(model) / length
+    return 5 * model.hidden_size * itemsize + 4 * model.num_lact_heads * FP32 + weights
 
 
 def saved_bytes(model: LactConfig, itemsize: int, length: int, gpu: bool) -> Saved:
-    """Bytes kept for the backward pass of a layer, around and in `kernels/lact/chunk.py`; on a CPU held to measurements
-    by tests, on a GPU (compiled chains keep their inputs, FlexAttention its own) counted in the sources."""
+    """Bytes kept for the backward pass of a layer, around and in `kernels/lact`. On a CPU held to measurements by
+    tests; on a GPU (compiled chains keep their inputs, FlexAttention its own) counted in the sources."""
     h, inner, window = model.hidden_size, model.num_lact_heads * model.inner_dim, model.window_size
     frame = cost.saved_frame(model, gpu)
     updates = -(-length // model.lact_chunk_size) - 1
     trained = min(1.0, updates * model.lact_chunk_size / length)  # share of the tokens
     attended = -(-length // window) * window if length > window else length
-    mixer = _columns(model) + (7 if gpu else 11) * h  # sides of the scale, SiLU, unit length and rotation; outputs
+    # queries, keys twice and values of the fast weights, what was read of them and its sum with the attention; on a CPU
+    # also their queries and keys in and after SiLU, the norm of what was read, its product with the scale
+    mixer = _columns(model) + (6 if gpu else 12) * h
     attention = 4 * h * attended / length  # q, k, v and what is read
     if not gpu:
         attention += 4 * h * max(0, attended - window) / length  # keys and values of two windows side by side
-    reads, trains = (3, 6) if gpu else (4, 13)  # gate, up and what is made of them
-    fast = reads * inner + trained * (trains * inner + 2 * h)  # keys times two rates
+    fast = (2 + 3 * trained) * inner  # gate, up; for the update also the gradient of their product
     position = 2 * (window - 1) * h * itemsize  # keys and values before a branch
     angles = (2 if model.ttt_nope else 4) * length * h // model.num_attn_heads * FP32  # cosines and sines
     mask = 2 * window * window * FP32 if length > window else 0
     return Saved(
         rows=frame.rows * itemsize,
-        heads=(mixer + attention + fast) * itemsize + _saved_matrices(model, updates) / length * FP32,
+        heads=(mixer + attention + fast) * itemsize + _saved_matrices(model, updates, itemsize, gpu) / length,
         mlp=frame.mlp * itemsize,
         fixed=0 if gpu else angles + mask,
         position=position,
     )
 
 
-def _saved_matrices(model: LactConfig, updates: int) -> int:
-    """Elements of the fast weights and of what their updates keep, a sequence."""
-    small, size = min(model.head_dim, model.inner_dim), model.head_dim * model.inner_dim
-    each = 28 * size + 9 * NEWTON_SCHULZ_STEPS * small * small if model.use_muon else 12 * size
-    return model.num_lact_heads * (updates * each + 2 * size)
+def _saved_matrices(model: LactConfig, updates: int, itemsize: int, gpu: bool) -> int:
+    """Bytes of the fast weights, and of what their updates keep, a sequence."""
+    each = 2 * itemsize + FP32  # as used, by the chunks' reads and by the update; as they add up
+    each += FP32 * model.use_momentum  # what moved
+    each += (itemsize if gpu else FP32) * model.use_muon  # what Muon starts from
+    return (updates * each + FP32) * _matrices(model)
+
+
+def _matrices(model: LactConfig) -> int:
+    """Elements of the fast weights."""
+    return 3 * model.num_lact_heads * model.head_dim * model.inner_dim
 
 
 def _columns(model: LactConfig) -> int:

@@ -11,31 +11,28 @@ attention heads. qk_scale, qk_offset [hidden, 2] (q, k); w1 [heads, D, I]; w0, w
 w0_left [heads, I, rank], w0_right [heads, rank, D].
 """
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import megatron_refine.installed  # noqa: F401
 
 import torch
-import torch.nn.functional as F
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor, nn
 
-from megatron_refine.kernels.fused import fused
-from megatron_refine.kernels.lact import Fast, Rule, Tokens, Weights, chunk_lact, join, read
+from megatron_refine.kernels.lact import Rule, Tokens, Weights, chunk_lact, join, read, stacked
+from megatron_refine.kernels.places import Places
+from megatron_refine.kernels.tap import Tap
 from megatron_refine.kernels.window_attention import branch_attention, window_attention
 from megatron_refine.models.common.norm import HeadNorm
-from megatron_refine.models.common.rope import rope
+from megatron_refine.models.common.rope import Table, first_positions, table
 from megatron_refine.models.lact.config import LactConfig
+from megatron_refine.models.lact.inputs import READ_EPS, Inputs, Shape, joined
 from megatron_refine.models.lact.state import LactState
 from megatron_refine.models.mixer import Mixer, sharded
 
-UNIT_EPS, READ_EPS = 1e-5, 1e-5  # whatever norm_eps is
 IDENTITY = 0.5  # of the initial W0 and W2 beside their low-rank part
-BASE_RATE = 0.001
-BASE_RATE_INVERSE = BASE_RATE + math.log(-math.expm1(-BASE_RATE))  # softplus^-1
 
 
 @dataclass(frozen=True)
@@ -44,35 +41,25 @@ class LactHandle:
 
     weights: list[Weights]  # at the start of each chunk
     chunks: list[Tokens]
-    keys: Tensor  # [B, T, h, d], turned by position
-    values: Tensor
+    keys: Tap  # [B, T, h, d], turned by position
+    values: Tap
     chunk: int
     window: int
 
-    def at(self, sequences: Tensor, positions: Tensor) -> LactState:
-        rows, places = sequences.tolist(), positions.tolist()
-        length = min(self.window - 1, max(places))
-        before = positions[:, None] + torch.arange(-length, 0, device=positions.device)
-        index = sequences[:, None], before.clamp(min=0)
+    def at(self, places: Places) -> LactState:
+        index = places.sequences[:, None], places.before(min(self.window - 1, max(p for _, p in places.on_host)))[0]
         # at the very end of a full last chunk the update is still to come
-        chunks = [min(p // self.chunk, len(self.weights) - 1) for p in places]
-        begun = [(c, row, p - c * self.chunk) for c, row, p in zip(chunks, rows, places, strict=True)]
+        lie = [(min(p // self.chunk, len(self.weights) - 1), row, p) for row, p in places.on_host]
         return LactState(
-            places, self.weights, list(zip(chunks, rows, strict=True)), self.chunks, begun, [0] * len(rows), None,
-            (self.keys[index], self.values[index]), positions, None,
+            self.weights, [(chunk, row) for chunk, row, _ in lie], self.chunks,
+            [(chunk, row, p - chunk * self.chunk) for chunk, row, p in lie], [0] * len(lie), None,
+            (_by_head(self.keys.read(*index)), _by_head(self.values.read(*index))), places.tokens, 0, None, self.chunk,
         )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """Of rows [N, m]: queries, keys and values of the attention, queries and tokens of the fast weights, scale."""
-
-    q: Tensor  # [N, m, h, d]
-    k: Tensor
-    v: Tensor
-    fast_q: Tensor  # [N, m, H, D]
-    tokens: Tokens
-    scale: Tensor | None  # [N, m, H]
+def _by_head(rows: Tensor) -> Tensor:
+    """[P, L, h, d], laid out as products over each head read it: once, in place of a copy for each token."""
+    return rows.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 class LactMixer(Mixer):
@@ -84,7 +71,8 @@ class LactMixer(Mixer):
         self.tp_group, self.cp_group = pg_collection.tp, pg_collection.cp
         self.heads, self.dim = model.num_lact_heads // self.tp_group.size(), model.head_dim
         self.rule = Rule(model.lact_chunk_size, model.use_muon, model.ttt_prenorm)
-        self.widths = [3 * self.dim, 3, int(model.use_momentum), int(model.learnable_ttt_scale)]
+        self.shape = Shape.of(model)
+        self.widths = self.shape.widths
         linear = {"config": config, "bias": False, "tp_group": self.tp_group, "skip_bias_add": True}
         self.in_proj = ColumnParallelLinear(
             model.hidden_size, model.num_lact_heads * sum(self.widths), init_method=config.init_method,
@@ -119,123 +107,90 @@ class LactMixer(Mixer):
         return {name: getattr(self, name) for name in self.own}
 
     def project(self, hidden: Tensor) -> Tensor:
-        rows = self.in_proj(hidden)[0].unflatten(-1, (self.heads, sum(self.widths)))
-        bias = self.in_bias.view(self.heads, -1)
-        return rows + F.pad(bias, (rows.shape[-1] - bias.shape[1], 0))
+        return self.in_proj(hidden)[0].unflatten(-1, (self.heads, sum(self.widths)))
 
-    def main(self, rows: Tensor, cuts: Sequence[int] | None) -> tuple[Tensor, LactHandle]:
-        x = self._inputs(rows, torch.arange(rows.shape[1], device=rows.device)[None])
-        attended = window_attention(x.q, x.k, x.v, self.model.window_size)
+    def main(self, rows: Tensor) -> tuple[Tensor, LactHandle]:
+        turn = first_positions(rows.shape[1], self._half, self.model.rope_theta, rows.dtype, rows.device)
+        x = self._inputs(rows, turn)
+        keys, values = Tap.on(x.k), Tap.on(x.v)
+        attended = window_attention(x.q, keys.stream, values.stream, self.model.window_size)
         found, weights, chunks = chunk_lact(self.initial(), x.fast_q, x.tokens, self.rule)
-        handle = LactHandle(weights, chunks, x.k, x.v, self.rule.chunk, self.model.window_size)
-        return self._join(attended, found, x.scale), handle
+        handle = LactHandle(weights, chunks, keys, values, self.rule.chunk, self.model.window_size)
+        return joined(attended, found, self.ttt_norm.weight, x.scale), handle
 
     def branch(self, rows: Tensor, state: LactState) -> tuple[Tensor, LactState]:
         count, length = rows.shape[:2]
         if state.own is not None:
-            state = state.fork(count // state.own.k.shape[0])
-        places = torch.tensor(state.positions, device=rows.device).repeat_interleave(count // len(state.positions))
-        x = self._inputs(rows, places[:, None] + torch.arange(length, device=rows.device))
+            state = state.fork(count // state.own.x.shape[0])
+        places = (state.before + state.fed).repeat_interleave(count // len(state.before))  # [P * n]
+        positions = places[:, None] + torch.arange(length, device=rows.device)
+        x = self._inputs(rows, table(positions, self._half, self.model.rope_theta, rows.dtype))
         window = x.k, x.v
         if state.window is not None:
             window = torch.cat([state.window[0], x.k], 1), torch.cat([state.window[1], x.v], 1)
         attended = branch_attention(x.q, state.prefix, window, state.before, self.model.window_size)
-        found, state = self._branch_memory(x, state)
-        return self._join(attended, found, x.scale), _trimmed(state, window, self.model.window_size)
+        found, state = self._branch_memory(x, state, places)
+        return joined(attended, found, self.ttt_norm.weight, x.scale), _trimmed(state, window, self.model.window_size)
 
-    def _branch_memory(self, x: Inputs, state: LactState) -> tuple[Tensor, LactState]:
-        """Read and, at each chunk's end, update: entries reach theirs at different rows."""
-        count, length = x.fast_q.shape[:2]
+    def _branch_memory(self, x: Inputs, state: LactState, places: Tensor) -> tuple[Tensor, LactState]:
+        """Read and, at each chunk's end, update: entries reach theirs at different rows. places [P * n], of row 0."""
+        length = x.fast_q.shape[1]
         own, earlier = x.tokens, 0
         if state.own is not None:
-            own, earlier = join([state.own, x.tokens]), state.own.k.shape[1]
-        initial, found = self.initial(), None
-        done = [0] * len(state.where)
+            own, earlier = join([state.own, x.tokens]), len(state.own)
+        found, done, ends = None, [0] * len(state.where), 0
         row = torch.arange(length, device=x.fast_q.device)
         while True:
             before = len(state.where)
-            state = state.updated(own, [earlier + d for d in done], initial, self.rule)
+            state = state.updated(own, [earlier + d for d in done], self.initial, self.rule)
             done = [d for d in done for _ in range(len(state.where) // before)]
+            state = replace(state, gathered=state.used())
             now = read(state.used(), x.fast_q)
             if found is None:
                 found = now
-            else:
-                first = torch.tensor(done, device=row.device).repeat_interleave(count // len(done))
+            else:  # `done`, as the device knows it
+                first = ends * self.rule.chunk - places % self.rule.chunk
                 found = torch.where((row >= first[:, None])[..., None, None], now, found)
             taken = [min(self.rule.chunk - state.open(i), length - d) for i, d in enumerate(done)]
             done = [d + t for d, t in zip(done, taken, strict=True)]
             fresh = [f + t for f, t in zip(state.fresh, taken, strict=True)]
-            positions = [p + t for p, t in zip(state.positions, taken, strict=True)]
-            state = replace(state, positions=positions, fresh=fresh, own=own)
+            state, ends = replace(state, fresh=fresh, own=own), ends + 1
             if min(done) == length:
-                return found, state
+                return found, replace(state, fed=state.fed + length)
 
-    def initial(self) -> Fast:
-        """The fast weights before the first chunk, [H, ...], at least fp32."""
+    def initial(self) -> Tensor:
+        """The fast weights before the first chunk, [H, 3, I, D], at least fp32."""
         high = torch.promote_types(self.w1.dtype, torch.float32)
 
         def whole(name: str) -> Tensor:
             return self.mine(getattr(self, name)).to(high)
 
         if self.model.w0_w2_low_rank <= 0:
-            return whole("w0"), whole("w1"), whole("w2")
+            return stacked(whole("w0"), whole("w1"), whole("w2"))
         identity = IDENTITY * torch.eye(self.model.inner_dim, self.dim, device=self.w1.device, dtype=high)
-        w0 = whole("w0_left") @ whole("w0_right") + identity
-        return w0, whole("w1"), whole("w2_left") @ whole("w2_right") + identity
+        w0, w2 = (whole(f"{name}_left") @ whole(f"{name}_right") + identity for name in ("w0", "w2"))
+        return stacked(w0, whole("w1"), w2)
 
-    def _inputs(self, rows: Tensor, positions: Tensor) -> Inputs:
-        """rows [N, m, H, *], positions [N or 1, m]."""
-        m = self.model
-        qkv, rates, momentum, scale = rows.split(self.widths, -1)
-        q, k, v = qkv.split(self.dim, -1)  # [N, m, H, D]
+    @property
+    def _half(self) -> int:
+        """Of an attention head's width."""
+        return self.shape.attention_dim // 2
+
+    def _inputs(self, rows: Tensor, turn: Table) -> Inputs:
+        """rows [N, m, H, *] at the positions of a table."""
         moves = (self.mine(x.view(self.heads, self.dim, 2)) for x in (self.qk_scale, self.qk_offset))
-        factor, offset = (x.unbind(-1) for x in moves)
-        fast_q, fast_k = (self._fast(x, f, o, positions) for x, f, o in zip((q, k), factor, offset, strict=True))
-        fast_v = F.silu(v) if m.qkv_silu and not m.no_v_silu else v
-        high = torch.promote_types(rates.dtype, torch.float32)
-        tokens = Tokens(
-            fast_k, fast_v, F.softplus(rates.to(high) + BASE_RATE_INVERSE),
-            momentum[..., 0].sigmoid() if m.use_momentum else None,
-        )  # fmt: skip
-        q, k, v = (self._attention_heads(x) for x in (q, k, v))
-        q, k = rope(q, positions, m.rope_theta), rope(k, positions, m.rope_theta)
-        return Inputs(q, k, v, fast_q, tokens, F.silu(scale[..., 0]) if m.learnable_ttt_scale else None)
-
-    def _fast(self, x: Tensor, factor: Tensor, offset: Tensor, positions: Tensor) -> Tensor:
-        """Queries or keys of the fast weights: SiLU, unit length, position by attention head."""
-        x = _unit(x, factor, offset, self.model.qkv_silu)
-        if self.model.ttt_nope:
-            return x
-        return rope(self._attention_heads(x), positions, self.model.rope_theta).reshape(x.shape)
-
-    def _attention_heads(self, x: Tensor) -> Tensor:
-        """[N, m, H, D] -> [N, m, h, d]."""
-        return x.flatten(-2).unflatten(-1, (-1, self.model.hidden_size // self.model.num_attn_heads))
-
-    def _join(self, attended: Tensor, found: Tensor, scale: Tensor | None) -> Tensor:
-        """[N, m, h, d], [N, m, H, D] -> [N, m, H D]."""
-        normed = self.ttt_norm(found)
-        if scale is not None:
-            normed = normed * scale[..., None]
-        return attended.flatten(-2) + normed.flatten(-2).to(attended.dtype)
+        bias = self.mine(self.in_bias.view(self.heads, -1))
+        return Inputs.of(rows, bias, (*moves,), turn, self.shape)
 
     def output(self, mixed: Tensor, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         return self.out_proj(mixed.to(rows.dtype))
-
-
-@fused
-def _unit(x: Tensor, factor: Tensor, offset: Tensor, silu: bool) -> Tensor:
-    x = x * factor + offset
-    x = F.silu(x) if silu else x
-    high = x.to(torch.promote_types(x.dtype, torch.float32))
-    return (high / (high.norm(dim=-1, keepdim=True) + UNIT_EPS)).to(x.dtype)
 
 
 def _trimmed(state: LactState, window: tuple[Tensor, Tensor], size: int) -> LactState:
     """Without what no later token needs: constant memory however long a branch grows."""
     assert state.own is not None
     kept, (keys, values) = max(state.fresh), window
-    own = state.own.part(slice(None), slice(state.own.k.shape[1] - kept, None))
+    own = state.own.part(slice(None), slice(len(state.own) - kept, None))
     if keys.shape[1] >= size - 1:  # all that is visible is a branch's own
         keys, values = keys[:, 1 - size :], values[:, 1 - size :]
         state = replace(state, prefix=(state.prefix[0][:, :0], state.prefix[1][:, :0]))

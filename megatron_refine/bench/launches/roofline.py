@@ -1,0 +1,143 @@
+"""The time of a counted step at stated peaks, as tables and as JSON."""
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping
+
+from megatron_refine.bench.launches.counter import BANDWIDTH, LAUNCH, PEAK_FLOPS, Sum
+from megatron_refine.bench.launches.steps import OTHER, Counted
+from megatron_refine.config import Config
+
+DATA_SHEET = 989e12  # dense bf16 FLOP/s of an H100 or H200: what MFU is a share of
+PLACES, WIDTH = 10, 44
+TITLES = {"ntp": "NTP", "fused": "fused", "two_pass": "two-pass", "update": "update"}
+
+
+def seconds(total: Sum) -> float:
+    """Of kernels one after the other at the peaks, or of launching them, whichever is more."""
+    return max(total.seconds, total.launches * LAUNCH)
+
+
+def summary(config: Config, counted: Mapping[str, Counted]) -> dict[str, dict[str, float]]:
+    """Of each kind of step: launches, bytes of everything but matrix products, roofline_seconds, mfu, and the reads of
+    values by the host. Of an update, without mfu."""
+    from megatron_refine.estimate.flops import batch_flops
+
+    found = {}
+    for kind, each in counted.items():
+        if kind in OTHER.values():
+            continue
+        total, rest = each.total(), Sum()
+        for (_, _, _, products), part in each.sums.items():
+            if not products:
+                rest.add(part)
+        time = seconds(total)
+        found[kind] = {
+            "launches": round(total.launches), "bytes": round(rest.size), "roofline_seconds": round(time, 6),
+            "host_reads": len(each.reads),
+        }  # fmt: skip
+        if kind != "update":
+            work = batch_flops(micro_batch(config, kind), kind != "ntp")
+            found[kind]["mfu"] = round(work / time / DATA_SHEET, 4)
+    return found
+
+
+def micro_batch(config: Config, kind: str) -> Config:
+    """The configuration of what is counted: one micro-batch, by this kind of step."""
+    train = config.train.model_copy(update={"global_batch_size": config.train.micro_batch_size})
+    mode = {"ntp": "auto"}.get(kind, kind)
+    update = config.update.model_copy(update={"mode": mode, "mini_batch_size": 0})
+    return config.model_copy(update={"train": train, "update": update})
+
+
+def as_json(config: Config, counted: Mapping[str, Counted]) -> str:
+    return json.dumps(summary(config, counted), indent=2)
+
+
+def tables(config: Config, counted: Mapping[str, Counted]) -> str:
+    """All that was counted, for reading."""
+    found = summary(config, counted)
+    base = found.get("ntp", {}).get("roofline_seconds")
+    lines = [title(config), "", f"{'':<10}{'launches':>10}{'GB':>9}{'ms':>9}{'/ NTP':>8}{'MFU':>8}   TFLOP of products"]
+    for kind, each in found.items():
+        ratio = f"{each['roofline_seconds'] / base:>8.3f}" if base else f"{'':8}"
+        time = 1e3 * each["roofline_seconds"]
+        lines.append(
+            f"{TITLES[kind]:<10}{each['launches']:>10,}{each['bytes'] / 1e9:>9.1f}{time:>9.1f}"
+            f"{ratio}{each.get('mfu', 0.0):>8.1%}   {products(counted[kind])}"
+        )
+    lines += ["", rollouts(counted)]
+    for kind in found:
+        each = counted[kind]
+        lines += ["", *stages(TITLES[kind], each), "", *largest(each), "", reads(each)]
+    return "\n".join(lines)
+
+
+def rollouts(counted: Mapping[str, Counted]) -> str:
+    """The launches of rollouts, as they are decoded and the other way."""
+    other = next(name for name in counted if name in OTHER.values())
+    own = next(name for name in OTHER.values() if name != other)
+    parts = ((own, counted["fused"]), (other, counted[other]))
+    return "rollouts: " + ", ".join(f"{each.total(['rollout']).launches:,.0f} launches {name}" for name, each in parts)
+
+
+def title(config: Config) -> str:
+    """What was counted, and at which peaks."""
+    m, r = config.model, config.refine
+    peaks = ", ".join(f"{flops / 1e12:.0f} TFLOP/s {str(dtype)[6:]}" for dtype, flops in PEAK_FLOPS.items())
+    return (
+        f"{m.family} hidden {m.hidden_size}, {m.num_layers} layers; {config.train.micro_batch_size} x "
+        f"{config.data.seq_length} tokens, {config.train.precision}, recompute {config.train.recompute}; c "
+        f"{r.num_chunks} n {r.num_rollouts} k {r.rollout_len}; counted, not measured\n"
+        f"peaks: {peaks}; {BANDWIDTH / 1e12:.0f} TB/s; {1e6 * LAUNCH:.0f} us a launch; MFU of "
+        f"{DATA_SHEET / 1e12:.0f} TFLOP/s. GB: of everything but matrix products"
+    )
+
+
+def products(counted: Counted) -> str:
+    """TFLOP of matrix products by dtype."""
+    found: dict[str, float] = defaultdict(float)
+    for (_, _, dtype, _), each in counted.sums.items():
+        if each.flops:
+            found[str(dtype)[6:]] += each.flops
+    return ", ".join(f"{dtype} {flops / 1e12:.2f}" for dtype, flops in sorted(found.items()))
+
+
+def stages(kind: str, counted: Counted) -> list[str]:
+    """A line a stage, with the GB of products beside those of the rest."""
+    lines = [f"{kind + ', by stage':<{WIDTH}}{'launches':>10}{'TFLOP':>9}{'GB':>9}{'GB prod.':>10}{'ms':>9}"]
+    for stage in dict.fromkeys(key[0] for key in counted.sums):
+        parts = {False: Sum(), True: Sum()}
+        for key, each in counted.sums.items():
+            if key[0] == stage:
+                parts[key[3]].add(each)
+        total = Sum()
+        total.add(parts[False])
+        total.add(parts[True])
+        lines.append(
+            f"{stage:<{WIDTH}}{total.launches:>10,.0f}{total.flops / 1e12:>9.2f}{parts[False].size / 1e9:>9.1f}"
+            f"{parts[True].size / 1e9:>10.1f}{1e3 * total.seconds:>9.1f}"
+        )
+    return lines
+
+
+def largest(counted: Counted) -> list[str]:
+    """The ten operators that take longest."""
+    found: dict[tuple[str, str], Sum] = defaultdict(Sum)
+    for (_, name, dtype, _), each in counted.sums.items():
+        found[name, str(dtype)[6:]].add(each)
+    order = sorted(found.items(), key=lambda item: (-seconds(item[1]), item[0]))[:PLACES]
+    lines = [f"{'the ten largest':<{WIDTH}}{'launches':>10}{'TFLOP':>9}{'GB':>9}{'':>10}{'ms':>9}"]
+    for (name, dtype), each in order:
+        lines.append(
+            f"{name[: WIDTH - 10]:<{WIDTH - 9}}{dtype:<9}{each.launches:>10,.0f}{each.flops / 1e12:>9.2f}"
+            f"{each.size / 1e9:>9.1f}{'':>10}{1e3 * each.seconds:>9.1f}"
+        )
+    return lines
+
+
+def reads(counted: Counted) -> str:
+    """Where the host waits for values, of two layers."""
+    places = ", ".join(f"{stage} {place}" for stage, place in counted.reads)
+    return f"reads from device to host: {len(counted.reads)}" + (f" ({places})" if places else "")
+
