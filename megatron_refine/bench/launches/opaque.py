@@ -102,8 +102,9 @@ def compiled(counter: Counter, function: Any, args: Any, kwargs: Any) -> Any:
     dtype = fresh[0].dtype
 
     def backward(grads: Sequence[Any], found: Sequence[Any]) -> list[Work]:
-        most = max(r.numel() for r in fresh)
-        sums = [x for x in found if isinstance(x, Tensor) and x.numel() * FEWER <= most]
+        largest = max(fresh, key=Tensor.numel)
+        sums = [x for x in found if isinstance(x, Tensor) and x.numel() * FEWER <= largest.numel()]
+        sums = [x for x in sums if x.shape[:2] != largest.shape[:2]]  # of a number a row nothing is summed over rows
         read = moved(used) + moved(grads)
         works = [Work(f"{name}, backward", dtype, read + moved([x for x in found if not _among(x, sums)]))]
         if sums:
