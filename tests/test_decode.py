@@ -73,7 +73,8 @@ def ends_of_chunks(config: Config) -> list[bool]:
     model, _ = parity.build(config, torch.float64)
     found = []
     for place in (11, 12, 15, 16):
-        states = forward.main_pass(model, parity.batch(1).tokens).states(torch.tensor([0, 0]), torch.tensor([5, place]))
+        places = Places.read(torch.tensor([0, 0]), torch.tensor([5, place]))
+        states = forward.main_pass(model, parity.batch(1).tokens).states(places)
         found.append(decode.fixed(states, 5) is not None)
     return found
 

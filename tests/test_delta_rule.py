@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import megatron_refine.kernels.delta_rule as dispatcher
 from megatron_refine import platform
@@ -207,6 +208,30 @@ def test_fla_path_without_all_of_its_gradients(fla_path: Callable[..., Any]) -> 
     assert_same([o], [recurrent(x)[0]], x)
     with torch.no_grad():
         torch.testing.assert_close(fla_path(**x)[2].state_at(places), found, **EXACT)
+
+
+def test_fla_path_twice_backward(fla_path: Callable[..., Any]) -> None:
+    """What was read the first time is not added to the second."""
+    x = make_inputs(1, 130, True)
+    found = fla_path(**x)[2].state_at(Places.read(torch.tensor([0]), torch.tensor([100])))
+    once, again = (torch.autograd.grad(found.sum(), x["k"], retain_graph=keep)[0] for keep in (True, False))
+    assert once.equal(again)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_fla_path_asks_the_device_for_nothing(gated: bool, fla_path: Callable[..., Any]) -> None:
+    """Tensors without values: whoever looks at one ends here."""
+    x = make_inputs(2, 130, gated)
+    rows, at = positions(130)
+    places = Places.read(rows, at)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = {name: mode.from_tensor(value.detach()).requires_grad_() for name, value in x.items()}
+        there = Places(mode.from_tensor(rows), mode.from_tensor(at), places.on_host)
+        for path in (fla_path, delta_rule):
+            o, final, trace = path(**fake)
+            state = trace.state_at(there)
+            (o.sum() + final.sum() + state.sum()).backward()
+    assert state.shape == (len(at), HEADS, KEY, VALUE) and fake["k"].grad.shape == x["k"].shape
 
 
 @pytest.fixture

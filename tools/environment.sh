@@ -30,7 +30,7 @@ restore)
     touch "$kept"
     link "$kept" "$folder"
     origin=$(cat "$folder/origin")
-    grep -IlF "$origin" "$folder"/bin/* | xargs -r sed -i "s|$origin|$PWD/$folder|g" # sed writes new files
+    { grep -IlF "$origin" "$folder"/bin/* || true; } | xargs -r sed -i "s|$origin|$PWD/$folder|g" # sed writes new files
     ;;
 keep)
     mkdir -p "$cache"

@@ -198,7 +198,7 @@ def _carry(
         own = {name: None if x is None else x[:, tokens].contiguous() for name, x in own.items()}
         states, later, writes = _parts().states_backward(**own, h0=later, dht=later, scale=given["scale"])
         for sequence, grad in entering.get(first, ()):
-            later[sequence] += grad
+            later[sequence].add_(grad)
         found.append((states, writes))
     if len(found) == 1:
         return states, later, writes

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from megatron_refine.kernels.delta_rule import Trace, delta_rule
 from megatron_refine.kernels.places import Places
 from megatron_refine.kernels.short_conv import convolved
+from megatron_refine.kernels.tap import Tap
 from megatron_refine.models.common.norm import HeadNorm
 from megatron_refine.models.mixer import Mixer, sharded
 
@@ -45,13 +46,13 @@ class DeltaHandle:
     """A finished main pass."""
 
     trace: Trace
-    rows: Tensor  # [B, T, G, D + ...], before the convolution
+    rows: Tap  # [B, T, G, D + ...], before the convolution
     channels: int  # D
     width: int
 
     def at(self, places: Places) -> DeltaState:
         before, real = places.before(self.width - 1)  # [P, W-1]
-        tail = self.rows[places.sequences[:, None], before][..., : self.channels] * real[..., None, None]
+        tail = self.rows.read(places.sequences[:, None], before)[..., : self.channels] * real[..., None, None]
         return DeltaState(self.trace.state_at(places), tail)
 
 
@@ -106,9 +107,10 @@ class DeltaMixer(Mixer):
         return self.in_proj(hidden)[0].unflatten(-1, (self.groups, self.channels + sum(self.others)))
 
     def main(self, rows: Tensor) -> tuple[Tensor, DeltaHandle]:
-        inputs, others = self._inputs(rows, None)
+        tap = Tap.on(rows)
+        inputs, others = self._inputs(tap.stream, None)
         o, _, trace = delta_rule(**inputs)
-        return self.read_out(o, others), DeltaHandle(trace, rows, self.channels, self.conv.shape[-1])
+        return self.read_out(o, others), DeltaHandle(trace, tap, self.channels, self.conv.shape[-1])
 
     def branch(self, rows: Tensor, state: DeltaState) -> tuple[Tensor, DeltaState]:
         tail = state.tail.repeat_interleave(rows.shape[0] // state.tail.shape[0], 0)

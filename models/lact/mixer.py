@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from megatron_refine.kernels.lact import Rule, Tokens, Weights, chunk_lact, join, read, stacked
 from megatron_refine.kernels.places import Places
+from megatron_refine.kernels.tap import Tap
 from megatron_refine.kernels.window_attention import branch_attention, window_attention
 from megatron_refine.models.common.norm import HeadNorm
 from megatron_refine.models.common.rope import Table, first_positions, table
@@ -40,8 +41,8 @@ class LactHandle:
 
     weights: list[Weights]  # at the start of each chunk
     chunks: list[Tokens]
-    keys: Tensor  # [B, T, h, d], turned by position
-    values: Tensor
+    keys: Tap  # [B, T, h, d], turned by position
+    values: Tap
     chunk: int
     window: int
 
@@ -52,8 +53,13 @@ class LactHandle:
         return LactState(
             self.weights, [(chunk, row) for chunk, row, _ in lie], self.chunks,
             [(chunk, row, p - chunk * self.chunk) for chunk, row, p in lie], [0] * len(lie), None,
-            (self.keys[index], self.values[index]), places.tokens, 0, None, self.chunk,
+            (_by_head(self.keys.read(*index)), _by_head(self.values.read(*index))), places.tokens, 0, None, self.chunk,
         )  # fmt: skip
+
+
+def _by_head(rows: Tensor) -> Tensor:
+    """[P, L, h, d], laid out as products over each head read it: once, in place of a copy for each token."""
+    return rows.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 class LactMixer(Mixer):
@@ -106,9 +112,10 @@ class LactMixer(Mixer):
     def main(self, rows: Tensor) -> tuple[Tensor, LactHandle]:
         turn = first_positions(rows.shape[1], self._half, self.model.rope_theta, rows.dtype, rows.device)
         x = self._inputs(rows, turn)
-        attended = window_attention(x.q, x.k, x.v, self.model.window_size)
+        keys, values = Tap.on(x.k), Tap.on(x.v)
+        attended = window_attention(x.q, keys.stream, values.stream, self.model.window_size)
         found, weights, chunks = chunk_lact(self.initial(), x.fast_q, x.tokens, self.rule)
-        handle = LactHandle(weights, chunks, x.k, x.v, self.rule.chunk, self.model.window_size)
+        handle = LactHandle(weights, chunks, keys, values, self.rule.chunk, self.model.window_size)
         return joined(attended, found, self.ttt_norm.weight, x.scale), handle
 
     def branch(self, rows: Tensor, state: LactState) -> tuple[Tensor, LactState]:

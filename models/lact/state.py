@@ -68,7 +68,8 @@ class LactState:
             return None
         begun = [(0, 0, 0) for _ in entries]  # as for any other place
         where = [(0, entry) for entry in entries]
-        return replace(self, weights=[], where=where, chunks=[], begun=begun, gathered=self.used())
+        low = self.used().to(self.prefix[0].dtype)  # as they are read, once for all tokens
+        return replace(self, weights=[], where=where, chunks=[], begun=begun, gathered=low)
 
     def used(self) -> Tensor:
         """The weights that each entry reads, [P, H, 3, I, D]."""

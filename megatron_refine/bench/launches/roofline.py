@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 
 from megatron_refine.bench.launches.counter import BANDWIDTH, LAUNCH, PEAK_FLOPS, Sum
-from megatron_refine.bench.launches.steps import Counted
+from megatron_refine.bench.launches.steps import OTHER, Counted
 from megatron_refine.config import Config
 
 DATA_SHEET = 989e12  # dense bf16 FLOP/s of an H100 or H200: what MFU is a share of
@@ -25,6 +25,8 @@ def summary(config: Config, counted: Mapping[str, Counted]) -> dict[str, dict[st
 
     found = {}
     for kind, each in counted.items():
+        if kind in OTHER.values():
+            continue
         total, rest = each.total(), Sum()
         for (_, _, _, products), part in each.sums.items():
             if not products:
@@ -64,9 +66,19 @@ def tables(config: Config, counted: Mapping[str, Counted]) -> str:
             f"{TITLES[kind]:<10}{each['launches']:>10,}{each['bytes'] / 1e9:>9.1f}{time:>9.1f}"
             f"{ratio}{each.get('mfu', 0.0):>8.1%}   {products(counted[kind])}"
         )
-    for kind, each in counted.items():
+    lines += ["", rollouts(counted)]
+    for kind in found:
+        each = counted[kind]
         lines += ["", *stages(TITLES[kind], each), "", *largest(each), "", reads(each)]
     return "\n".join(lines)
+
+
+def rollouts(counted: Mapping[str, Counted]) -> str:
+    """The launches of rollouts, as they are decoded and the other way."""
+    other = next(name for name in counted if name in OTHER.values())
+    own = next(name for name in OTHER.values() if name != other)
+    parts = ((own, counted["fused"]), (other, counted[other]))
+    return "rollouts: " + ", ".join(f"{each.total(['rollout']).launches:,.0f} launches {name}" for name, each in parts)
 
 
 def title(config: Config) -> str:

@@ -22,6 +22,7 @@ from megatron_refine.config import Config, ConfigError
 from megatron_refine.records import Batch
 
 KINDS = {"ntp": None, "fused": "fused", "two_pass": "two_pass"}
+OTHER = {True: "step by step", False: "as graphs"}
 ODD = 37  # rows that a position lies off the grid of chunks
 
 
@@ -41,14 +42,15 @@ class Counted:
         return found
 
 
-def count(config: Config, kinds: Sequence[str] = tuple(KINDS), cuda_graphs: bool = False) -> dict[str, Counted]:
-    """Count one micro-batch of `config` on one rank, by kind of step, and an "update"; cuda_graphs: rollouts by
-    recorded graphs.
+def count(config: Config) -> dict[str, Counted]:
+    """Count one micro-batch of `config` on one rank, by kind of step; then an "update", and the fused step with
+    rollouts the other way, "step by step" or "as graphs".
 
     The process pretends to have a GPU from then on. Raises ConfigError for a layout of several ranks.
     """
-    steps = Steps(config)
-    return steps.count(kinds, cuda_graphs) | {"update": steps.update()}
+    steps, graphs = Steps(config), config.cuda_graphs
+    other = steps.count(["fused"], not graphs)["fused"]
+    return steps.count(tuple(KINDS), graphs) | {"update": steps.update(), OTHER[graphs]: other}
 
 
 class Steps:
@@ -77,7 +79,10 @@ class Steps:
         """Of steps of the whole model."""
         with self.counting():
             one, two = (self._prepared(layers, kinds, cuda_graphs) for layers in (1, 2))
-            next(iter(one.values()))()  # masks and tables that a run makes once
+            next(iter(one.values()))()  # masks and tables that are made once
+            if cuda_graphs:  # and recordings
+                one["fused"]()
+                two["fused"]()
             found = {}
             for kind in kinds:
                 first, second = self._counted(one[kind]), self._counted(two[kind])
