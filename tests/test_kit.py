@@ -46,14 +46,14 @@ def test_a_kit_that_is_too_large_to_carry_is_refused(tmp_path: Path) -> None:
     assert done.returncode == 1 and "more than 1: carry fewer wheels or kernels" in done.stderr
 
 
-def rehearse(kit: Path, folder: Path) -> Path:
-    """The stages with tiny models, on whatever this machine has. Returns the folder of results."""
+def rehearse(kit: Path, folder: Path, names: str = "") -> Path:
+    """The stages (of these names) with tiny models, on whatever this machine has. Returns the folder of results."""
     data = f"data.paths=[{argparse.__file__}] data.cache_dir={folder / 'data'} run.dir={folder / 'run'}"
     settings = {
         "PYTHON": sys.executable, "OUT": str(folder / "out"), "WORK": str(folder / "work"), "OMP_NUM_THREADS": "1",
         "DELTA": "model=delta_net_tiny model.vocab_size=512", "LACT": "model=lact_tiny model.vocab_size=512",
         "SIZE": f"data.seq_length=192 train.precision=fp32 {data}", "ROUNDS": "1",
-        "SLACK": "10",
+        "SLACK": "10", "STAGES": names,
     }  # fmt: skip
     done = subprocess.run(["bash", str(kit / "run.sh")], cwd=ROOT, env=os.environ | settings, capture_output=True,
                           encoding="utf-8")  # fmt: skip
@@ -101,6 +101,5 @@ def test_the_kit_carries_kernels_that_are_found_again(tmp_path: Path) -> None:
     }  # fmt: skip
     done = build(tmp_path / "kit", sys.executable, **settings)
     assert done.returncode == 0, done.stdout + done.stderr
-    out = rehearse(tmp_path / "kit", tmp_path)
-    check_what_a_cpu_can(out)
-    assert codes(out)["cache"] == 0 and ": 0 compiled, " in said(out, "cache"), said(out, "cache")
+    out = rehearse(tmp_path / "kit", tmp_path, "cache")
+    assert codes(out) == {"cache": 0} and ": 0 compiled, " in said(out, "cache"), said(out, "cache")

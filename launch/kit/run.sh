@@ -6,7 +6,7 @@
 # (a line and the last lines of each stage), the whole output of each, kernels-*.json, and Inductor's cache. More:
 # docs/gpu.md. `make gpu-kit` makes the folder that this file lies in.
 #
-# Set by the environment: PYTHON, OUT, WORK; for a rehearsal also DELTA, LACT, SIZE and ROUNDS of the steps, and SLACK, by
+# Set by the environment: PYTHON, OUT, WORK, STAGES (names; default: all); for a rehearsal also DELTA, LACT, SIZE and ROUNDS of the steps, and SLACK, by
 # which deadlines are multiplied.
 set -uo pipefail
 kit=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -24,6 +24,7 @@ say() { echo "[$((SECONDS - began)) s] $*" | tee -a "$OUT/results.txt"; }
 stage() {
     local name=$1 limit=$(($2 * SLACK)) code
     shift 2
+    [[ " ${STAGES:-$name} " == *" $name "* ]] || return 0
     say "begin $name, at most $limit s"
     timeout -k 2 "$limit" "$@" >"$OUT/$name.txt" 2>&1
     code=$?
@@ -67,9 +68,11 @@ config="--config configs/bench.yaml $SIZE"
 # shellcheck disable=SC2046,SC2086
 {
     stage facts 30 $(refine bench facts $config $DELTA --rounds 10)
+    timeout 100 $(refine prepare $config $DELTA) >"$OUT/prepare.txt" 2>&1 & # rows of text, while others work
     stage cache 30 $(refine kernels warm $config $DELTA --pinned --jobs 2) # with the carried binaries: 0 compiled
     stage parity 60 $(tests tests/test_delta_rule.py)
     stage measure 60 $(refine kernels measure $config $DELTA --json "$OUT/kernels-delta.json")
+    wait
     stage delta 80 $(refine bench step $config $DELTA --rounds "$ROUNDS")
     stage delta-profile 40 $(refine bench profile $config $DELTA --rounds 1)
     stage lact 80 $(refine bench step $config $LACT --rounds "$ROUNDS")
