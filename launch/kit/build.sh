@@ -14,7 +14,7 @@ ARCH=${ARCH:-sm_90} JOBS=${JOBS:-$(nproc)}
 MODELS=${MODELS-delta_net_1.3b} OTHERS=${OTHERS-gated_delta_net_1.3b gated_delta_net_bench delta_net_100m}
 SIZE=${SIZE:-data.seq_length=16384 train.precision=bf16}
 WHEELS=${WHEELS-flash-linear-attention fla-core megatron-core einops pydantic pydantic-core annotated-types \
-    typing-inspection psutil httpx httpcore h11 anyio rouge sentencepiece pytest-timeout matplotlib contourpy cycler \
+    typing-inspection psutil httpx httpcore h11 anyio idna certifi rouge sentencepiece pytest-timeout matplotlib contourpy cycler \
     fonttools kiwisolver pillow pyparsing python-dateutil six}
 
 rm -rf "$kit"
@@ -22,10 +22,9 @@ mkdir -p "$kit/wheels"
 kit=$(cd "$kit" && pwd)
 cp launch/kit/run.sh "$kit"
 if [ -n "$python" ]; then
-    for wheel in $WHEELS; do
-        "$python" -m pip download --quiet --disable-pip-version-check --no-deps --only-binary :all: \
-            --constraint constraints.txt --dest "$kit/wheels" "$wheel"
-    done
+    # shellcheck disable=SC2086
+    [ -z "$WHEELS" ] || "$python" -m pip download --quiet --disable-pip-version-check --no-deps --only-binary :all: \
+            --constraint constraints.txt --dest "$kit/wheels" $WHEELS
     cache=$(mktemp -d)
     trap 'rm -rf "$cache"' EXIT
     export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} TRITON_CACHE_DIR=$cache TRITON_STORE_BINARY_ONLY=1
