@@ -62,7 +62,9 @@ class Compiled:
     tell: Callable[[str], None]  # a kernel's name, as soon as it is compiled
     binaries: list[Binary] = field(default_factory=list)
     kind: str = ""  # the pass under way
+    loading: Binary | None = None
     _begun: float = 0.0
+    _by_hash: dict[str, Binary] = field(default_factory=dict)
 
     def hook(self, *, fn: Any, compile: dict[str, Any], **_: Any) -> bool:  # noqa: A002  Triton's name
         """Before a compilation: true where another process does it, and Triton goes on without."""
@@ -75,7 +77,13 @@ class Compiled:
         seconds, shared = _cpu_seconds() - self._begun, metadata["shared"]
         binary = Binary(name_of(src.fn.fn), _config(src, metadata), cache_hit, seconds, shared, False, kind=self.kind)
         self.binaries.append(binary)
+        self._by_hash[metadata["hash"]] = binary
         self.tell(binary.kernel)
+
+    def load(self, hash: str) -> Binary:  # noqa: A002  Triton's name
+        """Before a binary is loaded: at its first launch, and again at each if the card refuses it."""
+        self.loading = self._by_hash[hash]
+        return self.loading
 
 
 def _cpu_seconds() -> float:
@@ -110,7 +118,8 @@ class Utilities:
     def load_binary(self, _name: str, kernel: bytes, _shared: int, _device: int) -> tuple[int, int, int, int, int]:
         """Module, function, registers, spilled bytes, most threads a block."""
         registers, spilled = usage(kernel)
-        binary = self._compiled.binaries[-1]
+        binary = self._compiled.loading
+        assert binary
         binary.registers, binary.spilled = registers, spilled
         return 1, 1, registers, spilled, 1024
 
@@ -148,7 +157,7 @@ def make_driver(card: Card, compiled: Compiled, launchers: bool) -> Any:
         def launcher_cls(self, src: Any, metadata: Any) -> Callable[..., None]:
             if launchers:
                 CudaLauncher(src, metadata)
-            binary = compiled.binaries[-1]  # it is loaded as soon as it is compiled
+            binary = compiled.load(metadata.hash)
             binary.refused = metadata.shared > card.shared
 
             def launch(x: int, y: int, z: int, *_: Any) -> None:

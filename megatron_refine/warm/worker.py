@@ -37,7 +37,8 @@ def main(request: dict[str, Any]) -> None:
             continue
         compiled.kind = kind
         _import_kernels()
-        for pinned in (True,) if request["pinned"] else (False, True):
+        listed = bool(tuning.choices(request["architecture"], shape(config)))
+        for pinned in [True] if request["pinned"] else [False, True][: 1 + listed]:
             for tuner in tuning.autotuners().values():
                 tuner.cache.clear()  # a pass tries all of its candidates: in a run of its own it may be the first
             tuning.pin(request["architecture"], shape(config) if pinned else "")
