@@ -96,8 +96,8 @@ def test_the_stages_run_without_a_gpu(tmp_path: Path) -> None:
 def test_the_kit_carries_kernels_that_are_found_again(tmp_path: Path) -> None:
     """Compiled here for a GPU that is not there; where they are unpacked, nothing of them is compiled again."""
     settings = {
-        "MODELS": "", "OTHERS": "delta_net_tiny model.vocab_size=512", "WHEELS": "",
-        "SIZE": "data.seq_length=192 train.precision=fp32", "JOBS": "2",
+        "MODELS": "", "OTHERS": "delta_net_tiny", "WHEELS": "", "JOBS": "2",
+        "SIZE": "data.seq_length=192 train.precision=fp32",
     }  # fmt: skip
     done = build(tmp_path / "kit", sys.executable, **settings)
     assert done.returncode == 0, done.stdout + done.stderr

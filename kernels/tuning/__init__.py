@@ -127,8 +127,8 @@ def autotuners() -> dict[str, Any]:
 
 
 def name_of(function: Any) -> str:
-    """A kernel's name in tables: `ops.common.chunk_o.chunk_fwd_kernel_o`."""
-    return f"{function.__module__}.{function.__name__}".removeprefix(f"{PACKAGE}.")
+    """A kernel's name in tables, without that of its package: `ops.common.chunk_o.chunk_fwd_kernel_o`."""
+    return f"{function.__module__}.{function.__name__}".partition(".")[2]
 
 
 def spelled(candidate: Any) -> Spelled:

@@ -6,6 +6,7 @@ decode   a token of each rollout, and rescoring without gradient: the recurrent 
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,49 +28,48 @@ def shape(config: Config) -> str:
 
 def passes(config: Config, device: torch.device) -> dict[str, Callable[[], object]]:
     """A pass of each kind: it computes nothing of use, and needs no more than its kernels."""
-    from megatron_refine.kernels.delta_rule.fla import fla_delta_rule
-
     r, sequences, length = config.refine, config.train.micro_batch_size, min(config.data.seq_length, LENGTH)
     positions = sequences * r.num_chunks
     branches = positions * r.num_rollouts
 
-    def inputs(count: int, tokens: int, states: int, grad: bool) -> dict[str, Tensor]:
-        return _inputs(config, device, count, tokens, states, grad)
+    def mixed(count: int, tokens: int, states: int, later: bool) -> tuple[Tensor, Any]:
+        return _mixed(config, device, count, tokens, states, later)
 
     def main() -> None:
-        o, final, trace = fla_delta_rule(**inputs(sequences, length, sequences, True))
+        out, trace = mixed(sequences, length, sequences, later=False)
         at = torch.linspace(1, length, r.num_chunks, device=device).long()
-        read = trace.state_at(Places.of_each(at.expand(sequences, -1)))
-        (o.float().sum() + final.sum() + read.sum()).backward()
+        (out + trace.state_at(Places.of_each(at.expand(sequences, -1))).sum()).backward()
 
     def branch() -> None:
-        o, final, _ = fla_delta_rule(**inputs(branches, r.rollout_len, positions, True))
-        (o.float().sum() + final.sum()).backward()
+        mixed(branches, r.rollout_len, positions, later=True)[0].backward()
 
     @torch.no_grad()
     def decode() -> None:
         for tokens in (1, r.rollout_len):
-            fla_delta_rule(**inputs(branches, tokens, positions, False))
+            mixed(branches, tokens, positions, later=True)
 
     return dict(zip(KINDS, (main, branch, decode), strict=True)) if shape(config) else {}
 
 
-def _inputs(
-    config: Config, device: torch.device, count: int, tokens: int, states: int, grad: bool
-) -> dict[str, Tensor]:
-    """Arguments of `fla_delta_rule`: `count` sequences of `tokens` from `states` start states."""
+def _mixed(
+    config: Config, device: torch.device, count: int, tokens: int, states: int, later: bool
+) -> tuple[Tensor, Any]:
+    """The convolution and the delta rule of `count` sequences of `tokens` from `states` start states; later: behind
+    other tokens. Returns a sum of what comes out, and the trace."""
+    from megatron_refine.kernels.delta_rule.fla import fla_delta_rule
+    from megatron_refine.kernels.short_conv.gpu import gpu_convolved
+
     rule = family.flops(config.model.family).delta_rule(config.model)
-    shards = config.parallel.tp * config.parallel.cp
+    shards, size = config.parallel.tp * config.parallel.cp, {"device": device, "requires_grad": True}
+    low = {"dtype": torch.bfloat16 if config.train.precision == "bf16" else torch.float32, **size}
     heads, groups = rule.heads // shards, rule.keys // rule.key_dim // shards
-    low = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    rows = (count, tokens, heads)
-    made = {
-        "q": torch.randn(count, tokens, groups, rule.key_dim, dtype=low, device=device) * rule.key_dim**-0.5,
-        "k": torch.randn(count, tokens, groups, rule.key_dim, dtype=low, device=device) * rule.key_dim**-0.5,
-        "v": torch.randn(*rows, rule.value_dim, dtype=low, device=device),
-        "beta": torch.rand(rows, device=device),
-        "state": torch.zeros(states, heads, rule.key_dim, rule.value_dim, device=device),
-    }
-    if rule.gated_rule:
-        made["g"] = -torch.rand(rows, device=device)
-    return {name: x.requires_grad_(grad) for name, x in made.items()}
+    channels, others = (columns // shards // groups for columns in (rule.channels, rule.others))
+    rows = torch.randn(count, tokens, groups, channels + others, **low)
+    tail = torch.randn(count, rule.conv_size - 1, groups, channels, **low) if later else None
+    weight = torch.randn(groups, channels, rule.conv_size, **low)
+    q, k, v, _ = gpu_convolved(rows, weight, tail, rule.key_dim, [others])
+    beta = torch.rand(count, tokens, heads, **size)
+    g = -torch.rand(count, tokens, heads, **size) if rule.gated_rule else None
+    state = torch.zeros(states, heads, rule.key_dim, rule.value_dim, **size)
+    o, final, trace = fla_delta_rule(q, k, v.reshape(count, tokens, heads, rule.value_dim), beta, g, state)
+    return o.float().sum() + final.sum(), trace
