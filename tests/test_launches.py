@@ -1,4 +1,4 @@
-"""What steps launch on a GPU, counted without one: budgets, which a change may lower; reads of values by the host."""
+"""What steps launch on a GPU, counted without one: budgets, which a change may lower; waits of the host for values."""
 
 import json
 import subprocess
@@ -6,22 +6,84 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from megatron_refine.bench.launches.counter import BLOCKS, ELEMENTS, moved, packed
+from tests.lanes import short
 
 ROOT = Path(__file__).parents[1]
-FULL = ["data.seq_length=16384", "train.precision=bf16"]
-# (model and overrides) -> of an NTP step launches and TB, of all kinds the time divided by that of an NTP step
-BUDGETS: list[Any] = []
+LARGE = ["data.seq_length=16384"]
+# overrides; most launches and GB of an NTP step's passes, least MFU; most of a fused and a two-pass step's time / NTP's
+BUDGETS: list[tuple[list[str], tuple[int, float, float], tuple[float, float]]] = [
+    (["model=delta_net_1.3b", *LARGE], (1_600, 125, 0.45), (1.06, 1.40)),
+    (["model=gated_delta_net_1.3b", *LARGE], (1_600, 135, 0.445), (1.09, 1.43)),
+    (["model=lact_760m", *LARGE], (11_500, 235, 0.42), (1.09, 1.41)),
+    (["model=delta_net_1.3b", *LARGE, "refine.num_rollouts=8"], (1_600, 125, 0.45), (1.11, 1.46)),
+    ([], (320, 0.7, 0.0), (4.5, 4.8)),  # a small one, whose time is that of its launches
+]
 
 
 def counted(*overrides: str) -> Any:
     """What `bench launches --json` prints."""
-    line = ["-m", "megatron_refine", "bench", "launches", "--config", "configs/bench.yaml", *overrides, "--json"]
-    done = subprocess.run([sys.executable, *line], cwd=ROOT, capture_output=True, encoding="utf-8")
+    given = ["--config", "configs/bench.yaml", "train.precision=bf16", *overrides]
+    return child("megatron_refine", "bench", "launches", *given, "--json")
+
+
+def child(*line: str) -> Any:
+    """The JSON that a module prints in a process of its own: there is no way back from pretending to have a GPU."""
+    done = subprocess.run([sys.executable, "-m", *line], cwd=ROOT, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "ntp", "ratios"), short(BUDGETS, lambda overrides, ntp, ratios: not overrides)
+)
+def test_a_step_stays_within_its_budget(overrides: list[str], ntp: Any, ratios: Any) -> None:
+    """And the host waits at most four times for the device: for positions, for an update's sums, for metrics."""
+    found = counted(*overrides)
+    launches, size, mfu = ntp
+    assert found["ntp"]["launches"] <= launches and found["ntp"]["bytes"] <= size * 1e9, found
+    assert found["ntp"]["mfu"] >= mfu, found
+    base = found["ntp"]["roofline_seconds"]
+    for kind, most in zip(("fused", "two_pass"), ratios, strict=True):
+        assert found[kind]["roofline_seconds"] <= most * base, found
+    reads = {kind: each["host_reads"] for kind, each in found.items()}
+    assert reads == {"ntp": 1, "fused": 3, "two_pass": 3, "update": 1}  # the update's is among those of the others
+
+
+@pytest.mark.slow
+def test_a_count_is_the_same_every_time() -> None:
+    assert counted("model=lact_tiny") == counted("model=lact_tiny")
+
+
+@pytest.mark.parametrize("model", short(["delta_net", "gated_delta_net", "lact"], lambda model: model == "lact"))
+def test_rollouts_ask_the_device_for_nothing(model: str) -> None:
+    """Which makes them safe to record; as graphs they are a launch beside the copies of their states."""
+    length = ["data.seq_length=1024", "train.precision=bf16"]
+    found = child("tests.fake_gpu", "rollouts", "configs/bench.yaml", f"model={model}_tiny", *length)
+    assert found["steps"]["reads"] == found["graphs"]["reads"] == []
+    assert found["graphs"]["launches"] < found["steps"]["launches"] / 3
+
+
+@pytest.mark.parametrize("model", ["delta_net_tiny", "gated_delta_net_tiny"])
+def test_the_served_models_decode_without_asking_the_device(model: str) -> None:
+    found = child("tests.fake_gpu", "served", "configs/bench.yaml", f"model={model}")
+    assert found["reads"] == [] and found["launches"] > 100
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (["--config", "configs/bench.yaml", "parallel.tp=2"], "launches: counts one rank; set parallel.tp=1"),
+        (["--config", "configs/none.yaml"], "configs/none.yaml: cannot be read"),
+    ],
+)
+def test_what_cannot_be_counted_is_one_line(line: list[str], message: str) -> None:
+    command = [sys.executable, "-m", "megatron_refine", "bench", "launches", *line]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8")
+    assert done.returncode == 2 and done.stderr.startswith(message) and done.stderr.count("\n") == 1, done.stderr
 
 
 def test_an_operator_on_lists_fills_its_kernels() -> None:

@@ -81,7 +81,7 @@ def dtypes(config: Config) -> dict[str, set[torch.dtype]]:
         trace = getattr(main.handles[1], "trace", None)
         decays = {g.dtype for g in getattr(trace, "decays", None) or []}
         state: Any = main.states(Places.read(torch.tensor([0]), torch.tensor([100])))[1]
-    memory = [state.memory] if hasattr(state, "memory") else [m for w in state.weights for m in (*w.used, *w.moved)]
+    memory = [state.memory] if hasattr(state, "memory") else [m for w in state.weights for m in (w.total, w.moved)]
     adam = step.updater.parts[0].optimizer
     moments = {v.dtype for s in adam.state.values() for k, v in s.items() if k != "step"}
     return {"memory": {m.dtype for m in memory}, "decays": decays, "moments": moments}

@@ -31,7 +31,7 @@ class Iteration(NamedTuple):
     """What the backward pass of one iteration reads, of s matrices, and room for what it writes."""
 
     below: Tensor  # [s, 2 m, n]: room for D; X
-    gram: Tensor  # [s, m, m]
+    gram: Tensor  # [s, m, m], G
     beside: Tensor  # [s, m, 2 m]: P; room for Q
 
     def rows(self, index: slice) -> "Iteration":
@@ -75,16 +75,16 @@ def newton_schulz_backward(kept: list[Iteration], grad: Tensor) -> Tensor:
         a, b, c = NEWTON_SCHULZ[i]
         below, gram, beside = kept[i]
         grad = below[:, :rows]
-        pair = _pair(torch.bmm(grad, below[:, rows:].mT), gram)
-        into_gram = beside[:, :, rows:]
-        torch.baddbmm(pair[:, :, :rows], pair[:, :, : 2 * rows], pair[:, :, rows:].mT, beta=b, alpha=c, out=into_gram)
+        between = _between(torch.bmm(grad, below[:, rows:].mT), gram)
+        left, right = between[:, :, : 2 * rows], between[:, :, rows:]
+        torch.baddbmm(left[:, :, :rows], left, right.mT, beta=b, alpha=c, out=beside[:, :, rows:])
         room = kept[i - 1].below[:, :rows] if i else torch.empty_like(grad)
         torch.baddbmm(grad, beside, below, beta=a, out=room)
     return room
 
 
 @fused
-def _pair(product: Tensor, gram: Tensor) -> Tensor:
+def _between(product: Tensor, gram: Tensor) -> Tensor:
     """D X^T and G -> [S|G|S]."""
     both = product + product.mT
     return torch.cat([both, gram, both], -1)

@@ -73,8 +73,8 @@ class _Updates(torch.autograd.Function):
             step = torch.bmm(sides.flatten(0, 2).mT, keys).unflatten(0, x.shape[:3])
             before = None if momentum is None else moved
             moved, taken, unit, norm = _moved(rule, step, before, _factor(momentum, i), total.dtype)
-            new, total, *own = passes.applied(total, taken, rows, columns, used.dtype, rule.prenorm)
-            steps.append(Step(used, total, *own, z, before, unit, norm))
+            new, total, long, wide = passes.applied(total, taken, rows, columns, used.dtype, rule.prenorm)
+            steps.append(Step(used, total, long, wide, z, before, unit, norm))
             used = new
             found.append((used, total, moved))
         ctx.rule = rule

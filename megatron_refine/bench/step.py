@@ -13,9 +13,7 @@ KINDS = {"NTP": None, "fused": "fused", "two-pass": "two_pass"}
 OFFICIAL, HF = "official", "fla NTP"
 
 
-def run(
-    config: Config, rounds: int, official: bool = False, hf: bool = False, record: Record | None = None
-) -> str:
+def run(config: Config, rounds: int, official: bool = False, hf: bool = False, record: Record | None = None) -> str:
     """`rounds` steps of each kind on one model, which goes on learning from all of them. The first rank's table.
 
     On one rank, with `official` its scheme is one of the kinds (one optimizer step a batch), with `hf` an NTP step of

@@ -44,7 +44,6 @@ class RowRule:
         rows = [np.concatenate([head, ids[start : start + step]]) for start in starts]
         return [row for row in rows if len(row) >= self.min_length]
 
-
     def cut(self, ids: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray, str]:
         """Cut a document of token ids [length] in two: for training, and from its end `fraction` of its rows, at least
         one, to hold out. Both give rows by `splitting`. Returns them and how many rows that are, in words; an empty

@@ -55,7 +55,6 @@ class NativeEngine:
         tokens, logprobs = zip(*found, strict=True)
         return torch.cat(tokens, 1), torch.cat(logprobs, 1)
 
-
     def _on_one_stage(self, group: Group, temperature: float) -> tuple[Tensor, Tensor]:
         given = group.hidden, group.draws, temperature
         states = fixed(group.states, len(group.draws) - 1) if self._graphs else None

@@ -1,1 +1,1 @@
-"""What the model families share: norms and the short convolution."""
+"""What the model families share: norms, rotary positions, delta-rule mixers."""

@@ -5,7 +5,7 @@ The facts are in mixer.py.
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -69,7 +69,7 @@ class Shape(NamedTuple):
 @fused
 def _prepared(
     rows: Tensor, bias: Tensor, factor: Tensor, offset: Tensor, cos: Tensor, sin: Tensor, shape: Shape
-) -> tuple[Tensor | None, ...]:
+) -> tuple[Any, ...]:
     """-> q, k, v [N, m, h, d]; fast queries [N, H, m, D]; fast keys, keys, values [N, H, 3, m, D]; rates [N, H, m, 3],
     momentum [N, H, m], scale [N, m, H]."""
     qkv, others = rows.split([shape.widths[0], rows.shape[-1] - shape.widths[0]], -1)

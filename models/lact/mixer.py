@@ -178,9 +178,9 @@ class LactMixer(Mixer):
 
     def _inputs(self, rows: Tensor, turn: Table) -> Inputs:
         """rows [N, m, H, *] at the positions of a table."""
-        moves = (self.mine(x.view(self.heads, self.dim, 2)) for x in (self.qk_scale, self.qk_offset))
+        scale, offset = (self.mine(x.view(self.heads, self.dim, 2)) for x in (self.qk_scale, self.qk_offset))
         bias = self.mine(self.in_bias.view(self.heads, -1))
-        return Inputs.of(rows, bias, (*moves,), turn, self.shape)
+        return Inputs.of(rows, bias, (scale, offset), turn, self.shape)
 
     def output(self, mixed: Tensor, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         return self.out_proj(mixed.to(rows.dtype))

@@ -140,7 +140,8 @@ class Counter(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if self.paused or name in FREE or func.namespace == "prim" or is_view(func):
             return out
-        work = operator(name, [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)], out)
+        read = args, {key: value for key, value in (kwargs or {}).items() if key != "out"}
+        work = operator(name, [x for x in tree_leaves(read) if isinstance(x, Tensor)], out)
         if work is not None:
             self.add(work)
         return out

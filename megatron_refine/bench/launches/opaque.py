@@ -96,6 +96,9 @@ def compiled(counter: Counter, function: Any, args: Any, kwargs: Any) -> Any:
     through = {i: j for i, r in enumerate(results) for j, x in enumerate(given) if r is x}
     fresh = [r for i, r in enumerate(results) if i not in through]
     name, used = f"compiled {function.__name__}", [x for x in given if isinstance(x, Tensor)]
+    if not any(isinstance(r, Tensor) for r in fresh):  # it writes into some of what it is given
+        counter.add(Work(name, used[0].dtype, moved(used)))
+        return None
     dtype = fresh[0].dtype
 
     def backward(grads: Sequence[Any], found: Sequence[Any]) -> list[Work]:

@@ -140,4 +140,3 @@ def reads(counted: Counted) -> str:
     """Where the host waits for values, of two layers."""
     places = ", ".join(f"{stage} {place}" for stage, place in counted.reads)
     return f"reads from device to host: {len(counted.reads)}" + (f" ({places})" if places else "")
-
