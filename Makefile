@@ -16,7 +16,7 @@ export OMP_NUM_THREADS := 1
 CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/megatron_refine
 export TORCH_INDEX
 
-.PHONY: help train train-sglang bench test test-all test-gpu test-kernels test-sglang test-slurm test-chaos lint docs configuration clean
+.PHONY: help train train-sglang bench test test-all test-gpu test-kernels test-sglang test-slurm test-chaos gpu-kit lint docs configuration clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -64,6 +64,10 @@ KILLS := 20
 test-chaos: .venv/ready ## kill ranks at random moments, KILLS=20 times; SEED= repeats a run
 	@CHAOS_KILLS=$(KILLS) $(if $(SEED),CHAOS_SEED=$(SEED)) $(BIN)/python -m pytest tests/test_chaos.py -q -rs $(ARGS)
 
+# KERNELS: an interpreter with the GPU machine's Python and Triton, PyTorch and flash-linear-attention (docs/gpu.md).
+gpu-kit: .venv/ready .venv-kernels/ready ## a folder .gpu-kit for a GPU machine without network: wheels, compiled kernels, stages
+	@$(if $(KERNELS),,PYTHONPATH="$(CURDIR)/.venv-kernels") launch/kit/build.sh .gpu-kit "$(or $(KERNELS),$(BIN)/python)"
+
 lint: .venv/ready ## ruff and mypy
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
@@ -84,7 +88,7 @@ configuration: .venv/ready ## write docs/configuration.md, from the schema and d
 	@$(BIN)/python -m megatron_refine.config.document $(ARGS)
 
 clean: ## remove the environments, the site and all caches; runs/ stays
-	rm -rf .venv .venv-kernels .venv-sglang .venv-docs site .cache .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf .venv .gpu-kit .venv-kernels .venv-sglang .venv-docs site .cache .pytest_cache .mypy_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # An environment that was made before from the same files is linked from CACHE (tools/environment.sh).

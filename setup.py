@@ -57,7 +57,10 @@ setup(
     classifiers=[f"Programming Language :: Python :: {version}" for version in ("3.11", "3.12", "3.13")],
     cmdclass={"sdist": SdistWithLinks},
     packages=find_packages(include=["megatron_refine", "megatron_refine.*"]),
-    package_data={"megatron_refine": ["configs/**/*.yaml"], "megatron_refine.slurm": ["job.sh"]},
+    package_data={
+        "megatron_refine": ["configs/**/*.yaml", "kernels/tuning/*.json"],
+        "megatron_refine.slurm": ["job.sh"],
+    },
     install_requires=[
         "torch>=2.13,<2.14",
         "megatron-core==0.16.1",

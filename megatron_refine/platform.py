@@ -81,6 +81,7 @@ def install() -> None:
         os.environ.setdefault(
             "CUDA_DEVICE_MAX_CONNECTIONS", "1"
         )  # Megatron overlaps collectives by the order of launches
+        keep_compiled()
         torch.cuda.set_device(local_rank())
     else:
         _keep_freed_memory()
@@ -222,6 +223,28 @@ def peak_flops() -> float | None:
     ranks share cores: a share of a measured peak said 143 % there."""
     name = torch.cuda.get_device_name() if has_gpu() else ""
     return next((flops for key, flops in GPU_PEAK_FLOPS.items() if key in name), None)
+
+
+def architecture() -> str:
+    """The GPU's, such as sm_90; "" without one, or where one is pretended."""
+    if device() == CPU:
+        return ""
+    major, minor = torch.cuda.get_device_capability()
+    return f"sm_{major}{minor}"
+
+
+def keep_compiled() -> None:
+    """Have Triton and Inductor keep what they compile where a later run finds it, unless the user has named folders.
+
+    Inductor's own default is a temporary folder.
+    """
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    for variable, name in (("TRITON_CACHE_DIR", "triton"), ("TORCHINDUCTOR_CACHE_DIR", "inductor")):
+        folder = os.path.join(home, "megatron_refine", name)
+        if not os.environ.get(variable):
+            with contextlib.suppress(OSError):  # a home that cannot be written: their own defaults
+                os.makedirs(folder, exist_ok=True)
+                os.environ[variable] = folder
 
 
 def rng_state() -> dict[str, Any]:

@@ -47,3 +47,23 @@ def counted(items: Iterable[T], label: str, total: int | None, unit: str, show: 
         for item in items:
             yield item
             progress.add()
+
+
+class Line:
+    """A line on standard error whose text changes: in place on a terminal, else anew every half minute."""
+
+    def __init__(self) -> None:
+        self._terminal, self._said, self._width = sys.stderr.isatty(), -EVERY, 0
+
+    def show(self, text: str) -> None:
+        """Put `text` in place of what the line says."""
+        if self._terminal:
+            print(f"\r{text:<{self._width}}", end="", file=sys.stderr, flush=True)
+            self._width = len(text)
+        elif time.monotonic() - self._said >= EVERY:
+            self._said = time.monotonic()
+            print(text, file=sys.stderr, flush=True)
+
+    def end(self, text: str) -> None:
+        """Say `text` last."""
+        print(f"\r{text:<{self._width}}" if self._terminal else text, file=sys.stderr, flush=True)

@@ -74,7 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--gpus", type=int, help="world size of the dry run (default: that of the environment)")
     options = parser.parse_intermixed_args(arguments)
     from megatron_refine import config as configuration  # late, as all that takes long: Ctrl-C is one line
-    from megatron_refine import preflight
+    from megatron_refine import extras, preflight
     from megatron_refine.models.family import FAMILIES
     from megatron_refine.trainer.errors import CheckpointError
 
@@ -95,6 +95,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise configuration.ConfigError(f"--ranks={options.ranks}: {what}")
         configuration.check_world_size(config, options.ranks or world)
         launch = launcher.check()
+        extras.check_transformer_engine()
         checked = bool(options.ranks) or world == 1 or (launcher.under_torchrun() and launch.rank == 0)
         if checked:  # ranks of SLURM have it when they have met: the first of them tells the others
             preflight.check(config)

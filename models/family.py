@@ -69,6 +69,9 @@ class FamilyCost(Protocol):
         """Bytes kept for the backward pass of a layer, of sequences of `length` tokens, by the kernels of a GPU or by
         torch on a CPU."""
 
+    def delta_rule(self, model: Any) -> Any:
+        """The mixers' delta rule (`DeltaShape`), whose kernels are Triton's on a GPU; None where there is none."""
+
 
 def mixer(family: str) -> type[Any]:
     """The Megatron module of the family's token mixer. Raises KeyError for an unknown family."""

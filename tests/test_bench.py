@@ -102,6 +102,7 @@ def command(arguments: list[str]) -> End:
             ("kernels", [], ["recurrence", "T 192"]),
             ("kernels", ["model=lact_tiny", "data.seq_length=64"], ["recurrence", "T 64"]),
             ("data", [], ["preparation", "M tokens/s"]),
+            ("facts", [], ["TFLOP/s", "TB/s", "us (an operation"]),
         ],
         lambda what, more, words: not any("lact" in m for m in more),
     ),

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import megatron_refine.kernels.delta_rule as dispatcher
-from megatron_refine import platform
+from megatron_refine import extras, platform
+from megatron_refine.config import ConfigError
 from megatron_refine.kernels.delta_rule import delta_rule, fla, l2_normalize
 from megatron_refine.kernels.delta_rule.chunk import chunk_delta_rule
 from megatron_refine.kernels.delta_rule.reference import recurrent_delta_rule
@@ -244,13 +245,13 @@ def on_gpu() -> dict[str, Any]:
 def test_gpu_without_fla_is_loud(on_gpu: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     dispatcher._require_fla.cache_clear()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(RuntimeError, match=r"flash-linear-attention is not installed.*pip install"):
+    with pytest.raises(ConfigError, match=r"flash-linear-attention is not installed.*pip install"):
         delta_rule(**on_gpu)
 
 
 def test_gpu_with_fla_takes_its_kernels(on_gpu: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     dispatcher._require_fla.cache_clear()
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(name=name))
+    monkeypatch.setattr(extras, "check_fla", lambda: None)
     monkeypatch.setattr(fla, "fla_delta_rule", lambda *args: "kernels")
     assert delta_rule(**on_gpu) == "kernels"
     dispatcher._require_fla.cache_clear()  # what was found here is not there

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_refine import extras, platform
 from megatron_refine.config import Config, ConfigError
 from megatron_refine.kernels.places import Places
 from tests.lanes import short
@@ -136,6 +137,23 @@ def test_a_run_says_what_it_uses(ranks: Zygote, tmp_path: Path) -> None:
     line = ranks(1, said, config=bf16(tmp_path, "lact", "train.recompute=selective"))[0]
     assert line == (
         "bf16, fp32 master weights, torch AdamW; window attention: torch; linear layers: local; recomputed: mixer"
+    )
+
+
+def test_a_run_on_a_gpu_says_where_its_kernels_configurations_come_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron_refine.kernels import tuning
+    from megatron_refine.trainer.used import _kernels
+
+    model = small_config(tmp_path).model
+    assert _kernels(model) == "delta rule: torch"
+    monkeypatch.setattr(platform, "has_gpu", lambda: True)
+    monkeypatch.setattr(platform, "architecture", lambda: "sm_90")
+    kernels = {"a": {"by": "measured"}, "b": {"by": "compiled"}}
+    monkeypatch.setattr(tuning, "table", lambda _: {"shapes": {"K256 V256": {"kernels": kernels}}})
+    assert _kernels(model) == (
+        f"delta rule: flash-linear-attention {extras.FLA}, configurations pinned for sm_90, 1 of 2 by measurement"
     )
 
 

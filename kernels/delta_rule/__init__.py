@@ -1,12 +1,12 @@
 """The (gated) delta rule: one signature, and the one place that chooses the kernel."""
 
 import functools
-import importlib.util
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from megatron_refine import extras
 from megatron_refine.kernels.delta_rule.chunk import chunk_delta_rule
 from megatron_refine.kernels.fused import fused
 from megatron_refine.kernels.places import Places
@@ -34,7 +34,7 @@ def delta_rule(
     Args: q, k [N, T, G, K], k of unit length, where G divides H: each serves H/G consecutive heads; v [N, T, H, V];
     beta, g [N, T, H], g a log decay; state [P, H, K, V] where P divides N, each start state serving N/P consecutive
     sequences. Returns: o shaped as v, final state [N, H, K, V], trace. On a GPU in low precision the Triton kernels
-    compute it; a GPU without them is a RuntimeError, never a silent slow path.
+    compute it; a GPU without them is a ConfigError, never a silent slow path.
     """
     if on_gpu(q) and q.dtype != torch.float64:
         _require_fla()
@@ -46,11 +46,7 @@ def delta_rule(
 
 @functools.cache
 def _require_fla() -> None:
-    if importlib.util.find_spec("fla") is None:
-        raise RuntimeError(
-            "a GPU is visible but flash-linear-attention is not installed, and the torch path would be an order of "
-            "magnitude slower: pip install -e '.[gpu]', or hide the GPU with CUDA_VISIBLE_DEVICES="
-        )
+    extras.check_fla()
 
 
 @fused

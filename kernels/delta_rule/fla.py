@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_refine.kernels import tuning
 from megatron_refine.kernels.delta_rule.chunk import CHUNK, state_within
 from megatron_refine.kernels.places import Chunks, Places
 
@@ -93,7 +94,11 @@ def fla_delta_rule(
     if start.shape[0] != v.shape[0]:
         start = start.repeat_interleave(v.shape[0] // start.shape[0], 0)
     start = start.contiguous()
-    if state is not None and v.shape[1] <= DECODED and not torch.is_grad_enabled():
+    few = v.shape[1] <= DECODED
+    recurrent = state is not None and few and not torch.is_grad_enabled()
+    _parts()  # its autotuners are there
+    tuning.ready(k.shape[3], v.shape[3], g is not None, "decode" if recurrent else "branch" if few else "main")
+    if recurrent:
         return *_recurrent(q, k, v, beta, g, start), NoTrace()
     read: list[Gradients] = []
     o, final, states, writes, decays = _Rule.apply(q, k, v, beta, g, start, read)

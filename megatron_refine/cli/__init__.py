@@ -25,6 +25,7 @@ COMMANDS = {
     "compare": "draw the curves of several runs over one another",
     "scaling": "run a sweep over ranks and layouts, or predict it",
     "bench": "time steps, rollouts and kernels; count what a GPU launches",
+    "kernels": "compile a configuration's Triton kernels with or without a GPU, measure and pin them",
     "parity": "compare a model at a layout with its original implementation",
 }
 _ELSEWHERE = {"train": "megatron_refine.train"}

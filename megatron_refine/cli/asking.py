@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from megatron_refine import launcher
+from megatron_refine import extras, launcher
 from megatron_refine.config import Config, ConfigError
 from megatron_refine.config.paths import path_argument, text_argument
 from megatron_refine.files import TornError
@@ -35,8 +35,10 @@ def on_ranks(run: Callable[[bool], str]) -> int:
     2 where what is asked cannot be, 4 for weights, a checkpoint or another file; one line says why."""
     try:
         rank = launcher.check().rank
-    except launcher.LaunchError as error:
-        print(error, file=sys.stderr)
+        extras.check_transformer_engine()
+    except (ConfigError, launcher.LaunchError) as error:
+        if launcher.speaks() or isinstance(error, launcher.LaunchError):
+            print(error, file=sys.stderr)
         return EXIT_CONFIG
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     from megatron_refine import platform

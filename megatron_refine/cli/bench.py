@@ -10,6 +10,7 @@ profile  the ten hottest operators (on a GPU: kernels) of an NTP-only and a fuse
 kernels  the mixer's operation in chunks, and a token after the other
 sync     weights to an SGLang server, and plain broadcasts of as many bytes to a process that only receives them
 data     text to rows, rows to batches
+facts    what this machine gives: TFLOP/s of a product, TB/s of a copy, microseconds of a launch; versions
 
 launches counts instead, without a GPU, what the steps of a GPU launch and move: megatron-refine bench launches --help
 """
@@ -20,10 +21,12 @@ import sys
 from functools import partial
 
 from megatron_refine import config as configuration
-from megatron_refine import launcher, preflight, usage
+from megatron_refine import extras, launcher, preflight, usage
 from megatron_refine.bench import baseline
 from megatron_refine.config.paths import path_argument
 from megatron_refine.models.family import FAMILIES
+
+BENCHMARKS = ("step", "length", "profile", "rollout", "kernels", "sync", "data", "facts", "launches")
 
 
 def main(arguments: list[str]) -> int:
@@ -32,8 +35,7 @@ def main(arguments: list[str]) -> int:
     if arguments[:1] == ["launches"]:
         return launches(arguments[1:])
     parser = usage.parser("bench", __doc__)
-    kinds = ["step", "length", "profile", "rollout", "kernels", "sync", "data", "launches"]
-    parser.add_argument("benchmark", choices=kinds)
+    parser.add_argument("benchmark", choices=BENCHMARKS)
     usage.add_config(parser)
     parser.add_argument("--rounds", type=int, default=12, help="measurements of each kind (default: 12)")
     parser.add_argument("--official", action="store_true", help="step: the official scheme too")
@@ -46,6 +48,7 @@ def main(arguments: list[str]) -> int:
     try:
         config = configuration.load(options.config, options.overrides, FAMILIES)
         world = launcher.check().world
+        extras.check_transformer_engine()
         record = baseline.Record(baseline.spelled(arguments), config, world, options.json, options.check)
         table = run(options, config, world == 1, record)
     except (configuration.ConfigError, launcher.LaunchError) as error:
@@ -83,12 +86,13 @@ def run(options: argparse.Namespace, config: configuration.Config, alone: bool, 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     import torch.distributed as dist
 
-    from megatron_refine.bench import data, kernels, length, profile, rollout, step, sync
+    from megatron_refine.bench import data, facts, kernels, length, profile, rollout, step, sync
 
     runs = {
         "step": partial(step.run, official=options.official, hf=options.hf, record=record),
         "length": partial(length.run, lengths=lengths, plot=options.plot),
         "profile": profile.run, "rollout": rollout.run, "kernels": kernels.run, "sync": sync.run, "data": data.run,
+        "facts": facts.run,
     }  # fmt: skip
     try:
         return runs[options.benchmark](config, options.rounds)  # type: ignore[operator]

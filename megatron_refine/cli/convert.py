@@ -9,7 +9,7 @@ import contextlib
 import os
 import sys
 
-from megatron_refine import usage
+from megatron_refine import extras, usage
 from megatron_refine.config import ConfigError
 from megatron_refine.config.paths import path_argument
 from megatron_refine.files import TornError
@@ -37,6 +37,7 @@ def main(arguments: list[str]) -> int:
     """Convert and say what came out. Returns the exit code: 0, 2 (configuration), 4 (weights, checkpoint, disk)."""
     options = parse(arguments)
     try:
+        extras.check_transformer_engine()
         _check(options)
     except ConfigError as error:
         print(error, file=sys.stderr)

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_refine import usage
+from megatron_refine import extras, usage
 from megatron_refine.config import Config, ConfigError, Data, Eval, Parallel, Refine, Train, cross_check
 from megatron_refine.config.paths import path_argument
 from megatron_refine.convert.fields import CONFIG, model_of, read_config
@@ -43,6 +43,7 @@ def main(arguments: list[str]) -> int:
     options = parse(arguments)
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     try:
+        extras.check_transformer_engine()
         config = layout(options)
     except ConfigError as error:
         print(error, file=sys.stderr)

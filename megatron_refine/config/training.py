@@ -91,6 +91,11 @@ class Train(Section):
         description="Linear layers of the MLP. `local`: Megatron's. `te`: Transformer Engine's, which have never run "
         "with this trainer. `auto`: `te` where it is installed.",
     )
+    autotune: bool = Field(
+        False,
+        description="Let the Triton kernels of a GPU search among all of their configurations, for minutes in the "
+        "first steps. false: those that are pinned for its architecture. See docs/gpu.md.",
+    )
     max_skipped_steps: int = Field(
         3,
         ge=0,

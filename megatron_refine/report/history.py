@@ -12,7 +12,7 @@ from megatron_refine import __version__
 from megatron_refine.config import Config
 from megatron_refine.files import write, write_json
 
-PACKAGES = ("megatron-core", "transformer-engine", "flash-linear-attention")
+PACKAGES = ("megatron-core", "transformer-engine", "flash-linear-attention", "triton")
 PROJECT = Path(__file__).parents[2]
 
 

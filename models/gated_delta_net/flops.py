@@ -24,4 +24,4 @@ parameters, rank_parameters = _cost.parameters, _cost.rank_parameters
 layer_flops, fork_flops, head_flops = _cost.layer_flops, _cost.fork_flops, _cost.head_flops
 state_bytes, saved_bytes = _cost.state_bytes, _cost.saved_bytes
 exchanged_columns, head_norm_width = _cost.exchanged_columns, _cost.head_norm_width
-handle_bytes = _cost.handle_bytes
+handle_bytes, delta_rule = _cost.handle_bytes, _cost.shape

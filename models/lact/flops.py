@@ -78,6 +78,10 @@ def handle_bytes(model: LactConfig, itemsize: int, length: int, gpu: bool, cp: i
     return 5 * model.hidden_size * itemsize + 4 * model.num_lact_heads * FP32 + weights
 
 
+def delta_rule(model: LactConfig) -> None:
+    """It has none, and no Triton kernels of its own: FlexAttention's are Inductor's."""
+
+
 def saved_bytes(model: LactConfig, itemsize: int, length: int, gpu: bool) -> Saved:
     """Bytes kept for the backward pass of a layer, around and in `kernels/lact`. On a CPU held to measurements by
     tests; on a GPU (compiled chains keep their inputs, FlexAttention its own) counted in the sources."""
