@@ -31,7 +31,7 @@ class Iteration(NamedTuple):
     """What the backward pass of one iteration reads, of s matrices, and room for what it writes."""
 
     below: Tensor  # [s, 2 m, n]: room for D; X
-    between: Tensor  # [s, m, 3 m]: room for S; G; room for S
+    gram: Tensor  # [s, m, m], G
     beside: Tensor  # [s, m, 2 m]: P; room for Q
 
     def rows(self, index: slice) -> "Iteration":
@@ -61,11 +61,9 @@ def iterations(parts: list[Tensor]) -> list[Iteration]:
             torch.baddbmm(before, last.beside[:, :, :rows], before, beta=a, out=x)
         else:
             torch.cat(parts, out=x)
-        between = first.new_empty(count, rows, 3 * rows)
-        gram = between[:, :, rows : 2 * rows]
-        torch.bmm(x, x.mT, out=gram)
+        gram = torch.bmm(x, x.mT)
         torch.baddbmm(gram, gram, gram, beta=b, alpha=c, out=beside[:, :, :rows])
-        found.append(Iteration(below, between, beside))
+        found.append(Iteration(below, gram, beside))
     return found
 
 
@@ -75,9 +73,10 @@ def newton_schulz_backward(kept: list[Iteration], grad: Tensor) -> Tensor:
     kept[-1].below[:, :rows] = grad
     for i in range(len(kept) - 1, -1, -1):
         a, b, c = NEWTON_SCHULZ[i]
-        below, between, beside = kept[i]
-        grad, left, right = below[:, :rows], between[:, :, : 2 * rows], between[:, :, rows:]  # D, [S|G], [G|S]
-        _both_sides(torch.bmm(grad, below[:, rows:].mT), left[:, :, :rows], right[:, :, rows:])
+        below, gram, beside = kept[i]
+        grad = below[:, :rows]
+        between = _between(torch.bmm(grad, below[:, rows:].mT), gram)
+        left, right = between[:, :, : 2 * rows], between[:, :, rows:]
         torch.baddbmm(left[:, :, :rows], left, right.mT, beta=b, alpha=c, out=beside[:, :, rows:])
         room = kept[i - 1].below[:, :rows] if i else torch.empty_like(grad)
         torch.baddbmm(grad, beside, below, beta=a, out=room)
@@ -85,8 +84,7 @@ def newton_schulz_backward(kept: list[Iteration], grad: Tensor) -> Tensor:
 
 
 @fused
-def _both_sides(product: Tensor, left: Tensor, right: Tensor) -> None:
-    """D X^T -> S, into both."""
+def _between(product: Tensor, gram: Tensor) -> Tensor:
+    """D X^T and G -> [S|G|S]."""
     both = product + product.mT
-    left.copy_(both)
-    right.copy_(both)
+    return torch.cat([both, gram, both], -1)

@@ -4,8 +4,6 @@ A program has tiles [BT tokens, BD columns] of a part of a group: its queries, i
 is computed in fp32.
 """
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
@@ -13,7 +11,7 @@ EPS = tl.constexpr(1e-6)  # under the root of a length, as in `l2_normalize`
 
 
 @triton.jit
-def _part(K: tl.constexpr, C: tl.constexpr, BD: tl.constexpr) -> Any:
+def _part(K: tl.constexpr, C: tl.constexpr, BD: tl.constexpr):
     """-> the group, the part in it, its columns among the group's, and which of them it has."""
     PARTS: tl.constexpr = 2 + (C - 2 * K + BD - 1) // BD
     group, part = tl.program_id(1) // PARTS, tl.program_id(1) % PARTS
@@ -27,9 +25,9 @@ def _part(K: tl.constexpr, C: tl.constexpr, BD: tl.constexpr) -> Any:
 
 @triton.jit
 def _input(
-    rows: Any, tail: Any, at: Any, columns: Any, inside: Any, step: Any, tail_step: Any, length: Any,
+    rows, tail, at, columns, inside, step, tail_step, length,
     W: tl.constexpr, TAIL: tl.constexpr,
-) -> Any:  # fmt: skip
+):  # fmt: skip
     """The tokens `at`, some of which may lie before the first one."""
     here = ((at >= 0) & (at < length))[:, None] & inside[None, :]
     x = tl.load(rows + at.to(tl.int64)[:, None] * step + columns[None, :], mask=here, other=0.0).to(tl.float32)
@@ -42,19 +40,19 @@ def _input(
 
 @triton.jit
 def _sum(
-    rows: Any, tail: Any, weight: Any, at: Any, columns: Any, inside: Any, step: Any, tail_step: Any, length: Any,
+    rows, tail, weight, at, columns, inside, step, tail_step, length,
     W: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, TAIL: tl.constexpr,
-) -> Any:  # fmt: skip
+):  # fmt: skip
     """The convolution at the tokens `at`."""
     found = tl.zeros([BT, BD], tl.float32)
-    for tap in tl.static_range(W):
+    for tap in range(W):
         x = _input(rows, tail, at + (tap - (W - 1)), columns, inside, step, tail_step, length, W, TAIL)
         found += x * tl.load(weight + columns * W + tap, mask=inside, other=0.0).to(tl.float32)[None, :]
     return found
 
 
 @triton.jit
-def _place(at: Any, columns: Any, group: Any, groups: Any, length: Any, first: Any, WIDTH: tl.constexpr) -> Any:
+def _place(at, columns, group, groups, length, first, WIDTH: tl.constexpr):
     """Where the columns from `first` lie in a tensor [N, T, G, WIDTH]."""
     row = (tl.program_id(2).to(tl.int64) * length + at) * groups + group
     return row[:, None] * WIDTH + (columns - first)[None, :]
@@ -62,10 +60,10 @@ def _place(at: Any, columns: Any, group: Any, groups: Any, length: Any, first: A
 
 @triton.jit
 def forward_kernel(
-    rows: Any, weight: Any, tail: Any, q: Any, k: Any, v: Any, sequence: Any, step: Any, stride: Any, length: Any,
-    groups: Any, K: tl.constexpr, C: tl.constexpr, W: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+    rows, weight, tail, q, k, v, sequence, step, stride, length,
+    groups, K: tl.constexpr, C: tl.constexpr, W: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
     TAIL: tl.constexpr,
-) -> None:  # fmt: skip
+):  # fmt: skip
     """Strides of rows: of a sequence, a token, a group. Grid: blocks of tokens, groups x parts, sequences."""
     n = tl.program_id(2).to(tl.int64)
     group, part, columns, inside = _part(K, C, BD)
@@ -88,9 +86,9 @@ def forward_kernel(
 
 @triton.jit
 def _through(
-    q: Any, k: Any, v: Any, y: Any, at: Any, columns: Any, inside: Any, part: Any, group: Any, groups: Any, length: Any,
+    q, k, v, y, at, columns, inside, part, group, groups, length,
     K: tl.constexpr, C: tl.constexpr,
-) -> Any:  # fmt: skip
+):  # fmt: skip
     """Gradients of q, k, v at the tokens `at`, y the convolution there -> the gradient of y; 0 beyond the tokens."""
     here = ((at >= 0) & (at < length))[:, None] & inside[None, :]
     slope = tl.sigmoid(y)
@@ -110,11 +108,11 @@ def _through(
 
 @triton.jit
 def backward_kernel(
-    q: Any, k: Any, v: Any, rows: Any, weight: Any, tail: Any, into_rows: Any, into_weight: Any, into_tail: Any,
-    sequence: Any, step: Any, stride: Any, into_sequence: Any, into_step: Any, into_stride: Any, length: Any,
-    groups: Any, blocks: Any, K: tl.constexpr, C: tl.constexpr, W: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+    q, k, v, rows, weight, tail, into_rows, into_weight, into_tail,
+    sequence, step, stride, into_sequence, into_step, into_stride, length,
+    groups, blocks, K: tl.constexpr, C: tl.constexpr, W: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
     TAIL: tl.constexpr, BW: tl.constexpr,
-) -> None:  # fmt: skip
+):  # fmt: skip
     """Gradients q, k, v -> into_rows, into_tail, and a program's part of into_weight [*, G, W, C].
 
     A token's gradient is a sum over the W tokens from it on of the convolution's gradient, which is computed for each
@@ -135,18 +133,14 @@ def backward_kernel(
     sums = tl.zeros([BW, BD], tl.float32)
     for block in range(blocks):
         at = start + block * BT + tl.arange(0, BT)
+        x = _input(rows, tail, at, columns, inside, step, tail_step, length, W, TAIL)
         found = tl.zeros([BT, BD], tl.float32)
-        for shift in tl.static_range(W):
-            there = at + shift
+        for shift in range(W):  # not unrolled: that would take all registers
+            there, tap = at + shift, W - 1 - shift
             y = _sum(rows, tail, weight, there, columns, inside, step, tail_step, length, W, BT, BD, TAIL)
             grad = _through(q, k, v, y, there, columns, inside, part, group, groups, length, K, C)
-            found += (
-                grad * tl.load(weight + columns * W + (W - 1 - shift), mask=inside, other=0.0).to(tl.float32)[None, :]
-            )
-            if shift == 0:
-                for tap in tl.static_range(W):
-                    x = _input(rows, tail, at + (tap - (W - 1)), columns, inside, step, tail_step, length, W, TAIL)
-                    sums += tl.where((taps == tap)[:, None], tl.sum(grad * x, 0)[None, :], 0.0)
+            found += grad * tl.load(weight + columns * W + tap, mask=inside, other=0.0).to(tl.float32)[None, :]
+            sums += tl.where((taps == tap)[:, None], tl.sum(grad * x, 0)[None, :], 0.0)
         here = ((at >= 0) & (at < length))[:, None] & inside[None, :]
         place = at.to(tl.int64)[:, None] * into_step + columns[None, :]
         tl.store(into_rows + place, found.to(into_rows.dtype.element_ty), mask=here)
