@@ -4,6 +4,9 @@ The torch path is held to torch's own convolution in test_delta_rule.py.
 """
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_refine.kernels.short_conv import convolved, gpu
 
+ROOT = Path(__file__).parents[1]
 GROUPS, WIDTH = 2, 3
 # queries and keys, values, other columns: of a DeltaNet, of a Gated DeltaNet, without its gate, values in three parts
 SHAPES = {"plain": (8, 8, [1]), "gated": (4, 8, [8, 1, 1]), "no gate": (4, 6, [0, 2, 2]), "odd": (3, 10, [1])}
@@ -83,6 +87,48 @@ def test_kernels_equal_the_torch_path(shape: str, length: int, with_tail: bool, 
     for mine, truth in zip(results(gpu.gpu_convolved, low), results(convolved, exact), strict=True):
         assert mine.shape == truth.shape
         torch.testing.assert_close(mine.double(), truth, rtol=1e-5, atol=1e-5)
+
+
+WHOLE = ("step", "stride", "into_step", "into_stride", "length", "groups", "blocks")  # arguments of 32 bits
+
+
+def compile_for_an_h100(keys: int, channels: int, tail: bool) -> None:
+    """Prints what each kernel takes of the card. No GPU is needed; the interpreter must be off."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from megatron_refine.kernels.short_conv import tiles
+
+    constants = {"K": keys, "C": channels, "W": 4, "BT": gpu.TILE // keys, "BD": keys, "TAIL": tail}
+    constants |= {} if tail else {"tail": None}
+    for kernel in (tiles.forward_kernel, tiles.backward_kernel):
+        own = constants | ({"BW": 4} if kernel is tiles.backward_kernel else {})
+        strides = {"sequence": "i64", "into_sequence": "i64"}
+        numbers = strides | dict.fromkeys(WHOLE, "i32")
+        types = {name: numbers.get(name, "*fp32" if name == "into_weight" else "*bf16") for name in kernel.arg_names}
+        signature = {name: "constexpr" if name in own else kind for name, kind in types.items()}
+        values = {(kernel.arg_names.index(name),): value for name, value in own.items()}
+        source = ASTSource(fn=kernel, signature=signature, constexprs=values)
+        found = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+        Path("kernel.cubin").write_bytes(found.asm["cubin"])
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        subprocess.run([tool, "--dump-resource-usage", "kernel.cubin"], check=True)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize(("keys", "channels", "tail"), [(128, 384, False), (256, 1024, True)])
+def test_kernels_compile_for_an_h100(keys: int, channels: int, tail: bool, tmp_path: Path) -> None:
+    """Of the presets: without a spilled register."""
+    interpreted()
+    code = f"from tests.test_short_conv import compile_for_an_h100 as c; c({keys}, {channels}, {tail})"
+    own = {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ["PYTHONPATH"]])}
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | own
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, encoding="utf-8"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(" STACK:0 ") == 2, done.stdout
 
 
 @pytest.mark.gpu
