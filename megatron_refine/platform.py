@@ -57,7 +57,7 @@ def pretend_gpu(compiler: Callable[..., Any], recorder: Callable[[Callable[[], A
     global _recorder
     assert not _installed, "pretend before Megatron-Core is imported"
     _recorder = recorder
-    torch.compile = compiler  # type: ignore[assignment]
+    torch.compile = compiler
     from torch._subclasses.fake_tensor import FakeTensor
 
     del FakeTensor.tolist  # it asks for each value alone; Tensor's own is answered by a mode, as a whole

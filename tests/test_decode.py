@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,45 @@ def test_the_end_of_a_chunk_is_not_recorded(ranks: Zygote, tmp_path: Path) -> No
     """The weights change there, at another token for every place."""
     config = parity.small_config(tmp_path, model="lact")
     assert ranks(1, ends_of_chunks, config=config)[0] == [True, False, False, True]
+
+
+def unrecorded(config: Config) -> Any:
+    """On a rank where nothing can be recorded: rollouts without graphs, and by choice; what is said; with graphs asked
+    for, the error."""
+    from megatron_refine.engine.native import NativeEngine
+    from megatron_refine.records import Fork, RolloutRequest
+    from megatron_refine.trainer import forward
+
+    def fails(run: Any) -> Any:
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    platform.record = fails
+    model, _ = parity.build(config, torch.float64)
+    b, positions = parity.batch(2), torch.tensor([[20, 90], [33, 150]])
+    places = Places.of_each(positions)
+
+    @torch.no_grad()
+    def rollout(**options: Any) -> Any:
+        main = forward.main_pass(model, b.tokens)
+        fork = Fork(main.states(places), main.rows.take(places.tokens - 1, places.sequences))
+        request = RolloutRequest(b.tokens, positions, b.sample_ids, 2, 5, 0.7, 1, 0, fork)
+        return NativeEngine(model, **options).rollout(request).tokens
+
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        plain, chosen = rollout(), rollout(cuda_graphs=True)
+    try:
+        error = str(rollout(cuda_graphs=True, required=True))
+    except RuntimeError as raised:
+        error = str(raised)
+    return plain, chosen, [str(w.message) for w in said if "cuda_graphs" in str(w.message)], error
+
+
+def test_what_cannot_be_recorded_is_decoded_step_by_step(ranks: Zygote, tmp_path: Path) -> None:
+    plain, chosen, said, error = ranks(1, unrecorded, config=parity.small_config(tmp_path))[0]
+    assert plain.equal(chosen) and error.startswith("operation not permitted")
+    assert said == ["engine.cuda_graphs=auto: decoding cannot be recorded, and goes on step by step: operation not "
+                    "permitted when stream is capturing"]  # fmt: skip
 
 
 @pytest.mark.gpu

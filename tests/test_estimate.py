@@ -166,7 +166,12 @@ def test_memory_follows_precision_and_layout() -> None:
     count = flops.rank_parameters(LARGE, tp=2, pp=1, stage=0)
     assert (ours.dp, ours.parameters) == (4, 1_365_677_056)
     assert (ours.memory.weights, ours.memory.gradients, ours.memory.optimizer) == (2 * count, 4 * count, 3 * count)
-    assert ours.memory.head == 3 * (1 << 22) * 4  # logits of a chunk of rows, their probabilities, their gradient
+    rows = config.data.seq_length + 8 * 5
+    assert ours.memory.head == 2 * rows * 16000 * 2  # logits and their gradient, in bf16
+    assert rank_memory(config, dp=4, stage=0, gpu=False).head == 3 * (1 << 22) * 4  # of a chunk, with probabilities
+    more = config.model_copy(update={"data": Data(seq_length=4 * config.data.seq_length)})
+    summed = 16000 * 2048 * 4  # the weight's gradient, in fp32
+    assert rank_memory(more, dp=4, stage=0).head == 2 * (1 << 26) * 2 + summed
     state = 16 * 128 * 128 * 4 + 3 * 3 * 2048 * 2  # S in fp32, the tail of the convolution in bf16
     assert ours.memory.states == 8 * (1 + 1) * 24 * state // 2
     fp32 = rank_memory(config.model_copy(update={"train": Train(precision="fp32")}), dp=4, stage=0)

@@ -104,11 +104,12 @@ def steps(config: Config, refine: bool) -> list[Any]:
 
     found = []
     for path in (delta.delta_rule, interpreter.delta_rule):
-        with mock.patch.object(delta, "delta_rule", path):
+        with mock.patch.object(delta, "delta_rule", side_effect=path) as rule:
             step = make_step(config, torch.float32)
             metrics = step(batch(2, 96), 0, refine=refine)
             drawn = step.last.experience if refine else None
             found.append((metrics, drawn and (drawn.positions, drawn.tokens), full_gradients(step.model)))
+        assert rule.called
     return found
 
 
@@ -124,4 +125,4 @@ def test_steps_equal_those_of_the_torch_path(ranks: Zygote, tmp_path: Path, mode
         assert found[name] == pytest.approx(metrics[name], rel=ROUNDING, abs=1e-4), name
     errors = relative(mine, theirs)
     worst = max(errors, key=lambda name: errors[name])
-    assert errors[worst] < 2e-2, (worst, errors[worst])  # a gradient is a sum whose terms cancel
+    assert errors[worst] < 1e-2, (worst, errors[worst])  # its terms cancel: at most 5.5e-3, of a decay's parameters

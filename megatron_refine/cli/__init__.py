@@ -24,7 +24,7 @@ COMMANDS = {
     "serve": "start an SGLang server of a run",
     "compare": "draw the curves of several runs over one another",
     "scaling": "run a sweep over ranks and layouts, or predict it",
-    "bench": "time steps, rollouts, kernels, data and weight syncs",
+    "bench": "time steps, rollouts and kernels; count what a GPU launches",
     "parity": "compare a model at a layout with its original implementation",
 }
 _ELSEWHERE = {"train": "megatron_refine.train"}

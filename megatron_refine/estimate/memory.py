@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from megatron_refine.config import Config
 from megatron_refine.models import family
 
-HEAD_ELEMENTS = 1 << 22  # logits that exist at a time: the head takes rows in chunks (trainer/head.py)
+# logits that exist at a time (trainer/head.py): in chunks of rows; on a GPU all of them, up to the second number
+HEAD_ELEMENTS, GPU_HEAD_ELEMENTS = 1 << 22, (1 << 26, 1 << 29)
 FP32 = 4
 
 
@@ -18,7 +19,7 @@ class RankMemory:
     gradients: int  # fp32 in either precision
     optimizer: int  # Adam's moments and, in bf16, fp32 weights: this rank's share of the distributed optimizer
     activations: int  # kept for the backward pass, or by the handles of a score pass, whichever is more
-    head: int  # logits of one chunk of rows, their probabilities and their gradient
+    head: int  # logits of a chunk of rows and their gradient; in fp32, the sum of the weight's over several chunks
     states: int  # forked at the selected positions, and the rollouts' own while they decode
 
     @property
@@ -45,7 +46,7 @@ def rank_memory(config: Config, dp: int, stage: int, gpu: bool = True) -> RankMe
         gradients=count * FP32,
         optimizer=count * (12 if bf16 else 8) // (dp * p.cp),
         activations=max(_activations(config, dp, stage, gpu), handles(config, dp, gpu)),
-        head=_head(config) if last else 0,
+        head=_head(config, gpu) if last else 0,
         states=_states(config) if config.refine.enabled else 0,
     )
 
@@ -118,9 +119,14 @@ def module_bytes(config: Config, gpu: bool) -> dict[str, float]:
     return {"norms": norms, "mixer": mixer / shards + saved.fixed, "mlp": rows * saved.mlp / shards}
 
 
-def _head(config: Config) -> int:
+def _head(config: Config, gpu: bool) -> int:
     vocab, rows = config.model.padded_vocab // config.parallel.tp, _rows(config) // config.parallel.cp
-    return 3 * min(HEAD_ELEMENTS, rows * vocab) * FP32
+    if not gpu:
+        return 3 * min(HEAD_ELEMENTS, rows * vocab) * FP32
+    chunk, kept = GPU_HEAD_ELEMENTS
+    if rows * vocab <= kept:
+        return 2 * rows * vocab * itemsize(config)
+    return 2 * chunk * itemsize(config) + vocab * config.model.hidden_size * FP32
 
 
 def _states(config: Config) -> int:

@@ -33,7 +33,7 @@ def _memory(e: Estimate) -> list[str]:
         ("gradients, fp32", m.gradients),
         (f"{adam}, 1/{e.dp * c.parallel.cp}", m.optimizer),
         (f"activations, {tokens}{branches}{recompute[c.train.recompute]}", m.activations),
-        ("logits, a chunk of rows", m.head),
+        ("logits and their gradient", m.head),
         ("forked states", m.states),
         ("total", m.total),
     ]

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_refine.config import Config
-from megatron_refine.estimate.memory import HEAD_ELEMENTS, itemsize, recomputed
+from megatron_refine.estimate.memory import itemsize, recomputed
 from megatron_refine.models import family
 
 FP32, INT64, BOOL = 4, 8, 1
@@ -113,10 +113,7 @@ def _of_head(config: Config, each: Pass, traffic: object) -> Iterator[Traffic]:
     p, r = config.parallel, config.refine
     if each.scored and each.forward:
         rows = each.scored // p.cp
-        chunk = max(1, HEAD_ELEMENTS // (config.model.padded_vocab // p.tp))
-        calls = -(-rows // chunk)
-        again = 2 if calls > 1 and (each.backward or config.fused) else 1
-        yield traffic("tp", "all_gather", calls * again, 4 * p.tp * rows * FP32 / calls)
+        yield traffic("tp", "all_gather", 1, 4 * p.tp * rows * FP32)
         yield traffic("cp", "all_reduce", 1, 3 * each.scored * FP32)
     if each.stage == "rollout":
         share = r.rollout_len / max(1, r.rollout_len - 1)  # the first token is drawn from a main row

@@ -1,7 +1,7 @@
 """From final rows to log-probabilities, entropies and samples, with the vocabulary sharded over tensor-parallel ranks.
 
-Rows are taken in chunks; where there are several, their logits are computed again in the backward pass, so that no rank
-ever holds [T, V]. The weight's gradient is a sum over the chunks, in at least fp32.
+Few rows are one chunk, whose logits are kept. More are taken in several, whose logits are computed again in the
+backward pass: memory does not grow with the rows. The weight's gradient is a sum over the chunks, in at least fp32.
 """
 
 from dataclasses import dataclass
@@ -18,6 +18,7 @@ from megatron_refine.trainer.model import RefineModel
 
 CHUNK_ELEMENTS = 1 << 22  # logits of a chunk of rows on one rank: 16 MiB in fp32, of which caches hold much
 GPU_CHUNK_ELEMENTS = 1 << 26  # on a GPU: each chunk reads the whole weight, and adds to all of its gradient
+GPU_KEPT_ELEMENTS = 1 << 29  # 1 GiB in bf16; on a CPU no more than a chunk
 ALIGNED = 128  # rows, where a chunk has more
 
 
@@ -45,10 +46,12 @@ def score(model: RefineModel, rows: Tensor, targets: Tensor, temperature: Tensor
     return Scores(*_VocabParallelScores.apply(rows, weight, targets, temperature, group, real))
 
 
-def chunk_rows(weight: Tensor) -> int:
-    """Rows of a chunk, for a weight [V/tp, hidden]."""
-    elements = GPU_CHUNK_ELEMENTS if platform.on_gpu(weight) else CHUNK_ELEMENTS
-    rows = max(1, elements // weight.shape[0])
+def chunk_rows(weight: Tensor, count: int) -> int:
+    """Rows of a chunk, for a weight [V/tp, hidden]: all `count` of them, where their logits may be kept."""
+    gpu, width = platform.on_gpu(weight), weight.shape[0]
+    if count * width <= (GPU_KEPT_ELEMENTS if gpu else CHUNK_ELEMENTS):
+        return max(1, count)
+    rows = max(1, (GPU_CHUNK_ELEMENTS if gpu else CHUNK_ELEMENTS) // width)
     return rows - rows % ALIGNED if rows > ALIGNED else rows
 
 
@@ -63,7 +66,7 @@ class _VocabParallelScores(torch.autograd.Function):
     def forward(
         ctx: Any, rows: Tensor, weight: Tensor, targets: Tensor, at: Tensor | None, group: Any, real: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        local, size = targets - group.rank() * weight.shape[0], chunk_rows(weight)
+        local, size = targets - group.rank() * weight.shape[0], chunk_rows(weight, len(rows))
         logits = weight.new_empty(0)
         found = []
         for chunk, wanted, temperature in _chunks(size, rows, local, at):
@@ -75,7 +78,7 @@ class _VocabParallelScores(torch.autograd.Function):
         total, target = (totals * scales).sum(0), targeted.sum(0)
         log_total = tops.amax(0) + total.log()
         entropy, correct = log_total - (weighted * scales).sum(0) / total, target >= tops.amax(0)
-        kept = logits if len(found) == 1 else None  # one chunk: keeping it stays within the bound
+        kept = logits if len(found) == 1 else None
         ctx.save_for_backward(rows, weight, local, at, log_total, kept)
         ctx.real = real
         ctx.mark_non_differentiable(entropy, correct)
@@ -85,7 +88,7 @@ class _VocabParallelScores(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         rows, weight, local, at, log_total, kept = ctx.saved_tensors
-        size = chunk_rows(weight) if kept is None else max(1, len(rows))
+        size = chunk_rows(weight, len(rows))
         into_rows, into_weight = [], None
         for chunk, wanted, temperature, totals, outer in _chunks(size, rows, local, at, log_total, grad):
             logits = chunk @ weight.mT if kept is None else kept

@@ -226,6 +226,9 @@ def operator(name: str, given: list[Tensor], out: Any) -> Work | None:
         return Work(name, left.dtype, moved(given) + moved(result), 1, flops, products=True)
     dtype = next((x.dtype for x in found if x.is_floating_point()), found[0].dtype)
     size = moved(given) + moved(result)
+    if name.startswith("_scaled_dot_product"):  # causal: half of the scores; backward five products of two
+        flops = 2.0 * given[0].numel() * given[1].shape[-2] * (2.5 if name.endswith("_backward") else 1.0)
+        return Work(name, given[0].dtype, size, 1, flops, products=True)
     if name in WRITES:
         size = moved(result) + moved(given[1:] if name == "copy_" else given if name in ("_to_copy", "clone") else [])
     elif name in GATHERS:  # of the larger tensor, the rows that are named alone

@@ -64,12 +64,12 @@ def tables(config: Config, counted: Mapping[str, Counted]) -> str:
         time = 1e3 * each["roofline_seconds"]
         lines.append(
             f"{TITLES[kind]:<10}{each['launches']:>10,}{each['bytes'] / 1e9:>9.1f}{time:>9.1f}"
-            f"{ratio}{each.get('mfu', 0.0):>8.1%}   {products(counted[kind])}"
+            f"{ratio}{format(each['mfu'], '>8.1%') if 'mfu' in each else '':>8}   {products(counted[kind])}".rstrip()
         )
     lines += ["", rollouts(counted)]
     for kind in found:
-        each = counted[kind]
-        lines += ["", *stages(TITLES[kind], each), "", *largest(each), "", reads(each)]
+        own = counted[kind]
+        lines += ["", *stages(TITLES[kind], own), "", *largest(own), "", reads(own)]
     return "\n".join(lines)
 
 
@@ -90,7 +90,7 @@ def title(config: Config) -> str:
         f"{config.data.seq_length} tokens, {config.train.precision}, recompute {config.train.recompute}; c "
         f"{r.num_chunks} n {r.num_rollouts} k {r.rollout_len}; counted, not measured\n"
         f"peaks: {peaks}; {BANDWIDTH / 1e12:.0f} TB/s; {1e6 * LAUNCH:.0f} us a launch; MFU of "
-        f"{DATA_SHEET / 1e12:.0f} TFLOP/s. GB: of everything but matrix products"
+        f"{DATA_SHEET / 1e12:.0f} TFLOP/s. GB: of everything but kernels made of matrix products"
     )
 
 
@@ -128,9 +128,9 @@ def largest(counted: Counted) -> list[str]:
         found[name, str(dtype)[6:]].add(each)
     order = sorted(found.items(), key=lambda item: (-seconds(item[1]), item[0]))[:PLACES]
     lines = [f"{'the ten largest':<{WIDTH}}{'launches':>10}{'TFLOP':>9}{'GB':>9}{'':>10}{'ms':>9}"]
-    for (name, dtype), each in order:
+    for (name, kind), each in order:
         lines.append(
-            f"{name[: WIDTH - 10]:<{WIDTH - 9}}{dtype:<9}{each.launches:>10,.0f}{each.flops / 1e12:>9.2f}"
+            f"{name[: WIDTH - 10]:<{WIDTH - 9}}{kind:<9}{each.launches:>10,.0f}{each.flops / 1e12:>9.2f}"
             f"{each.size / 1e9:>9.1f}{'':>10}{1e3 * each.seconds:>9.1f}"
         )
     return lines

@@ -168,7 +168,8 @@ def known_step(config: Config, model: Any, engine: Any, updater: Any, ranks: Any
     class Known(RefineStep):
         def _select(self, batch: Batch, entropy: Tensor, step: int) -> Tensor:
             positions = super()._select(batch, entropy, step)
-            counter.know(positions, evenly(*positions.shape, batch.tokens.shape[1], config.refine.rollout_len))
+            size, length = batch.tokens.shape
+            counter.know(positions, evenly(size, config.refine.num_chunks, length, config.refine.rollout_len))
             return positions
 
     step = Known(config, model, engine, updater, ranks)
