@@ -60,8 +60,9 @@ def _mixed(
     from megatron_refine.kernels.short_conv.gpu import gpu_convolved
 
     rule = family.flops(config.model.family).delta_rule(config.model)
-    shards, size = config.parallel.tp * config.parallel.cp, {"device": device, "requires_grad": True}
-    low = {"dtype": torch.bfloat16 if config.train.precision == "bf16" else torch.float32, **size}
+    shards = config.parallel.tp * config.parallel.cp
+    size: dict[str, Any] = {"device": device, "requires_grad": True}
+    low: dict[str, Any] = {"dtype": torch.bfloat16 if config.train.precision == "bf16" else torch.float32, **size}
     heads, groups = rule.heads // shards, rule.keys // rule.key_dim // shards
     channels, others = (columns // shards // groups for columns in (rule.channels, rule.others))
     rows = torch.randn(count, tokens, groups, channels + others, **low)
