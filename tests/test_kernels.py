@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from megatron_refine import platform
+from megatron_refine import extras, platform
 from megatron_refine.config import ConfigError, load
 from megatron_refine.kernels import tuning
 from megatron_refine.kernels.tuning import waiting
@@ -207,7 +207,7 @@ def hooks(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     triton = ModuleType("triton")
     triton.knobs = SimpleNamespace(runtime=runtime)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "triton", triton)
-    monkeypatch.setattr(waiting, "DELAY", 0.01)
+    monkeypatch.setattr(waiting, "DELAY", 0.3)
     return runtime
 
 
@@ -217,7 +217,7 @@ def test_the_screen_names_what_is_left_while_it_compiles(
     """What takes no time (it was in the cache) is not told; then the first that does, and the end."""
     line = waiting.Waiting()
     line.expect({"ops.a.quick": 1, "ops.a.slow": 2})
-    for name, seconds in (("quick", 0.0), ("slow", 0.1), ("slow", 0.1)):
+    for name, seconds in (("quick", 0.0), ("slow", 1.0), ("slow", 1.0)):
         fn = SimpleNamespace(module="fla.ops.a", name=name)
         assert not hooks.jit_cache_hook(fn=fn, key="", compile={})  # true would end the compilation
         time.sleep(seconds)
@@ -267,9 +267,9 @@ def test_what_cannot_be_is_one_line(words: list[str], message: str) -> None:
 
 def test_a_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     for missing, words in (("triton", "Triton is not installed: pip install"), ("fla", "pip install '.[gpu]'")):
-        monkeypatch.setattr(run.importlib.util, "find_spec", lambda name, missing=missing: name != missing or None)
+        monkeypatch.setattr(extras.importlib.util, "find_spec", lambda name, missing=missing: name != missing or None)
         with pytest.raises(ConfigError, match=words.replace("[", r"\[")):
-            run.require()
+            extras.check_triton()
 
 
 def test_lact_has_inductors_kernels_alone() -> None:
