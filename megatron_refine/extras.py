@@ -23,6 +23,10 @@ PARTS = {  # each as a package of its own, or as a library of what was built fro
     "transformer-engine-cu13": "libtransformer_engine*.so",
     "transformer-engine-torch": "transformer_engine_torch*.so",
 }
+TRITON = {
+    "triton": "Triton is not installed: pip install 'triton==3.7.1'; PyTorch's build for CPUs brings none",
+    "fla": "flash-linear-attention is not installed: pip install '.[gpu]'",
+}
 _TE = ("transformer-engine", "transformer-engine-cu12", "transformer-engine-cu13", "transformer-engine-torch")
 
 
@@ -69,6 +73,13 @@ def check_fla() -> None:
             f"flash-linear-attention {version} is installed, and its kernels were tried in {FLA} alone: "
             f"pip install 'flash-linear-attention=={FLA}'"
         )
+
+
+def check_triton() -> None:
+    """Raise ConfigError where Triton or flash-linear-attention is missing, which compile and measure kernels."""
+    for package, remedy in TRITON.items():
+        if importlib.util.find_spec(package) is None:
+            raise ConfigError(f"kernels: {remedy} (docs/gpu.md)")
 
 
 def _version(package: str) -> str | None:

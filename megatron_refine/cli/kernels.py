@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 from megatron_refine import config as configuration
-from megatron_refine import usage
+from megatron_refine import extras, usage
 from megatron_refine.config.paths import path_argument
 from megatron_refine.files import write_json
 from megatron_refine.models import family
@@ -73,11 +73,11 @@ def _warm(options: argparse.Namespace) -> str:
     jobs = options.jobs or len(os.sched_getaffinity(0))
     if jobs < 1:
         raise configuration.ConfigError(f"--jobs={options.jobs}: must be 1 or more")
+    extras.check_triton()
     from megatron_refine import platform
     from megatron_refine.warm import choose, passes, run
     from megatron_refine.warm.driver import CARDS
 
-    run.require()
     kinds = options.passes.split(",") if options.passes else [*passes.KINDS]
     if unknown := [kind for kind in kinds if kind not in passes.KINDS]:
         raise configuration.ConfigError(f"--passes={options.passes}: {unknown[0]} is none of {', '.join(passes.KINDS)}")
@@ -96,9 +96,9 @@ def _measure(options: argparse.Namespace) -> str:
     config = _load(options)
     if not family.flops(config.model.family).delta_rule(config.model):
         return _none(config)
-    from megatron_refine.warm import measure, run
+    extras.check_triton()
+    from megatron_refine.warm import measure
 
-    run.require()
     found = measure.measure(config)
     if options.json:
         write_json(options.json, found)

@@ -1,7 +1,6 @@
 """The compiling of a configuration's kernels by several processes, and the table of what they found."""
 
 import contextlib
-import importlib.util
 import json
 import os
 import subprocess
@@ -17,15 +16,6 @@ from megatron_refine.progress import Progress
 from megatron_refine.warm.passes import KINDS
 
 Row = dict[str, Any]  # a `driver.Binary` as JSON
-REMEDY = {"triton": "pip install 'triton==3.7.1'; PyTorch's build for CPUs brings none", "fla": "pip install '.[gpu]'"}
-NAMES = {"triton": "Triton", "fla": "flash-linear-attention"}
-
-
-def require() -> None:
-    """Raise ConfigError where Triton or flash-linear-attention is missing."""
-    for package, name in NAMES.items():
-        if importlib.util.find_spec(package) is None:
-            raise ConfigError(f"kernels: {name} is not installed: {REMEDY[package]} (docs/gpu.md)")
 
 
 def warm(
