@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from megatron_refine.bench.launches.counter import Counter, Work, moved
 
@@ -28,8 +27,7 @@ def install(counter: Counter) -> None:
         "fla": (), "fla.ops": (), "fla.ops.common": (),
         "fla.ops.common.chunk_delta_h": ("chunk_gated_delta_rule_fwd_h", "chunk_gated_delta_rule_bwd_dhu"),
         "fla.ops.common.chunk_o": ("chunk_fwd_o", "chunk_bwd_dv_local", "chunk_bwd_dqkwg"),
-        "fla.ops.delta_rule": ("chunk_delta_rule", "fused_recurrent_delta_rule"),
-        "fla.ops.gated_delta_rule": ("chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule"),
+        "fla.ops.gated_delta_rule": ("fused_recurrent_gated_delta_rule",),
         "fla.ops.gated_delta_rule.chunk_fwd": ("chunk_gated_delta_rule_fwd_intra",),
         "fla.ops.gated_delta_rule.wy_fast": ("recompute_w_u_fwd", "prepare_wy_repr_bwd"),
         "fla.ops.utils": ("chunk_local_cumsum",),
@@ -141,44 +139,6 @@ class Parts:
         tensors = [q, k, v, g, beta, initial_state, o, final]
         self._kernel("recurrent", tensors, 3 * products(v, q.shape[-1] * v.shape[-1]))
         return o, final
-
-    fused_recurrent_delta_rule = fused_recurrent_gated_delta_rule
-
-    def chunk_gated_delta_rule(
-        self, q: Tensor, k: Tensor, v: Tensor, g: Any = None, beta: Any = None, initial_state: Any = None,
-        cu_seqlens: Any = None, **_: Any,
-    ) -> Found:  # fmt: skip
-        o, final = _Chunked.apply(self, q, k, v, g, beta, initial_state)
-        return o, final
-
-    chunk_delta_rule = chunk_gated_delta_rule
-
-
-class _Chunked(torch.autograd.Function):
-    """fla's function of the whole rule, of its parts."""
-
-    @staticmethod
-    def forward(ctx: Any, parts: Parts, q: Tensor, k: Tensor, v: Tensor, g: Any, beta: Any, state: Any) -> Found:
-        sums = None if g is None else parts.chunk_local_cumsum(g)
-        w, u, inverse = parts.chunk_gated_delta_rule_fwd_intra(k, v, sums, beta)
-        h, writes, _ = parts.chunk_gated_delta_rule_fwd_h(k, w, u, sums, state, True)
-        ctx.parts, ctx.given = parts, (q, k, v, sums, beta, inverse, state)
-        ctx.set_materialize_grads(False)
-        return parts.chunk_fwd_o(q, k, writes, h, sums), torch.empty_like(state)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, do: Any, dht: Any) -> Found:
-        parts, (q, k, v, g, beta, inverse, state) = ctx.parts, ctx.given
-        do = torch.empty_like(v) if do is None else do.contiguous()
-        w, u = parts.recompute_w_u_fwd(k, v, beta, inverse, g)
-        h, writes, _ = parts.chunk_gated_delta_rule_fwd_h(k, w, u, g, state)
-        dv = parts.chunk_bwd_dv_local(q, k, do, g)
-        dh, dh0, dv = parts.chunk_gated_delta_rule_bwd_dhu(q, k, w, do, dv, g, state, dht)
-        dq, dk, dw, dg = parts.chunk_bwd_dqkwg(q, k, writes, do, h, dh, w, g, dv)
-        more, dv, dbeta, dg2 = parts.prepare_wy_repr_bwd(k, v, beta, inverse, dw, dv, g)
-        dk.add_(more)
-        return None, dq, dk, dv, None if g is None else parts.chunk_local_cumsum(dg.add_(dg2)), dbeta, dh0
 
 
 def products(v: Tensor, each: int) -> float:
