@@ -7,6 +7,7 @@ torch.
 
 import importlib.metadata
 import importlib.util
+import sys
 from pathlib import Path
 
 from packaging.specifiers import SpecifierSet
@@ -62,7 +63,8 @@ def _refused(what: str, found: dict[str, str]) -> ConfigError:
 
 def check_fla() -> None:
     """Raise ConfigError where flash-linear-attention is missing, or not the version that the kernels were tried in."""
-    version = _version("flash-linear-attention") if importlib.util.find_spec("fla") else None
+    loaded = sys.modules.get("fla")  # what counts launches stands in for it
+    version = loaded.__version__ if loaded else _version("flash-linear-attention")
     if version is None:
         raise ConfigError(
             "a GPU is visible but flash-linear-attention is not installed, and the torch path would be an order of "

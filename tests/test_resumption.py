@@ -59,9 +59,8 @@ def set_by_hand(step: Any, config: Config, done: int) -> None:
         decays = any(p.dim() and group["wd_mult"] for p in group["params"])
         group |= {"betas": (o.beta1, o.beta2), "eps": o.eps, "lr": rate(config, done)}
         group["weight_decay"] = o.weight_decay if decays else 0.0
-    for each in updater.parts:
-        each.config.clip_grad = o.clip_grad
-    updater.optimizer.config.clip_grad = o.clip_grad
+    clipped = updater.config.optimizer.model_copy(update={"clip_grad": o.clip_grad})
+    updater.config = updater.config.model_copy(update={"optimizer": clipped})
 
 
 def resumed_with(old: Config, new: dict[str, Config]) -> Any:

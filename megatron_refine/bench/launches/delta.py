@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_refine import extras
 from megatron_refine.bench.launches.counter import Counter, Work, moved
 
 CHUNK = 64
@@ -38,6 +39,7 @@ def install(counter: Counter) -> None:
         for name in names:
             setattr(module, name, getattr(parts, name))
         sys.modules[path] = module
+    sys.modules["fla"].__version__ = extras.FLA  # type: ignore[attr-defined]
 
 
 class Parts:
