@@ -34,7 +34,7 @@ def gradients(config: Config, official: bool) -> Any:
 
 
 @pytest.mark.parametrize(
-    "model", short(["delta_net", "gated_delta_net", "lact", "lact muon"], lambda model: model in ("delta_net", "lact"))
+    "model", short(["delta_net", "gated_delta_net", "lact", "lact muon"], lambda model: model == "delta_net")
 )
 def test_the_official_scheme_gives_the_gradient_of_the_fused_update(model: str, ranks: Zygote, tmp_path: Path) -> None:
     """Rows of full length and forked states: the same draws, rewards and loss. fp64: products in another order; Muon's

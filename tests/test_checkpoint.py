@@ -108,6 +108,7 @@ def saved(ranks: Any, tmp_path_factory: Any) -> Any:
     return folder / "run/checkpoints/step_0000002", metrics
 
 
+@pytest.mark.slow
 def test_every_single_change_of_the_layout_and_back_changes_no_bit(ranks: Any, tmp_path: Path, saved: Any) -> None:
     """tp2 with sp -> one rank -> tp2, dp2, pp2, cp2, each from the one rank -> one rank, from each; the run goes on.
 

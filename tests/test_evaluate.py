@@ -184,6 +184,7 @@ def slow_heldout(model: Path, ids: list[list[int]]) -> list[tuple[float, int]]:
     return found
 
 
+@pytest.mark.slow
 def test_layouts_agree(model: Path, data: Path, ranks: Zygote, tmp_path: Path) -> None:
     """Answers are the same to the letter; held-out sums those of the slow way but for rounding in fp32."""
     documents = [str(data / f"document{i}.txt") for i in range(5)]

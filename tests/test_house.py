@@ -234,6 +234,7 @@ def test_bare_import_is_refused(name: str) -> None:
     )
 
 
+@pytest.mark.slow
 def test_transformers_is_not_misled_by_our_folder() -> None:
     """It looks for a package `kernels` by importing it, and so does flash-linear-attention through it."""
     code = "from transformers import activations, utils; print(utils.is_kernels_available())"

@@ -238,6 +238,7 @@ def drifting_command(arguments: list[str], first_step: int) -> runs.End:
         return runs.command(arguments)
 
 
+@pytest.mark.slow
 def test_a_run_with_an_engine_that_drifts_stops_with_its_checkpoint(ranks: Any, tmp_path: Path) -> None:
     """One of two data-parallel ranks is 0.5 nats off, 0.25 in the mean of both: in evaluations, and from step 4 on."""
     config = runs.write_config(tmp_path, tmp_path / "data", checkpoint={"every": 3}, eval={"every": 1, "sequences": 4})

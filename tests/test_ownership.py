@@ -245,6 +245,7 @@ def with_end_time(config: str, seconds: float) -> Any:
     return runs.command(["--config", config])
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_passed_over_where_that_is_allowed(ranks: Any, tmp_path: Path, cache: Path) -> None:
     """The run from the one before it is the run that was never damaged."""
     config = runs.write_config(tmp_path, cache, train={"steps": 4}, checkpoint={"every": 1, "keep": 3})

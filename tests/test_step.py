@@ -99,7 +99,7 @@ def _argmax(logits: torch.Tensor, ranks: Any) -> torch.Tensor:
     return torch.cat(parts, -1).argmax(-1)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", short(LAYOUTS, lambda layout: layout != "tp2"))
 def test_native_rollouts_agree_with_the_trainer(ranks: Any, tmp_path: Path, layout: str) -> None:
     world, overrides = LAYOUTS[layout]
     config = small_config(tmp_path, *overrides)
