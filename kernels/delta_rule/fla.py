@@ -32,7 +32,7 @@ DECODED = 16  # tokens that the recurrent kernel takes faster than the chunked o
 
 @dataclass(frozen=True)
 class Gradients:
-    """Of what was read of U chunks, C tokens each."""
+    """Gradients of what was read of U chunks, C tokens each."""
 
     chunks: Chunks
     states: Tensor  # [U, H, K, V]
@@ -41,7 +41,7 @@ class Gradients:
     decays: Tensor | None  # [U, C, H], of natural logarithms
 
     def add(self, name: str, target: Tensor) -> None:
-        """Those of `name`, into the rows of `target` [N, T, ...] that were read."""
+        """Add the gradients of `name` to the rows of `target` [N, T, ...] that were read."""
         index, rows = (self.chunks.sequences[:, None], self.chunks.tokens), getattr(self, name).to(target.dtype)
         if self.chunks.whole:
             target[index] += rows
@@ -75,7 +75,7 @@ class FlaTrace:
 
 @dataclass(frozen=True)
 class NoTrace:
-    """Of tokens that continue a state without gradient: nobody reads states inside of them."""
+    """The trace of tokens that continue a state without gradient: nobody reads states inside of them."""
 
     def state_at(self, places: Places) -> Tensor:
         raise AssertionError("a state is read where only the final one is known")
@@ -116,7 +116,7 @@ def _recurrent(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, 
 
 @functools.cache
 def _parts() -> SimpleNamespace:
-    """Of fla's chunked rule, forward and backward."""
+    """Import the parts of fla's chunked rule, forward and backward."""
     from fla.ops.common.chunk_delta_h import chunk_gated_delta_rule_bwd_dhu, chunk_gated_delta_rule_fwd_h
     from fla.ops.common.chunk_o import chunk_bwd_dqkwg, chunk_bwd_dv_local, chunk_fwd_o
     from fla.ops.gated_delta_rule.chunk_fwd import chunk_gated_delta_rule_fwd_intra

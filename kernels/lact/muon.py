@@ -49,7 +49,7 @@ def newton_schulz(x: Tensor) -> Tensor:
 
 
 def iterations(parts: list[Tensor]) -> list[Iteration]:
-    """Those of `newton_schulz` of all matrices in the parts [s, m, n], as `newton_schulz_backward` takes them."""
+    """Iterate on all matrices in the parts [s, m, n]; return the iterations as `newton_schulz_backward` takes them."""
     count, (rows, columns), first = sum(len(x) for x in parts), parts[0].shape[1:], parts[0]
     found: list[Iteration] = []
     for i, (_, b, c) in enumerate(NEWTON_SCHULZ):

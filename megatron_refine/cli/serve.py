@@ -12,7 +12,6 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from megatron_refine import config as configuration
 from megatron_refine import launcher, preflight, usage
@@ -21,9 +20,7 @@ from megatron_refine.config.words import spell
 from megatron_refine.files import TornError, read, write_json
 from megatron_refine.models.family import FAMILIES
 from megatron_refine.trainer.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from megatron_refine.trainer.source import Source
+from megatron_refine.trainer.source import Source, find
 
 EXIT_CONFIG, EXIT_CHECKPOINT = 2, 4
 
@@ -48,7 +45,7 @@ def main(arguments: list[str]) -> int:
         node, hosts = launcher.read().node, options.hosts.split(",")
         if node >= len(hosts):
             raise configuration.ConfigError(f"--hosts={options.hosts}: none for SLURM_NODEID={node}; name one a node")
-        source = _source(options.model) if options.model else None
+        source = find(options.model, "--model") if options.model else None
         words = [*(_settings(source) if source else []), *options.overrides, f"engine.host={hosts[node]}"]
         config = configuration.load(options.config, words, FAMILIES)
         return serve(config, options.port, Path(config.run.dir) / "engine" / f"node_{node}", source)
@@ -60,13 +57,7 @@ def main(arguments: list[str]) -> int:
         return EXIT_CHECKPOINT
 
 
-def _source(model: Path) -> "Source":
-    from megatron_refine.trainer.source import find
-
-    return find(model, "--model")
-
-
-def _settings(source: "Source") -> list[str]:
+def _settings(source: Source) -> list[str]:
     """Overrides of a configuration that serves this model."""
     from megatron_refine import platform
 
@@ -76,7 +67,7 @@ def _settings(source: "Source") -> list[str]:
     return [*fields, *run, "engine.kind=sglang", f"train.precision={precision}"]
 
 
-def serve(config: configuration.Config, port: int, folder: Path, source: "Source | None" = None) -> int:
+def serve(config: configuration.Config, port: int, folder: Path, source: Source | None = None) -> int:
     """Start a server of `source`, or one of random weights, for which config.json, written into `folder`, is all."""
     from megatron_refine.convert.fields import CONFIG, fresh_config
     from megatron_refine.data.tokenizer import FILES
@@ -97,7 +88,7 @@ def serve(config: configuration.Config, port: int, folder: Path, source: "Source
     os.execve(line[0], line, environment(config.engine))
 
 
-def _weights(source: "Source", folder: Path) -> Path:
+def _weights(source: Source, folder: Path) -> Path:
     """Return the model as a folder in Hugging Face's format: a checkpoint is exported into `folder`, once."""
     if not source.is_checkpoint:
         return source.folder.absolute()
