@@ -19,8 +19,9 @@ from megatron_refine.eval import files as task_files
 from megatron_refine.eval import tasks
 from megatron_refine.files import TornError
 from megatron_refine.models import family
-from megatron_refine.report import tracking
+from megatron_refine.report import metrics, tracking
 from megatron_refine.report.folder import read_progress
+from megatron_refine.report.summary import is_evaluation
 from megatron_refine.trainer.errors import CheckpointError
 from megatron_refine.trainer.manifest import STEP, complete_folders
 from megatron_refine.trainer.resumption import Past, past_of_checkpoint, past_of_run, refuse
@@ -77,6 +78,7 @@ def past_of(config: Config) -> Past | None:
 
 def _run(config: Config) -> None:
     """Whether the folders can be written and have room for a checkpoint, and the run goes on as what it was."""
+    _baseline(config.run.baseline)
     run = _existing("run.dir", config.run.dir)
     _existing("data.cache_dir", config.data.cache_dir)
     weights = family.flops(config.model.family).parameters(config.model)
@@ -92,6 +94,16 @@ def _run(config: Config) -> None:
     steps = 0 if config.train.phase == "testtime" else _done(config)
     if steps > config.train.steps:
         raise ConfigError(f"train.steps={config.train.steps}: the run has {steps} already; set {steps} or more")
+
+
+def _baseline(run: str) -> None:
+    """Whether the run to compare with has an evaluation."""
+    try:
+        evaluated = not run or any(map(is_evaluation, metrics.read(Path(run) / metrics.METRICS)))
+    except (OSError, TornError) as error:
+        raise ConfigError(f"run.baseline={run}: {error}") from None
+    if not evaluated:
+        raise ConfigError(f"run.baseline={run}: no evaluation in {metrics.METRICS}; name the run.dir of a finished run")
 
 
 def _done(config: Config) -> int:

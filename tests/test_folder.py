@@ -132,6 +132,21 @@ def test_a_refused_key_is_an_error_and_a_silent_server_is_none(tmp_path: Path, m
     assert "no such host; this attempt is logged offline: send it with `wandb sync " in shown[0]
 
 
+def test_a_finished_run_is_compared_with_a_baseline(tmp_path: Path) -> None:
+    """On the screen and in the report: the baseline's evaluation after as many steps, not its later one."""
+    other, shown = tmp_path / "ntp", list[str]()
+    other.mkdir()
+    evaluations = [{"step": step, "eval/ntp_loss": loss} for step, loss in ((0, 6.0), (2, 4.125), (3, 3.0))]
+    (other / "metrics.jsonl").write_text("\n".join(map(json.dumps, evaluations)), encoding="utf-8")
+    folder = RunFolder(small_config(tmp_path, f"run.baseline={other}"), 0, 2, shown.append)
+    folder.record({"step": 0, "eval/ntp_loss": 6.0})
+    folder.record(ROW | {"step": 2, "eval/ntp_loss": 5.0})
+    folder.finish()
+    rows = [line.split()[:3] for line in "\n".join(shown).splitlines() if line.startswith(("after", "baseline"))]
+    assert rows == [["after", "NTP", "2"], ["baseline", "2", "4.125"]]
+    assert ">4.125<" in (folder.path / "report.html").read_text(encoding="utf-8")
+
+
 def test_the_commit_is_that_of_the_projects_own_working_copy(tmp_path: Path) -> None:
     """None where there is no git, and for a package that is installed inside someone else's working copy."""
 

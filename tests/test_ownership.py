@@ -157,7 +157,7 @@ def test_a_run_that_another_attempt_takes_over_writes_nothing_more(ranks: Any, t
     config = runs.write_config(tmp_path, cache, checkpoint={"every": 1})
     ends = ranks(2, taken_over, config=str(config), folder=str(tmp_path / "run"))
     assert [end.code for end in ends] == [7, 7], ends
-    assert "another attempt has taken the run over" in ends[0].err and not ends[1].err
+    assert "another attempt has taken over" in ends[0].err and not ends[1].err
     assert [row["step"] for row in runs.rows(tmp_path)] == [0, 1]
     assert [p.name for p in complete_folders(tmp_path / "run/checkpoints")] == ["step_0000001"]
 

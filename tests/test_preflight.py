@@ -57,6 +57,7 @@ CASES = {
     "reward": (["refine.reward=nope:f"], "refine.reward=nope:f: cannot be imported"),
     "selection": (["refine.selection=json:dumps"], "refine.selection=json:dumps: called as (entropy [B, T]"),
     "folder": (["run.dir={folder}/rows.jsonl/run"], "{folder}/rows.jsonl/run: {folder}/rows.jsonl is no folder"),
+    "baseline": (["run.baseline={folder}"], "run.baseline={folder}: no evaluation in metrics.jsonl; name the run.dir"),
     "cache": (["data.cache_dir={folder}/rows.jsonl/x"], "{folder}/rows.jsonl is no folder; name another folder"),
     "task": (["eval.tasks=[nope]"], "eval.tasks=nope: no such task;"),
     "task's file": (["eval.tasks=[qasper]"], "eval.data: names no folder; qasper is read from a file"),

@@ -78,8 +78,7 @@ def test_an_export_is_a_model(ranks: Zygote, tmp_path: Path, model: str) -> None
 def fla_class(model: str) -> Any:
     """The configuration class of the installed flash-linear-attention, without what needs a GPU beside it."""
     spec = importlib.util.find_spec("fla")
-    if spec is None or not spec.submodule_search_locations:
-        pytest.skip("needs flash-linear-attention: pip install --no-deps flash-linear-attention fla-core")
+    assert spec and spec.submodule_search_locations, "make test-kernels installs flash-linear-attention"
     name = model.replace("gated_delta_net", "gated_deltanet")
     path = next(Path(p) / f"models/{name}/configuration_{name}.py" for p in spec.submodule_search_locations)
     found = importlib.util.spec_from_file_location(f"fla_{name}", path)
@@ -89,6 +88,7 @@ def fla_class(model: str) -> Any:
     return next(c for n, c in vars(module).items() if n.endswith("NetConfig"))
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("model", ["delta_net", "gated_delta_net"])
 def test_flas_class_takes_every_field(tmp_path: Path, model: str) -> None:
     """What we write is what it says afterwards; it fills in no other width or number of heads."""

@@ -210,6 +210,9 @@ def test_comparison_frames_the_parts_of_a_run() -> None:
         "NTP step 0.56 s, REFINE step 0.75 s, ratio 1.34",
     ]
     assert comparison([], StepTimes([0.5], [])) == "NTP step 0.5 s"
+    later = [*synthetic_rows(ntp_steps=7, refine_steps=0), EVAL | {"step": 9}]  # the run itself ends with step 7
+    assert [(label, row["step"]) for label, row in milestones(rows, later)][3:] == [("baseline", 7)]
+    assert milestones([], later) == []
     assert comparison([], StepTimes([], [])) == "No step was timed"
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -178,7 +179,7 @@ def test_a_lost_node_whose_processes_run_on_cannot_write(start: Any, undisturbed
         cluster.run("scancel", run.job)
         assert cluster.ends(run.job) == "CANCELLED"
         first = (run.run / "logs/attempt_1/train.log").read_text(encoding="utf-8")
-        assert "FencedError: another attempt has taken the run over" in first
+        assert re.search("has taken over.*; this (one|attempt) .*writes no", first)  # after a step, or in a save
     finally:
         cluster.start_node(node)
         cluster.until(

@@ -31,7 +31,7 @@ def main(arguments: list[str]) -> int:
     if not 1 < len(folders) == len(options.runs) <= MOST:
         return _refuse(f"{' '.join(map(str, options.runs))}: 2 to {MOST} folders of different names make a picture")
     try:
-        runs = {name: metrics.read(folder / "metrics.jsonl") for name, folder in folders.items()}
+        runs = {name: metrics.read(folder / metrics.METRICS) for name, folder in folders.items()}
     except ValueError as error:
         return _refuse(str(error))
     for name, rows in runs.items():

@@ -16,6 +16,11 @@ class Run(Section):
         description="Folder of the run: configuration, metrics, checkpoints, logs, report. A run with a complete "
         "checkpoint is resumed.",
     )
+    baseline: PathText = Field(
+        "",
+        description="Folder of a run to compare with, such as the same run with `refine.enabled=false`. Its last "
+        "evaluation becomes the row `baseline` of the closing table and of the report. Empty: none.",
+    )
     seed: int = Field(1, ge=0, description="Seed of the weights, the data order, the selection and the rollouts.")
     wandb: Literal["off", "offline", "online"] = Field(
         "off",

@@ -12,7 +12,7 @@ from typing import Any
 from megatron_refine.config import Config
 from megatron_refine.files import Appended, TornError, numbered, read_json, read_rows, write, write_json
 from megatron_refine.report import history
-from megatron_refine.report.metrics import MetricsLog, Row, read
+from megatron_refine.report.metrics import METRICS, MetricsLog, Row, read
 from megatron_refine.report.screen import comparison, eval_line, step_line
 from megatron_refine.report.summary import is_step, milestones, step_times
 from megatron_refine.report.tracking import Tracking
@@ -30,7 +30,7 @@ class RunFolder:
         self.attempt, self._logs = _new_attempt(self.path / "logs")
         self._log = Appended(self._logs / "train.log")
         write(self.path / "config.yaml", config.to_yaml())
-        self.metrics = MetricsLog(self.path / "metrics.jsonl")
+        self.metrics = MetricsLog(self.path / METRICS)
         self.metrics.truncate_after(done_steps or -1)  # a run without a checkpoint begins anew, with step 0
         self._ends: deque[float] = deque(maxlen=RECENT)  # unix times of the last steps
         self.predictions = Predictions(self.path / "predictions.jsonl", done_steps)
@@ -75,8 +75,9 @@ class RunFolder:
         from megatron_refine.report.html import write_report  # late: matplotlib takes a second
 
         rows = read(self.metrics.path)
-        self.say(comparison(milestones(rows), step_times(rows)))
-        self.say(f"report {write_report(self.path)}")
+        baseline = read(Path(self.config.run.baseline) / METRICS) if self.config.run.baseline else []
+        self.say(comparison(milestones(rows, baseline), step_times(rows)))
+        self.say(f"report {write_report(self.path, baseline)}")
 
     def close(self, code: int) -> None:
         """End the attempt, whatever ended it, by the command's exit code."""

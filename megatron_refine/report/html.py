@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_refine.files import TornError, numbered, read_json, write
 from megatron_refine.report import figures, page
-from megatron_refine.report.metrics import Row, read
+from megatron_refine.report.metrics import METRICS, Row, read
 from megatron_refine.report.screen import COLUMNS, median_line, number
 from megatron_refine.report.summary import is_evaluation, is_refine, is_step, milestones, step_times
 
@@ -16,16 +16,16 @@ Samples = dict[str, Any]
 """step, entropy [T], positions [c], rewards [R], rollouts: a list of {position, prefix, truth, rollout, reward}"""
 
 
-def write_report(run_dir: str | Path) -> Path:
+def write_report(run_dir: str | Path, baseline: Sequence[Row] = ()) -> Path:
     """Write <run_dir>/report.html from metrics.jsonl, samples.json, config.yaml and logs/, whichever there are.
 
-    Returns its path. The page is written beside the old one and then takes its place. Raises OSError, and TornError
-    for damaged metrics.
+    baseline: rows of a run to compare with, for the table of held-out metrics. Returns the page's path. The page is
+    written beside the old one and then takes its place. Raises OSError, and TornError for damaged metrics.
     """
     run = Path(run_dir)
-    rows = read(run / "metrics.jsonl")
+    rows = read(run / METRICS)
     path = run / "report.html"
-    body = _body(run, rows, _read_samples(run / "samples.json"))
+    body = _body(run, rows, baseline, _read_samples(run / "samples.json"))
     write(path, page.document(f"{run.resolve().name}: REFINE report", body))
     return path
 
@@ -38,11 +38,11 @@ def _read_samples(path: Path) -> Samples:
         return {"damaged": f"{error}" if isinstance(error, TornError) else f"{path}: damaged: no sample"}
 
 
-def _body(run: Path, rows: Sequence[Row], samples: Samples) -> list[str]:
+def _body(run: Path, rows: Sequence[Row], baseline: Sequence[Row], samples: Samples) -> list[str]:
     return [
         f"<h1>{escape(run.resolve().name)}</h1>",
         _headline(rows),
-        _comparison(rows),
+        _comparison(rows, baseline),
         _tasks(rows),
         _answers(run),
         _losses(rows),
@@ -70,8 +70,8 @@ def _headline(rows: Sequence[Row]) -> str:
     return page.tiles(facts)
 
 
-def _comparison(rows: Sequence[Row]) -> str:
-    framed = milestones(rows)
+def _comparison(rows: Sequence[Row], baseline: Sequence[Row]) -> str:
+    framed = milestones(rows, baseline)
     if not framed:
         return page.section("Comparison", page.text(f"No evaluation has been made. {median_line(step_times(rows))}."))
     cells = [

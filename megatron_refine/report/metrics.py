@@ -9,6 +9,7 @@ from typing import Any
 from megatron_refine.files import Appended, TornError, read_rows, write
 
 Row = dict[str, Any]
+METRICS = "metrics.jsonl"
 
 _NAMES = {
     "train": "loss ntp_loss nsp_loss answer_loss grad_norm lr clip_fraction ratio_mean optimizer_steps",

@@ -43,12 +43,17 @@ def step_times(rows: Sequence[Row]) -> StepTimes:
     )
 
 
-def milestones(rows: Sequence[Row]) -> list[tuple[str, Row]]:
-    """Return those evaluations that frame the parts of a run, labelled: before, after NTP, after REFINE."""
+def milestones(rows: Sequence[Row], baseline: Sequence[Row] = ()) -> list[tuple[str, Row]]:
+    """Return those evaluations that frame the parts of a run, labelled: before, after NTP, after REFINE.
+
+    baseline: rows of a run to compare with. Its last evaluation that is not later than the run's is added.
+    """
     evaluations = [row for row in rows if is_evaluation(row)]
     start = next((row["step"] for row in rows if is_refine(row)), float("inf"))
     before = [row for row in evaluations if row["step"] == 0]
     after_ntp = [row for row in evaluations if 0 < row["step"] < start]
     after_refine = [row for row in evaluations if row["step"] >= start]
-    parts = (("before", before), ("after NTP", after_ntp), ("after REFINE", after_refine))
+    end = evaluations[-1]["step"] if evaluations else -1
+    other = [row for row in baseline if is_evaluation(row) and row["step"] <= end]
+    parts = (("before", before), ("after NTP", after_ntp), ("after REFINE", after_refine), ("baseline", other))
     return [(label, part[-1]) for label, part in parts if part]

@@ -55,7 +55,7 @@ def collect(sweep: Sweep, points: Sequence[Point]) -> tuple[list[Result], list[s
     """Return results of the points with enough steps; for each other a line: its failure, or not run yet."""
     found, missing = list[Result](), list[str]()
     for point in points:
-        rows = [row for row in metrics.read(point.folder / "metrics.jsonl") if "train/loss" in row]
+        rows = [row for row in metrics.read(point.folder / metrics.METRICS) if "train/loss" in row]
         rows = [row for row in rows if row["step"] > sweep.warm_up]
         if point.config.refine.enabled:
             rows = [row for row in rows if is_refine(row)]

@@ -68,7 +68,5 @@ class StopRequest:
         dist.all_reduce(highest, op=dist.ReduceOp.MAX)
         found = Verdict(int(highest.item()))
         if found is Verdict.FENCED:
-            raise FencedError(
-                "another attempt has taken the run over (OWNER in its folder); this one writes nothing more"
-            )
+            raise FencedError("another attempt has taken over (OWNER in the run's folder); this one writes no more")
         return found

@@ -1,4 +1,8 @@
-"""The time of a counted step at stated peaks, as tables and as JSON."""
+"""The time of a counted step at stated peaks, as tables and as JSON.
+
+Two bounds: the roofline, which takes all matrix products at the peak of their dtype and all other bytes at that of the
+memory; and a stricter one kernel by kernel, in which a kernel made of products takes its bytes where they last longer.
+"""
 
 import json
 from collections import defaultdict
@@ -19,26 +23,25 @@ def seconds(total: Sum) -> float:
 
 
 def summary(config: Config, counted: Mapping[str, Counted]) -> dict[str, dict[str, float]]:
-    """Of each kind of step: launches, bytes of everything but matrix products, roofline_seconds, mfu, and the reads of
-    values by the host. Of an update, without mfu."""
+    """Of each kind of step: launches, bytes of everything but matrix products, both bounds in seconds and, but for an
+    update, as a share of the card's FLOP/s (mfu), and the reads of values by the host."""
     from megatron_refine.estimate.flops import batch_flops
 
-    found = {}
+    found: dict[str, dict[str, float]] = {}
     for kind, each in counted.items():
         if kind in OTHER.values():
             continue
-        total, rest = each.total(), Sum()
-        for (_, _, _, products), part in each.sums.items():
-            if not products:
-                rest.add(part)
-        time = seconds(total)
-        found[kind] = {
-            "launches": round(total.launches), "bytes": round(rest.size), "roofline_seconds": round(time, 6),
-            "host_reads": len(each.reads),
-        }  # fmt: skip
+        total, size, time = each.total(), 0.0, 0.0
+        for (_, _, dtype, products), part in each.sums.items():
+            time += part.flops / PEAK_FLOPS[dtype] if products else part.size / BANDWIDTH
+            size += 0.0 if products else part.size
+        bounds = {"roofline": max(time, total.launches * LAUNCH), "kernels": seconds(total)}
+        found[kind] = {"launches": round(total.launches), "bytes": round(size), "host_reads": len(each.reads)}
+        found[kind] |= {f"{name}_seconds": round(bound, 6) for name, bound in bounds.items()}
         if kind != "update":
-            work = batch_flops(micro_batch(config, kind), kind != "ntp")
-            found[kind]["mfu"] = round(work / time / DATA_SHEET, 4)
+            work = batch_flops(micro_batch(config, kind), kind != "ntp") / DATA_SHEET
+            shares = zip(("mfu", "kernels_mfu"), bounds.values(), strict=True)
+            found[kind] |= {name: round(work / bound, 4) for name, bound in shares}
     return found
 
 
@@ -57,15 +60,16 @@ def as_json(config: Config, counted: Mapping[str, Counted]) -> str:
 def tables(config: Config, counted: Mapping[str, Counted]) -> str:
     """All that was counted, for reading."""
     found = summary(config, counted)
-    base = found.get("ntp", {}).get("roofline_seconds")
-    lines = [title(config), "", f"{'':<10}{'launches':>10}{'GB':>9}{'ms':>9}{'/ NTP':>8}{'MFU':>8}   TFLOP of products"]
+    base = found.get("ntp")
+    heads = "".join(f"{head:>{width}}" for head, width in zip(("ms", "/ NTP", "MFU"), (9, 8, 8), strict=True))
+    lines = [title(config), "", f"{'':<29}{'roofline':>25}{'kernel by kernel':>25}"]
+    lines.append(f"{'':<10}{'launches':>10}{'GB':>9}{heads}{heads}   TFLOP of products")
     for kind, each in found.items():
-        ratio = f"{each['roofline_seconds'] / base:>8.3f}" if base else f"{'':8}"
-        time = 1e3 * each["roofline_seconds"]
-        lines.append(
-            f"{TITLES[kind]:<10}{each['launches']:>10,}{each['bytes'] / 1e9:>9.1f}{time:>9.1f}"
-            f"{ratio}{format(each['mfu'], '>8.1%') if 'mfu' in each else '':>8}   {products(counted[kind])}".rstrip()
-        )
+        cells = f"{TITLES[kind]:<10}{each['launches']:>10,}{each['bytes'] / 1e9:>9.1f}"
+        for time, share in (("roofline_seconds", "mfu"), ("kernels_seconds", "kernels_mfu")):
+            ratio = f"{each[time] / base[time]:.3f}" if base else ""
+            cells += f"{1e3 * each[time]:>9.1f}{ratio:>8}{format(each[share], '.1%') if share in each else '':>8}"
+        lines.append(f"{cells}   {products(counted[kind])}".rstrip())
     lines += ["", rollouts(counted)]
     for kind in found:
         own = counted[kind]
