@@ -8,12 +8,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megatron_refine import __version__
 from megatron_refine.convert.fields import CONFIG
 from megatron_refine.data.special_tokens import KEPT
 from megatron_refine.data.tokenizer import FILES, Tokenizer, load_tokenizer
 from megatron_refine.files import copy, read_json, write, write_json
 from megatron_refine.models import family
+from megatron_refine.trainer.conversion import megatron_to_hf
 from megatron_refine.trainer.manifest import ORIGIN, read_manifest
 from megatron_refine.trainer.source import Source
 
@@ -36,7 +39,16 @@ class Config(PretrainedConfig):
 '''
 
 
-def complete(folder: Path, source: Source) -> None:
+def export(source: Source, folder: Path, dtype: torch.dtype | None = None, size: int | None = None) -> None:
+    """Write a checkpoint as a model in Hugging Face's format into `folder`, which must not exist.
+
+    dtype: of the weights, None: as they are. size: most bytes of a file of weights. Raises CheckpointError and
+    ConversionError for the checkpoint, ConfigError for its tokenizer, OSError.
+    """
+    megatron_to_hf(source.folder, folder, dtype, size, beside=lambda beside: _complete(beside, source))
+
+
+def _complete(folder: Path, source: Source) -> None:
     """Put into an export what its weights lack. Raises ConfigError for a damaged tokenizer, OSError."""
     trained = read_manifest(source.folder).get("config")
     if source.run is None or trained is None:  # a conversion

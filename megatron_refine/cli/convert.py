@@ -77,8 +77,8 @@ def run(options: argparse.Namespace) -> None:
 
     from megatron_refine.convert.hf_writer import size_in_bytes
     from megatron_refine.data.tokenizer import FILES
-    from megatron_refine.publish import complete
-    from megatron_refine.trainer.conversion import MODEL, hf_to_megatron, megatron_to_hf
+    from megatron_refine.publish import export
+    from megatron_refine.trainer.conversion import MODEL, hf_to_megatron
     from megatron_refine.trainer.manifest import ORIGIN
     from megatron_refine.trainer.source import find_checkpoint
 
@@ -88,7 +88,7 @@ def run(options: argparse.Namespace) -> None:
         size = size_in_bytes(options.max_shard_size) if options.max_shard_size else None
         source = find_checkpoint(options.megatron, "--megatron")
         options.megatron = source.folder
-        megatron_to_hf(source.folder, options.hf, dtype, size, beside=lambda folder: complete(folder, source))
+        export(source, options.hf, dtype, size)
         print(f"wrote {options.hf}, from {source.folder}")
     else:
         hf_to_megatron(options.hf, options.megatron, dtype)

@@ -30,8 +30,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = usage.parser("kernels", __doc__)
     add = parser.add_argument
     add("action", choices=["warm", "measure", "pin"])
-    add("--config", action="append", default=[], metavar="FILE", help="a YAML file; later ones win")
-    add("words", nargs="*", metavar="key.sub=value", help="set a key of the configuration; pin: a file of --json")
+    usage.add_config(parser, required=False)  # pin takes files in the place of overrides
     add("--arch", default="sm_90", help="warm: the GPU's architecture (default: sm_90)")
     add("--jobs", type=int, default=0, metavar="N", help="warm: processes (default: one a core)")
     add("--passes", default="", help="warm: of main,branch,decode (default: all)")
@@ -55,7 +54,7 @@ def main(arguments: list[str]) -> int:
 def _load(options: argparse.Namespace) -> configuration.Config:
     if not options.config:
         raise configuration.ConfigError("--config: is missing; name a YAML file")
-    return configuration.load(options.config, options.words, FAMILIES)
+    return configuration.load(options.config, options.overrides, FAMILIES)
 
 
 def _none(config: configuration.Config) -> str:
@@ -85,7 +84,7 @@ def _warm(options: argparse.Namespace) -> str:
         raise configuration.ConfigError(f"--arch={options.arch}: unknown; choose one of {', '.join(CARDS)}")
     platform.keep_compiled()
     start = time.monotonic()
-    rows = run.warm(options.config, options.words, options.arch, kinds, options.pinned, jobs)
+    rows = run.warm(options.config, options.overrides, options.arch, kinds, options.pinned, jobs)
     if options.json:
         write_json(options.json, choose.compiled_file(options.arch, passes.shape(config), rows))
     title = f"{config.model.family}, {passes.shape(config)}, {options.arch}: {os.environ.get('TRITON_CACHE_DIR', '')}"
@@ -106,9 +105,9 @@ def _measure(options: argparse.Namespace) -> str:
 
 
 def _pin(options: argparse.Namespace) -> str:
-    if not options.words:
+    if not options.overrides:
         raise configuration.ConfigError("pin: names no file; give those that `kernels warm --json` or `measure` wrote")
     from megatron_refine.kernels import tuning
     from megatron_refine.warm import choose
 
-    return "\n".join(choose.update(options.tables or tuning.HERE, [Path(word) for word in options.words]))
+    return "\n".join(choose.update(options.tables or tuning.HERE, [Path(word) for word in options.overrides]))

@@ -81,8 +81,7 @@ def serve(config: configuration.Config, port: int, folder: Path, source: Source 
         weights = _weights(source, folder)
         line = command(config, weights, port, folder, text=any((weights / name).exists() for name in FILES))
     else:
-        dtype = {"fp32": "float32", "bf16": "bfloat16"}[config.train.precision]
-        write_json(folder / CONFIG, fresh_config(config.model, dtype))
+        write_json(folder / CONFIG, fresh_config(config.model, config.train.dtype))
         line = [*command(config, folder, port, folder), "--load-format", "dummy"]
     os.chdir(folder)  # python -m puts the working directory before all packages
     os.execve(line[0], line, environment(config.engine))
@@ -94,15 +93,14 @@ def _weights(source: Source, folder: Path) -> Path:
         return source.folder.absolute()
     from megatron_refine import platform
     from megatron_refine.convert.errors import ConversionError
-    from megatron_refine.publish import complete
-    from megatron_refine.trainer.conversion import megatron_to_hf
+    from megatron_refine.publish import export
     from megatron_refine.trainer.manifest import COMPLETE
 
     platform.install()
     target = folder.absolute() / f"{source.folder.name}-{read(source.folder / COMPLETE)[:12]}"  # the manifest's digest
     if not target.exists():
         try:
-            megatron_to_hf(source.folder, target, beside=lambda export: complete(export, source))
+            export(source, target)
         except ConversionError as error:
             raise CheckpointError(str(error)) from None
     return target

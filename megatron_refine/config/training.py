@@ -102,6 +102,11 @@ class Train(Section):
         description="Most steps skipped in a row because loss or gradient is not finite. One more ends the run.",
     )
 
+    @property
+    def dtype(self) -> str:
+        """Return torch's name of the precision."""
+        return {"fp32": "float32", "bf16": "bfloat16"}[self.precision]
+
 
 class Refine(Section):
     """REFINE: rollouts from selected positions of a sequence, rewarded by what follows there in truth.

@@ -77,7 +77,7 @@ def command(config: Config, weights: Path, port: int, folder: Path, text: bool =
     engine = config.engine
     arguments = [
         "--model-path", str(weights), "--host", engine.host, "--port", str(port), "--tp", str(engine.tp),
-        "--dtype", {"fp32": "float32", "bf16": "bfloat16"}[config.train.precision],
+        "--dtype", config.train.dtype,
         "--skip-server-warmup", "--random-seed", str(config.run.seed),
     ]  # fmt: skip
     arguments += [] if text else ["--skip-tokenizer-init"]

@@ -103,7 +103,7 @@ def build_module(config: Config, ranks: Ranks, dtype: torch.dtype | None = None)
 
     `dtype` overrides train.precision.
     """
-    dtype = dtype or {"fp32": torch.float32, "bf16": torch.bfloat16}[config.train.precision]
+    dtype = dtype or getattr(torch, config.train.dtype)
     megatron = transformer_config(config, dtype)
     module = RefineModel(
         megatron,

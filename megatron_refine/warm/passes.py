@@ -62,7 +62,7 @@ def _mixed(
     rule = family.flops(config.model.family).delta_rule(config.model)
     shards = config.parallel.tp * config.parallel.cp
     size: dict[str, Any] = {"device": device, "requires_grad": True}
-    low: dict[str, Any] = {"dtype": torch.bfloat16 if config.train.precision == "bf16" else torch.float32, **size}
+    low: dict[str, Any] = {"dtype": getattr(torch, config.train.dtype), **size}
     heads, groups = rule.heads // shards, rule.keys // rule.key_dim // shards
     channels, others = (columns // shards // groups for columns in (rule.channels, rule.others))
     rows = torch.randn(count, tokens, groups, channels + others, **low)
