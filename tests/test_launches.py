@@ -13,14 +13,14 @@ from megatron_refine.bench.launches.counter import BLOCKS, ELEMENTS, moved, pack
 from tests.lanes import short
 
 ROOT = Path(__file__).parents[1]
-LARGE = ["data.seq_length=16384"]
-# overrides; most launches and GB of an NTP step's passes, least MFU, by the roofline and kernel by kernel; most that fused
-# and two-pass steps take of an NTP step's time, by the roofline and kernel by kernel
+LARGE, EIGHT = ["data.seq_length=16384"], "refine.num_rollouts=8"
+# overrides; most launches and GB of an NTP step's passes, least MFU; most that a fused and a two-pass step take of an
+# NTP step's time; shares and times by the roofline, then kernel by kernel
 BUDGETS: list[tuple[list[str], tuple[int, float, float, float], tuple[float, float, float, float]]] = [
     (["model=delta_net_1.3b", *LARGE], (1_500, 124, 0.505, 0.46), (1.04, 1.385, 1.06, 1.40)),
     (["model=gated_delta_net_1.3b", *LARGE], (1_500, 132, 0.50, 0.455), (1.065, 1.415, 1.09, 1.435)),
     (["model=lact_760m", *LARGE], (11_500, 232, 0.425, 0.42), (1.05, 1.37, 1.085, 1.41)),
-    (["model=gated_delta_net_1.3b", *LARGE, "refine.num_rollouts=8"], (1_500, 132, 0.50, 0.455), (1.12, 1.48, 1.2, 1.57)),
+    (["model=gated_delta_net_1.3b", *LARGE, EIGHT], (1_500, 132, 0.50, 0.455), (1.12, 1.48, 1.2, 1.57)),
     ([], (320, 0.7, 0.0, 0.0), (4.5, 4.8, 4.5, 4.8)),  # a small one, whose time is that of its launches
 ]
 
