@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from megatron_refine.platform import on_gpu
+from megatron_refine.platform.hardware import on_gpu
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from safetensors.torch import load, save
 from torch import Tensor
 
-from megatron_refine import platform
+from megatron_refine.platform import hardware
 
 
 def everyone(value: Any, group: Any = None) -> list[Any]:
@@ -33,7 +33,7 @@ def everyones_tensors(value: dict[str, Tensor], group: Any = None) -> list[dict[
 
 
 def _everyones_bytes(data: bytes, group: Any) -> list[bytes]:
-    device = platform.device() if dist.get_backend(group) == "nccl" else platform.CPU
+    device = hardware.device() if dist.get_backend(group) == "nccl" else hardware.CPU
     own = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
     size = torch.tensor([len(own)], device=device)
     sizes = [torch.zeros_like(size) for _ in range(dist.get_world_size(group))]

@@ -5,9 +5,10 @@ import os
 from pathlib import Path
 from tempfile import TemporaryFile
 
-from megatron_refine import platform, preflight
+from megatron_refine import preflight
 from megatron_refine.config import Config, ConfigError
 from megatron_refine.phases.sources import Sources
+from megatron_refine.platform import rendezvous
 from megatron_refine.trainer.errors import FULL, CheckpointError, FencedError, disk_failed
 from megatron_refine.trainer.ownership import Ownership, attempt_token
 from megatron_refine.trainer.parallel import join
@@ -26,8 +27,8 @@ def claim(config: Config, checked: bool = False) -> Ownership:
     However long rank 0 prepares, the others wait. Raises ConfigError, FencedError or CheckpointError on every rank.
     """
     join(config)
-    first = platform.global_rank() == 0
-    found = json.loads(platform.from_first(json.dumps(_prepare(config, checked)) if first else None))
+    first = rendezvous.global_rank() == 0
+    found = json.loads(rendezvous.from_first(json.dumps(_prepare(config, checked)) if first else None))
     if "error" in found:
         raise _KINDS[found["error"]](found["message"])
     return Ownership(Path(config.run.dir), found["token"])

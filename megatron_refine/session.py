@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from megatron_refine import platform, usage
+from megatron_refine import usage
 from megatron_refine.config import Config, ConfigError
 from megatron_refine.data.tokenizer import keep_tokenizer
 from megatron_refine.engine.native import NativeEngine
@@ -21,6 +21,7 @@ from megatron_refine.models import family
 from megatron_refine.opening import claim
 from megatron_refine.phases.sources import Sources
 from megatron_refine.phases.testtime import TestTime
+from megatron_refine.platform import hardware
 from megatron_refine.records import Batch, RolloutEngine
 from megatron_refine.report.folder import RunFolder, read_progress
 from megatron_refine.step.refine import RefineStep
@@ -36,10 +37,10 @@ from megatron_refine.trainer.watchdog import Watchdog
 
 
 def _engine(config: Config, model: nn.Module, ranks: Ranks, say: Callable[[str], None]) -> RolloutEngine:
-    if config.engine.cuda_graphs == "true" and not platform.has_gpu():
+    if config.engine.cuda_graphs == "true" and not hardware.has_gpu():
         raise ConfigError("engine.cuda_graphs=true: there is no GPU here; leave it out")
     if config.engine.kind == "native" or not config.refine.enabled:
-        graphs = config.cuda_graphs and platform.has_gpu()
+        graphs = config.cuda_graphs and hardware.has_gpu()
         return NativeEngine(model, graphs, required=config.engine.cuda_graphs == "true")
     from megatron_refine.engine.sglang import SGLangEngine
 
@@ -81,7 +82,7 @@ class Session:
     def _build(self) -> None:
         config = self.config
         self.ranks = init_parallel(config)
-        self.sources, device = Sources.of(config), platform.device()
+        self.sources, device = Sources.of(config), hardware.device()
         parameters = family.flops(config.model.family).parameters(config.model)
         self._tell(f"building {config.model.family}, {parameters:,} parameters, on {usage.ranks(self.ranks.world)}")
         model = build_model(config, self.ranks)
@@ -175,7 +176,7 @@ class Session:
         """One batch; its metrics with speed. Moves the progress on."""
         start, done = time.perf_counter(), self.progress
         metrics = self.phase(done, refine)
-        platform.synchronize()
+        hardware.synchronize()
         seconds, size = time.perf_counter() - start, self.config.train.global_batch_size
         if self.phase.num_samples is not None:  # the last batch may be a part of one
             size = min(size, self.phase.num_samples - done.consumed_samples)
@@ -183,7 +184,7 @@ class Session:
         share = size / self.config.train.global_batch_size
         metrics |= self.engine.metrics() | self._owed
         self._owed = {}
-        if peak := platform.peak_flops():
+        if peak := hardware.peak_flops():
             work = share * batch_flops(self.config, refine)
             metrics["perf/mfu"] = work / seconds / peak / self.ranks.world
         return metrics | {
@@ -191,7 +192,7 @@ class Session:
             "consumed_samples": self.progress.consumed_samples,
             "time/step": seconds,
             "perf/tokens_per_sec": size * self.config.data.seq_length / seconds,
-            "perf/peak_memory_bytes": platform.peak_memory_bytes(),
+            "perf/peak_memory_bytes": hardware.peak_memory_bytes(),
         }
 
     def evaluate(self) -> dict[str, float]:

@@ -119,6 +119,9 @@ def _run(config: "configuration.Config", checked: bool) -> int:
     interrupt.listen()  # before threads that would not block its signal
     if launcher.speaks():
         print("importing PyTorch and Megatron-Core", flush=True)
+    from megatron_refine.platform.megatron.install import install
+
+    install()
     import torch.distributed as dist
 
     from megatron_refine.exits import ending_of

@@ -12,8 +12,6 @@ The layout rides to every layer as `packed_seq_params`, which Megatron hands on 
 from dataclasses import dataclass, field
 from typing import Any
 
-import megatron_refine.installed  # noqa: F401
-
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 

@@ -10,8 +10,6 @@ Everything else in the model is row-wise and does not know of branches. See docs
 from collections.abc import Callable
 from typing import Any, Protocol
 
-import megatron_refine.installed  # noqa: F401
-
 import torch
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.module import MegatronModule

@@ -15,6 +15,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest  # noqa: E402
 
+from megatron_refine.platform.megatron.install import install  # noqa: E402
+
+install()
 from tests import interpreter, sglang_lane, slurm_cluster  # noqa: E402
 from tests.zygote import Zygote  # noqa: E402
 
@@ -91,8 +94,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     gpu_tests = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu_tests:
         return
-    from megatron_refine import platform
+    from megatron_refine.platform import hardware
 
-    if not platform.has_gpu():
+    if not hardware.has_gpu():
         for item in gpu_tests:
             item.add_marker(pytest.mark.skip(reason="needs a GPU, and torch sees none"))

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_refine import platform
 from megatron_refine.bench.baseline import Record
 from megatron_refine.bench.hf import ntp_step
 from megatron_refine.bench.timing import saved_bytes
 from megatron_refine.config import Config, ConfigError, load
 from megatron_refine.models.family import FAMILIES
+from megatron_refine.platform import hardware
 from tests import parity, runs
 from tests.lanes import short
 from tests.runs import End, _captured
@@ -69,7 +69,7 @@ def test_the_official_scheme_writes_the_same_rollouts(model: str, ranks: Zygote,
 @pytest.mark.parametrize(("model", "message"), [("lact_bench", "has no LaCT"), ("delta_net_tiny", "--hf: ")])
 def test_flas_model_needs_what_this_machine_may_lack(model: str, message: str, tmp_path: Path) -> None:
     config = load([str(ROOT / "configs/bench.yaml")], [f"model={model}"], FAMILIES)
-    if platform.has_gpu() and model != "lact_bench":
+    if hardware.has_gpu() and model != "lact_bench":
         pytest.skip("there is a GPU: tools/bench.py step --hf runs it")
     with pytest.raises(ConfigError, match=message):
         ntp_step(config)

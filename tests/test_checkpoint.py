@@ -85,9 +85,9 @@ def all_plain(folders: list[Path]) -> list[dict[str, torch.Tensor]]:
 
 def plain(folder: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint, whole, in one process."""
-    from megatron_refine import platform
+    from megatron_refine.platform.megatron.install import install
 
-    platform.install()
+    install()
     from megatron.core import dist_checkpointing
 
     found = dist_checkpointing.load_plain_tensors(str(folder))

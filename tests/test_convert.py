@@ -340,8 +340,8 @@ def test_verify_sees_a_wrong_tensor(ranks: Any, tmp_path: Path) -> None:
 MEASURED = """
     import re, sys
     from pathlib import Path
-    from megatron_refine import platform
-    platform.install()
+    from megatron_refine.platform.megatron.install import install
+    install()
     import torch
     from megatron_refine.trainer import conversion
     def peak():  # ru_maxrss would begin with that of the parent process

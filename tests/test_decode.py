@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_refine import platform
 from megatron_refine.config import Config
 from megatron_refine.kernels.places import Places
+from megatron_refine.platform import hardware
 from tests import parity
 from tests.runs import write_config
 from tests.zygote import Zygote
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def replayed(run: Any) -> Any:
-    """Stands in for `platform.record`: runs anew at each replay, into the tensors of the first time."""
+    """Stands in for `hardware.record`: runs anew at each replay, into the tensors of the first time."""
     found = [tensor.clone() for tensor in run()]
 
     def replay() -> None:
@@ -38,7 +38,7 @@ def decoded(config: Config) -> Any:
     from megatron_refine.trainer import forward
 
     model, _ = parity.build(config, torch.float64)
-    platform.record = replayed
+    hardware.record = replayed
     graphs, results = decode.DecodeGraphs(model), []
     for seed, chunks, temperature in ((0, 4, 0.7), (1, 4, 0.7), (2, 3, 0.7), (1, 4, 1.5)):
         b, generator = parity.batch(2, seed=seed), torch.Generator().manual_seed(seed)
@@ -96,7 +96,7 @@ def unrecorded(config: Config) -> Any:
     def fails(run: Any) -> Any:
         raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
-    platform.record = fails
+    hardware.record = fails
     model, _ = parity.build(config, torch.float64)
     b, positions = parity.batch(2), torch.tensor([[20, 90], [33, 150]])
     places = Places.of_each(positions)

@@ -13,13 +13,14 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import megatron_refine.kernels.delta_rule as dispatcher
-from megatron_refine import extras, platform
+from megatron_refine import extras
 from megatron_refine.config import ConfigError
 from megatron_refine.kernels.delta_rule import delta_rule, fla, l2_normalize
 from megatron_refine.kernels.delta_rule.chunk import chunk_delta_rule
 from megatron_refine.kernels.delta_rule.reference import recurrent_delta_rule
 from megatron_refine.kernels.places import Places
 from megatron_refine.kernels.short_conv import short_conv
+from megatron_refine.platform import hardware
 from tests import fla_parts
 
 HEADS, KEY, VALUE = 2, 6, 5
@@ -263,7 +264,7 @@ def test_gpu_with_fla_takes_its_kernels(on_gpu: dict[str, Any], monkeypatch: pyt
 def test_triton_kernels_equal_torch(gated: bool, dtype: torch.dtype) -> None:
     pytest.importorskip("fla", reason="needs flash-linear-attention")
     x = make_inputs(4, 1100, gated, states=2, key=64, value=64, decay=0.05)
-    device = platform.device()
+    device = hardware.device()
     low = {n: v.detach().to(device, torch.float32 if n in ("state", "g") else dtype) for n, v in x.items()}
     low = {n: v.requires_grad_() for n, v in low.items()}
     rows, at = torch.tensor([1, 3, 2], device=device), torch.tensor([600, 1024, 1100], device=device)
@@ -283,7 +284,7 @@ def test_decoding_on_triton_kernels_equals_torch(length: int, gated: bool) -> No
     """Without gradients few tokens take the recurrent kernel."""
     pytest.importorskip("fla", reason="needs flash-linear-attention")
     x = make_inputs(4, length, gated, states=2, key=64, value=64, decay=0.05)
-    own = {n: v.detach().to(platform.device(), torch.float32) for n, v in x.items()}
+    own = {n: v.detach().to(hardware.device(), torch.float32) for n, v in x.items()}
     with torch.no_grad():
         found, expected = delta_rule(**own), chunk_delta_rule(**own)
     assert max(relative(f, e) for f, e in zip(found[:2], expected[:2], strict=True)) < 2e-2  # inputs in bf16

@@ -160,14 +160,14 @@ def test_one_update_is_one_of_many(muon: bool) -> None:
 @pytest.mark.parametrize("muon", [False, True])
 def test_updates_on_a_gpu(muon: bool) -> None:
     """Compiled, in fp32 against fp64: outputs and the gradients of all inputs, with cuBLAS at its default precision."""
-    from megatron_refine import platform
+    from megatron_refine.platform import hardware
 
     shape, rule = (2, 96, 2), Rule(32, muon=muon)
     x = {name: normal(*shape, 64, seed=i) for i, name in enumerate("qkv")}
     x |= {"rates": 0.01 * normal(*shape, 3, seed=3).abs(), "momentum": normal(*shape, seed=4).sigmoid()}
     x["initial"] = normal(2, 3, 64, 64, seed=5) / 8
     found = []
-    for device, dtype in (("cpu", torch.float64), (platform.device(), torch.float32)):
+    for device, dtype in (("cpu", torch.float64), (hardware.device(), torch.float32)):
         own = {name: value.to(device, dtype).requires_grad_() for name, value in x.items()}
         tokens = Tokens.of(own["k"], own["v"], own["rates"], own["momentum"])
         o = chunk_lact(own["initial"], own["q"], tokens, rule)[0]

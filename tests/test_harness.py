@@ -110,13 +110,14 @@ def tasks(model: Path, expected: dict[str, Any]) -> Path:
 
 def loaded(model: Path, tp: int = 1, bos: bool = False) -> Any:
     """On a rank: the model in fp32."""
-    from megatron_refine import platform
     from megatron_refine.eval import load
+    from megatron_refine.platform import rendezvous
+    from megatron_refine.platform.megatron.install import install
     from megatron_refine.trainer.source import find
 
-    platform.install()
+    install()
     source = find(model)
-    config = load.layout(source, tp=tp, sp=tp > 1, world=platform.world_size())
+    config = load.layout(source, tp=tp, sp=tp > 1, world=rendezvous.world_size())
     return load.load(source, config, load.text(source, "", bos))
 
 

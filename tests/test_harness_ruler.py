@@ -41,14 +41,14 @@ def answer(prompt: str, number: int) -> str:
 
 def scripted(model: Path) -> Any:
     """On a rank: the adapter, whose answers are those above."""
-    from megatron_refine import platform
     from megatron_refine.eval import load
     from megatron_refine.eval.answers import Question
     from megatron_refine.eval.harness import HarnessLM
     from megatron_refine.eval.tasks import TASKS
+    from megatron_refine.platform.megatron.install import install
     from megatron_refine.trainer.source import find
 
-    platform.install()
+    install()
     source, said = find(model), list[str]()
     lm = HarnessLM(load.load(source, load.layout(source), load.text(source)))
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_refine import platform
 from megatron_refine.config import Config
 from megatron_refine.models.common.rope import first_positions, rope, table
 from megatron_refine.models.lact.reference import _rope
+from megatron_refine.platform import hardware
 from tests import parity
 from tests.zygote import Zygote
 
@@ -66,9 +66,9 @@ def both_ways() -> list[tuple[Tensor, Tensor]]:
         temperature = None if at is None else torch.full((9,), at, dtype=torch.float64)
         given = logits, local, temperature, logits.double().logsumexp(-1).to(outer.dtype), outer, 37
         here = head._into_logits(*given)
-        platform.on_gpu, kept = (lambda tensor: True), platform.on_gpu
+        hardware.on_gpu, kept = (lambda tensor: True), hardware.on_gpu
         pairs.append((here, head._into_logits(*given)))
-        platform.on_gpu = kept
+        hardware.on_gpu = kept
     return pairs
 
 

@@ -103,7 +103,7 @@ def shielded() -> list[str]:
     """On a rank: what a save's queue still does after signals that come as its process starts."""
     from multiprocessing import managers
 
-    from megatron_refine.shield import SHIELDED, shield_saves
+    from megatron_refine.platform.megatron.saves import SHIELDED, shield_saves
 
     started = managers.SyncManager.start
 

@@ -16,12 +16,13 @@ from typing import Any
 
 import pytest
 
-from megatron_refine import extras, platform
+from megatron_refine import extras
 from megatron_refine.config import ConfigError, load
 from megatron_refine.kernels import tuning
 from megatron_refine.kernels.tuning import waiting
 from megatron_refine.models import family
 from megatron_refine.models.family import FAMILIES
+from megatron_refine.platform import hardware
 from megatron_refine.warm import choose, run
 from megatron_refine.warm.driver import CARDS
 from megatron_refine.warm.passes import KINDS, shape
@@ -182,7 +183,7 @@ def test_an_autotuner_is_left_one_candidate_by_the_table_and_all_without(kernels
 
 def test_each_pass_is_made_ready_once(kernels: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     announced: list[dict[str, int]] = []
-    monkeypatch.setattr(platform, "architecture", lambda: "sm_90")
+    monkeypatch.setattr(hardware, "architecture", lambda: "sm_90")
     monkeypatch.setattr(tuning._waiting, "expect", announced.append)
     for kind in ("main", "main", "decode", "main"):
         tuning.ready(64, 64, False, kind)
@@ -194,7 +195,7 @@ def test_each_pass_is_made_ready_once(kernels: dict[str, Any], monkeypatch: pyte
 
 
 def test_without_a_gpu_nothing_is_pinned(kernels: dict[str, Any]) -> None:
-    if platform.has_gpu():
+    if hardware.has_gpu():
         pytest.skip("there is a GPU")
     tuning.ready(64, 64, False, "main")
     assert tiles(kernels) == [[16, 32, 64]] * 2
@@ -317,7 +318,7 @@ def test_what_is_not_known_is_one_line(word: str) -> None:
 
 @pytest.mark.kernels
 def test_measuring_needs_a_gpu() -> None:
-    if platform.has_gpu():
+    if hardware.has_gpu():
         pytest.skip("there is a GPU")
     done = command("measure", "--config", *TINY)
     assert done.returncode == 2 and done.stderr.startswith("kernels measure: times kernels on a GPU")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_refine import platform
+from megatron_refine.platform import hardware
 
 ROOT = Path(__file__).parents[1]
 KIT = ROOT / "launch/kit"
@@ -86,7 +86,7 @@ def check_what_a_cpu_can(out: Path) -> None:
 @pytest.mark.slow
 def test_the_stages_run_without_a_gpu(tmp_path: Path) -> None:
     """About a minute: nine processes that import PyTorch. Neither wheels nor kernels are carried."""
-    if platform.has_gpu():
+    if hardware.has_gpu():
         pytest.skip("there is a GPU: bash .gpu-kit/run.sh is the real thing")
     assert build(tmp_path / "kit").returncode == 0
     check_what_a_cpu_can(rehearse(tmp_path / "kit", tmp_path))

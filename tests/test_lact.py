@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_refine import platform
 from megatron_refine.config import Config, ConfigError, load
 from megatron_refine.kernels.lact import Rule, Tokens, chunk_lact, stacked
 from megatron_refine.kernels.lact.reference import recurrent_lact
@@ -20,6 +19,7 @@ from megatron_refine.kernels.window_attention.reference import full_window_atten
 from megatron_refine.models.family import FAMILIES
 from megatron_refine.models.lact import flops
 from megatron_refine.models.lact.config import LactConfig
+from megatron_refine.platform import hardware
 from tests.lanes import short
 from tests.parity import batch, build, small_config
 
@@ -114,7 +114,7 @@ def test_window_attention_on_a_gpu(dtype: torch.dtype) -> None:
     """flash-attn where it is installed, FlexAttention else: outputs and gradients of the matrix in fp64."""
     generator = torch.Generator().manual_seed(0)
     whole = [torch.randn(2, 700, 4, 64, generator=generator).to(dtype).double().requires_grad_() for _ in range(3)]
-    own = [x.detach().to(platform.device(), dtype).requires_grad_() for x in whole]
+    own = [x.detach().to(hardware.device(), dtype).requires_grad_() for x in whole]
     found, expected = window_attention(*own, window=256), full_window_attention(*whole, window=256)
     weighting = torch.randn(expected.shape, generator=generator, dtype=torch.float64)
     theirs = [expected, *torch.autograd.grad((expected * weighting).sum(), whole)]

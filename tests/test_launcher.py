@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from megatron_refine import launcher, platform
+from megatron_refine import launcher
 from megatron_refine.launcher import LaunchError
+from megatron_refine.platform import rendezvous
 from tests.runs import write_config
 from tests.zygote import DEADLINE
 
@@ -43,7 +44,7 @@ def found(monkeypatch: pytest.MonkeyPatch) -> Any:
     def read(variables: dict[str, str]) -> tuple[int, int, int, str, int]:
         monkeypatch.setattr(os, "environ", only(variables))
         launch = launcher.read()
-        assert (platform.global_rank(), platform.world_size(), platform.local_rank()) == (
+        assert (rendezvous.global_rank(), rendezvous.world_size(), rendezvous.local_rank()) == (
             launch.rank, launch.world, launch.local
         )  # fmt: skip
         return launch.rank, launch.world, launch.local, *launcher.meeting(launch)

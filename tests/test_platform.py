@@ -1,18 +1,45 @@
-"""What the platform repairs in Megatron-Core."""
+"""What the platform repairs in Megatron-Core, and when."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from megatron_refine import platform
+from megatron_refine.models.family import FAMILIES
+from megatron_refine.platform import hardware
+from megatron_refine.platform.megatron import streams
+from megatron_refine.platform.megatron.install import install
+
+ROOT = Path(__file__).parents[1]
+IMPORTS = """
+import importlib, pkgutil, sys, torch
+own = {name: getattr(torch, name) for name in ("zeros", "empty", "tensor", "arange", "compile")}
+kinds = torch.Tensor.cuda, torch.Tensor.type, torch.cuda.current_device, torch.cuda.synchronize
+for name in sys.argv[1:]:
+    package = importlib.import_module(name)
+    for module in pkgutil.walk_packages(getattr(package, "__path__", ()), name + "."):
+        importlib.import_module(module.name)
+assert "megatron.core" in sys.modules
+assert kinds == (torch.Tensor.cuda, torch.Tensor.type, torch.cuda.current_device, torch.cuda.synchronize)
+print([name for name in own if getattr(torch, name) is not own[name]])
+"""
+
+
+def test_no_import_changes_torch() -> None:
+    """All that drives Megatron-Core is imported, in a process that has not called `install`."""
+    parts = ("trainer", "step", "phases", "platform", "session", *(f"models.{family}.mixer" for family in FAMILIES))
+    line = [sys.executable, "-W", "ignore", "-c", IMPORTS, *(f"megatron_refine.{part}" for part in parts)]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, encoding="utf-8")
+    assert done.returncode == 0 and done.stdout == "[]\n", done.stdout + done.stderr
 
 
 def fork_draws() -> Any:
     """On a rank: draws inside and outside Megatron's named random stream."""
-    platform.install()
+    install()
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
 
@@ -26,10 +53,10 @@ def fork_draws() -> Any:
     with tracker.fork():
         inside = torch.rand(2)
     rest = torch.rand(2)
-    saved = platform.rng_state()
+    saved = streams.rng_state()
     with tracker.fork():
         again = torch.rand(2)
-    platform.set_rng_state(saved)
+    streams.set_rng_state(saved)
     with tracker.fork():
         return alone, torch.cat([first, rest]), inside, again, torch.rand(2)
 
@@ -46,7 +73,7 @@ def test_what_is_compiled_is_kept_where_the_user_says_or_where_the_next_run_look
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("TRITON_CACHE_DIR", "/mine")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
-    platform.keep_compiled()
+    hardware.keep_compiled()
     assert os.environ["TRITON_CACHE_DIR"] == "/mine" and not (tmp_path / "megatron_refine/triton").exists()
     assert Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]) == tmp_path / "megatron_refine/inductor"
     assert (tmp_path / "megatron_refine/inductor").is_dir()
@@ -56,5 +83,5 @@ def test_a_home_that_cannot_be_written_leaves_others_defaults(tmp_path: Path, mo
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
-    platform.keep_compiled()
+    hardware.keep_compiled()
     assert "TRITON_CACHE_DIR" not in os.environ

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_refine import extras, platform
+from megatron_refine import extras
 from megatron_refine.config import Config, ConfigError
 from megatron_refine.kernels.places import Places
+from megatron_refine.platform import hardware
 from tests.lanes import short
 from tests.parity import batch, full_gradients, full_parameters, relative, small_config
 from tests.runs import TP2
@@ -148,8 +149,8 @@ def test_a_run_on_a_gpu_says_where_its_kernels_configurations_come_from(
 
     model = small_config(tmp_path).model
     assert _kernels(model) == "delta rule: torch"
-    monkeypatch.setattr(platform, "has_gpu", lambda: True)
-    monkeypatch.setattr(platform, "architecture", lambda: "sm_90")
+    monkeypatch.setattr(hardware, "has_gpu", lambda: True)
+    monkeypatch.setattr(hardware, "architecture", lambda: "sm_90")
     kernels = {"a": {"by": "measured"}, "b": {"by": "compiled"}}
     monkeypatch.setattr(tuning, "table", lambda _: {"shapes": {"K256 V256": {"kernels": kernels}}})
     assert _kernels(model) == (

@@ -79,7 +79,7 @@ def test_every_rank_of_every_server_has_its_place_in_the_update_group(
         def join(self, name: str, world: int) -> None:
             joined.append((name, world))
 
-    monkeypatch.setattr(weight_sync.platform, "GroupStore", Store)
+    monkeypatch.setattr(weight_sync.rendezvous, "GroupStore", Store)
     urls = [scripted(lambda path, body, i=i: asked.update({f"{path} {i}": body}) or (200, {})) for i in range(3)]
     servers = [Server(Client(url, 5.0), tp, tmp_path) for url, tp in zip(urls, (2, 1, 4), strict=True)]
     weight_sync.UpdateGroup("name", servers, "host", 3.0)

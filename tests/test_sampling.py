@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_refine import platform
 from megatron_refine.config import Config
+from megatron_refine.platform import hardware
 from megatron_refine.trainer import random
 from megatron_refine.trainer.clock import Clock
 from tests.parity import full_gradients, small_config
@@ -229,7 +229,7 @@ def test_uniform_is_uniform_and_uncorrelated(axis: str) -> None:
 def ticks(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A wall clock that the test turns."""
     ticks = SimpleNamespace(now=100.0)
-    monkeypatch.setattr(platform, "moment", lambda: ticks.now)
+    monkeypatch.setattr(hardware, "moment", lambda: ticks.now)
     return ticks
 
 

@@ -135,10 +135,10 @@ def test_kernels_compile_for_an_h100(keys: int, channels: int, tail: bool, tmp_p
 @pytest.mark.parametrize("shape", SHAPES)
 def test_kernels_on_a_gpu(shape: str) -> None:
     """Compiled, in bf16, against fp64 of the same numbers."""
-    from megatron_refine import platform
+    from megatron_refine.platform import hardware
 
     x = inputs(shape, 700, True, torch.bfloat16)
     exact = {n: v.detach().double().requires_grad_() if isinstance(v, Tensor) else v for n, v in x.items()}
-    low = {n: v.detach().to(platform.device()).requires_grad_() if isinstance(v, Tensor) else v for n, v in x.items()}
+    low = {n: v.detach().to(hardware.device()).requires_grad_() if isinstance(v, Tensor) else v for n, v in x.items()}
     for mine, truth in zip(results(convolved, low), results(convolved, exact), strict=True):
         assert (mine.cpu().double() - truth).norm() <= 2e-2 * truth.norm() + 1e-6

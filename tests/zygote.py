@@ -109,9 +109,9 @@ def serve(pipe_fd: int) -> None:
 def _import_once() -> None:
     warnings.simplefilter("ignore", FutureWarning)
     warnings.simplefilter("ignore", DeprecationWarning)
-    import megatron_refine.platform
+    from megatron_refine.platform.megatron.install import install
 
-    megatron_refine.platform.install()
+    install()
     for name in ("models.gpt", "optimizer", "dist_checkpointing", "pipeline_parallel.schedules", "distributed"):
         importlib.import_module(f"megatron.core.{name}")
     for name in ("torch._dynamo", "megatron_refine.session", "megatron_refine.report.html"):  # what a run imports late

@@ -10,7 +10,7 @@ from megatron_refine import extras
 from megatron_refine.kernels.delta_rule.chunk import chunk_delta_rule
 from megatron_refine.kernels.fused import fused
 from megatron_refine.kernels.places import Places
-from megatron_refine.platform import on_gpu
+from megatron_refine.platform.hardware import on_gpu
 
 
 class Trace(Protocol):

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_refine.kernels.lact import passes
 from megatron_refine.kernels.lact.muon import iterations, newton_schulz, newton_schulz_backward
-from megatron_refine.platform import on_gpu
+from megatron_refine.platform.hardware import on_gpu
 
 
 @dataclass(frozen=True)

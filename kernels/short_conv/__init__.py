@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_refine.kernels.delta_rule import l2_normalize
 from megatron_refine.kernels.fused import fused
-from megatron_refine.platform import on_gpu
+from megatron_refine.platform.hardware import on_gpu
 
 
 def convolved(

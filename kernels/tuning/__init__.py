@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from megatron_refine import platform
 from megatron_refine.kernels.tuning.waiting import Waiting
+from megatron_refine.platform import hardware
 
 HERE = Path(__file__).parent
 PACKAGE = "fla"
@@ -49,7 +49,7 @@ def ready(key_dim: int, value_dim: int, gated: bool, kind: str) -> None:
     shape = shape_name(key_dim, value_dim, gated)
     if (shape, kind) in _seen and shape == _pinned:
         return
-    architecture = platform.architecture()
+    architecture = hardware.architecture()
     if not architecture:
         return
     pin(architecture, shape)

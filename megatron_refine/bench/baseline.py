@@ -63,10 +63,10 @@ def settings(config: Config) -> dict[str, Any]:
 
 def circumstances() -> dict[str, Any]:
     """What a ratio may depend on, and is not held to: machine, commit, versions."""
-    from megatron_refine import platform
+    from megatron_refine.platform import hardware
     from megatron_refine.report.history import PROJECT, commit, versions
 
-    return {"machine": platform.machine(), "commit": commit(PROJECT), "versions": versions()}
+    return {"machine": hardware.machine(), "commit": commit(PROJECT), "versions": versions()}
 
 
 def load(path: Path) -> dict[str, Any]:

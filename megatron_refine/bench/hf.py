@@ -14,12 +14,12 @@ def ntp_step(config: Config) -> Callable[[Batch, int], dict[str, float]]:
     """
     import torch
 
-    from megatron_refine import platform
+    from megatron_refine.platform import hardware
 
     model = build(config)
-    if not platform.has_gpu():
+    if not hardware.has_gpu():
         raise ConfigError("--hf: flash-linear-attention's kernels need a GPU, and torch sees none")
-    model = model.to(platform.device()).train()
+    model = model.to(hardware.device()).train()
     o = config.optimizer
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps, weight_decay=o.weight_decay, fused=True

@@ -25,15 +25,15 @@ def run(config: Config, rounds: int) -> str:
 def _delta(config: Config) -> dict[str, Callable[[], Any]]:
     import torch
 
-    from megatron_refine import platform
     from megatron_refine.kernels.delta_rule import delta_rule, l2_normalize
     from megatron_refine.kernels.delta_rule.reference import recurrent_delta_rule
+    from megatron_refine.platform import hardware
 
     m: Any = config.model
     gated = m.family == "gated_delta_net"
     heads, keys = (m.value_heads, m.head_dim) if gated else (m.num_heads, m.head_dim_k)
     shape = 1, config.data.seq_length, heads
-    device = platform.device()
+    device = hardware.device()
     q, k = (l2_normalize(torch.randn(*shape, keys, device=device)).requires_grad_() for _ in range(2))
     v = torch.randn(*shape, m.head_dim_v, device=device, requires_grad=True)
     beta = torch.rand(shape, device=device, requires_grad=True)
@@ -47,12 +47,12 @@ def _delta(config: Config) -> dict[str, Callable[[], Any]]:
 def _lact(config: Config) -> dict[str, Callable[[], Any]]:
     import torch
 
-    from megatron_refine import platform
     from megatron_refine.kernels.lact import Rule, Tokens, chunk_lact, stacked
     from megatron_refine.kernels.lact.reference import recurrent_lact
+    from megatron_refine.platform import hardware
 
     m: Any = config.model
-    heads, width, inner, device = m.num_lact_heads, m.head_dim, m.inner_dim, platform.device()
+    heads, width, inner, device = m.num_lact_heads, m.head_dim, m.inner_dim, hardware.device()
     shape = 1, config.data.seq_length, heads
     q, k, v = (torch.randn(*shape, width, device=device, requires_grad=True) for _ in range(3))
     rates, momentum = 1e-3 * torch.rand(*shape, 3, device=device), torch.rand(shape, device=device)

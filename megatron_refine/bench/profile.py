@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from megatron_refine import platform
 from megatron_refine.bench.step import Batches, shapes, steps
 from megatron_refine.bench.timing import WARM_UP
 from megatron_refine.config import Config
+from megatron_refine.platform import hardware
 
 KINDS = ("NTP", "fused")
 PLACES, WIDTH = 10, 64
@@ -19,17 +19,17 @@ def run(config: Config, rounds: int) -> str:
 
     ranks = init_parallel(config)
     batches, kinds = Batches(config, ranks), steps(config, ranks, KINDS)
-    gpu = platform.has_gpu()
+    gpu = hardware.has_gpu()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]
     tables = [shapes(config, ranks.world, rounds).replace("medians of", "steps profiled:")]
     for kind, step in kinds.items():
         for i in range(WARM_UP):
             step(batches(i), i)
-        platform.synchronize()
+        hardware.synchronize()
         with profile(activities=activities, acc_events=True) as profiler:
             for i in range(WARM_UP, WARM_UP + rounds):
                 step(batches(i), i)
-            platform.synchronize()
+            hardware.synchronize()
         tables.append(_hottest(kind, profiler.key_averages(), gpu))
     return "\n\n".join(tables) if ranks.is_main else ""
 

@@ -79,13 +79,13 @@ class Batches:
         self.config, self.ranks, self.rows = config, ranks, prepare(config).train
 
     def __call__(self, i: int) -> Batch:
-        from megatron_refine import platform
         from megatron_refine.data.order import rank_samples, sample_rows
+        from megatron_refine.platform import hardware
 
         c, size = self.config, self.config.train.global_batch_size
         samples = rank_samples(i * size, size, c.mini_batch_size, self.ranks.dp_rank, self.ranks.dp)
         order = sample_rows(c.run.seed, i * size, size, len(self.rows))
-        return self.rows.batch(order[samples - i * size], samples).to(platform.device())
+        return self.rows.batch(order[samples - i * size], samples).to(hardware.device())
 
 
 def steps(config: Config, ranks: Any, names: Sequence[str]) -> dict[str, Callable[[Batch, int], dict[str, float]]]:
@@ -119,12 +119,12 @@ def shapes(c: Config, world: int, rounds: int) -> str:
 
 
 def _speed(config: Config, world: int, kind: str, seconds: float) -> str:
-    from megatron_refine import platform
     from megatron_refine.estimate.flops import batch_flops
+    from megatron_refine.platform import hardware
 
     tokens = config.train.global_batch_size * config.data.seq_length / seconds
     own = config.model_copy(update={"update": config.update.model_copy(update={"mode": KINDS[kind] or "auto"})})
-    work, peak = batch_flops(own, kind != "NTP") / seconds / world, platform.peak_flops()
+    work, peak = batch_flops(own, kind != "NTP") / seconds / world, hardware.peak_flops()
     share = f"mfu {work / peak:.0%}" if peak else f"{work / 1e9:.1f} GFLOP/s a rank"
     return f"{kind} {tokens:.0f} tokens/s, {share}"
 

@@ -15,8 +15,8 @@ def run(config: Config, rounds: int) -> str:
     """`rounds` plain broadcasts and syncs in turn. Returns the first rank's table."""
     import torch.distributed as dist
 
-    from megatron_refine import platform
     from megatron_refine.engine.sglang import SGLangEngine
+    from megatron_refine.platform import hardware
     from megatron_refine.trainer.model import build_model
     from megatron_refine.trainer.parallel import init_parallel
 
@@ -39,7 +39,7 @@ def run(config: Config, rounds: int) -> str:
         engine.close()
     if not ranks.is_main:
         return ""
-    return _bandwidths(config, ranks.world, platform.backend(), total, plain[WARM_UP:], synced[WARM_UP:])
+    return _bandwidths(config, ranks.world, hardware.backend(), total, plain[WARM_UP:], synced[WARM_UP:])
 
 
 def _plain_broadcast(total: int, size: int, rounds: int) -> Callable[[], float]:
@@ -47,9 +47,9 @@ def _plain_broadcast(total: int, size: int, rounds: int) -> Callable[[], float]:
     import torch
     import torch.distributed as dist
 
-    from megatron_refine import platform
+    from megatron_refine.platform import rendezvous
 
-    store = platform.GroupStore("127.0.0.1", 600.0)
+    store = rendezvous.GroupStore("127.0.0.1", 600.0)
     arguments = (store.port, total, size, rounds + WARM_UP)
     multiprocessing.get_context("spawn").Process(target=_receive, args=arguments, daemon=True).start()
     group, weights = store.join("plain", 2), torch.randint(0, 255, (total,), dtype=torch.uint8)
@@ -70,10 +70,10 @@ def _receive(port: int, total: int, size: int, rounds: int) -> None:
     import torch
     import torch.distributed as dist
 
-    from megatron_refine import platform
+    from megatron_refine.platform import rendezvous
 
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    group = platform.GroupStore("127.0.0.1", 600.0, port).join("plain", 2, rank=1)
+    group = rendezvous.GroupStore("127.0.0.1", 600.0, port).join("plain", 2, rank=1)
     weights = torch.zeros(total, dtype=torch.uint8)
     for _ in range(rounds):
         dist.barrier(group)

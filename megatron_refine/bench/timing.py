@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from megatron_refine import platform
+from megatron_refine.platform import hardware
 
 WARM_UP = 2  # rounds that do not count: caches, memory, connections
 
@@ -29,7 +29,7 @@ class Timings:
                 begin()
                 start = time.perf_counter()
                 run(i + warm_up)
-                platform.synchronize()
+                hardware.synchronize()
                 if i >= 0:
                     self.seconds[kind].append(time.perf_counter() - start)
 

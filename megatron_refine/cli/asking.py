@@ -41,9 +41,9 @@ def on_ranks(run: Callable[[bool], str]) -> int:
             print(error, file=sys.stderr)
         return EXIT_CONFIG
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    from megatron_refine import platform
+    from megatron_refine.platform.megatron.install import install
 
-    platform.install()
+    install()
     import torch.distributed as dist
 
     from megatron_refine.convert.errors import ConversionError
@@ -68,13 +68,13 @@ def on_ranks(run: Callable[[bool], str]) -> int:
 
 def found(options: argparse.Namespace) -> "tuple[Source, Config, Text, Callable[[], Loaded]]":
     """Return the model, its layout, its tokenizer, and what loads its weights. Raises ConfigError, CheckpointError."""
-    from megatron_refine import platform
     from megatron_refine.eval import load
+    from megatron_refine.platform import rendezvous
     from megatron_refine.trainer.source import find
 
     source = find(options.model)
     config = load.layout(
-        source, tp=options.tp, sp=options.sp, world=platform.world_size(), precision=options.precision
+        source, tp=options.tp, sp=options.sp, world=rendezvous.world_size(), precision=options.precision
     )  # fmt: skip
     text = load.text(source, options.tokenizer, options.bos)
     return source, config, text, lambda: load.load(source, config, text)

@@ -84,6 +84,9 @@ def run(options: argparse.Namespace, config: configuration.Config, alone: bool, 
     except ValueError:
         raise configuration.ConfigError(f"--lengths={options.lengths}: not whole numbers with commas between") from None
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    from megatron_refine.platform.megatron.install import install
+
+    install()
     import torch.distributed as dist
 
     from megatron_refine.bench import data, facts, kernels, length, profile, rollout, step, sync

@@ -45,9 +45,9 @@ def main(arguments: list[str]) -> int:
     # on the CPU everywhere: it is a matter of bytes, and the comparison wants fp32 to be fp32
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
-    from megatron_refine import platform
+    from megatron_refine.platform.megatron.install import install
 
-    platform.install()
+    install()
     from megatron_refine.convert.errors import ConversionError
 
     try:

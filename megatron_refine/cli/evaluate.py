@@ -59,11 +59,11 @@ def main(arguments: list[str]) -> int:
 
 def run(options: argparse.Namespace) -> str:
     """Check everything that is asked, then read the weights, on each rank. Returns the tables."""
-    from megatron_refine import platform
     from megatron_refine.data.tokenizer import stated
     from megatron_refine.eval import evaluation
     from megatron_refine.eval.results import Results
     from megatron_refine.eval.suite import Request, collect
+    from megatron_refine.platform import rendezvous
 
     _check(options)
     source, config, text, weights = found(options)
@@ -71,7 +71,7 @@ def run(options: argparse.Namespace) -> str:
     if evaluation.HELDOUT in options.tasks and not options.heldout:
         raise ConfigError("--tasks heldout: needs --heldout FILE, the documents")
     lines = [stated(text.path, text.tokenizer)]
-    first = platform.global_rank() == 0
+    first = rendezvous.global_rank() == 0
     results = Results(
         options.out,
         evaluation.identity(source, text, config.train.precision),

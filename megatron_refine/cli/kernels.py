@@ -73,7 +73,7 @@ def _warm(options: argparse.Namespace) -> str:
     if jobs < 1:
         raise configuration.ConfigError(f"--jobs={options.jobs}: must be 1 or more")
     extras.check_triton()
-    from megatron_refine import platform
+    from megatron_refine.platform import hardware
     from megatron_refine.warm import choose, passes, run
     from megatron_refine.warm.driver import CARDS
 
@@ -82,7 +82,7 @@ def _warm(options: argparse.Namespace) -> str:
         raise configuration.ConfigError(f"--passes={options.passes}: {unknown[0]} is none of {', '.join(passes.KINDS)}")
     if options.arch not in CARDS:
         raise configuration.ConfigError(f"--arch={options.arch}: unknown; choose one of {', '.join(CARDS)}")
-    platform.keep_compiled()
+    hardware.keep_compiled()
     start = time.monotonic()
     rows = run.warm(options.config, options.overrides, options.arch, kinds, options.pinned, jobs)
     if options.json:

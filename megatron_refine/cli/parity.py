@@ -97,9 +97,9 @@ def _rank(rank: int, world: int, port: int, folder: Path, config: Config, output
     os.environ |= place | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     import torch.distributed as dist
 
-    from megatron_refine import platform
+    from megatron_refine.platform.megatron.install import install
 
-    platform.install()
+    install()
     from megatron_refine.convert.errors import ConversionError
     from megatron_refine.trainer.parity import compare
 

@@ -59,9 +59,9 @@ def main(arguments: list[str]) -> int:
 
 def _settings(source: Source) -> list[str]:
     """Overrides of a configuration that serves this model."""
-    from megatron_refine import platform
+    from megatron_refine.platform import hardware
 
-    precision = "bf16" if platform.has_gpu() else "fp32"
+    precision = "bf16" if hardware.has_gpu() else "fp32"
     fields = [f"model.{key}={spell(value)}" for key, value in source.model.model_dump().items()]
     run = [f"run.dir={source.run}"] if source.run else []
     return [*fields, *run, "engine.kind=sglang", f"train.precision={precision}"]
@@ -91,12 +91,12 @@ def _weights(source: Source, folder: Path) -> Path:
     """Return the model as a folder in Hugging Face's format: a checkpoint is exported into `folder`, once."""
     if not source.is_checkpoint:
         return source.folder.absolute()
-    from megatron_refine import platform
     from megatron_refine.convert.errors import ConversionError
+    from megatron_refine.platform.megatron.install import install
     from megatron_refine.publish import export
     from megatron_refine.trainer.manifest import COMPLETE
 
-    platform.install()
+    install()
     target = folder.absolute() / f"{source.folder.name}-{read(source.folder / COMPLETE)[:12]}"  # the manifest's digest
     if not target.exists():
         try:

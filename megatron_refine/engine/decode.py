@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron_refine import platform
+from megatron_refine.platform import hardware
 from megatron_refine.trainer import forward
 from megatron_refine.trainer.model import unwrap
 from megatron_refine.trainer.parallel import from_last_stage
@@ -101,7 +101,7 @@ class DecodeGraphs:
         own = [tensor.clone() for tensor in given]
         *left, hidden, draws = own
         kept = _put_together(shape, iter(left))
-        replay, found = platform.record(lambda: decode(self.model, kept, hidden, draws, temperature))
+        replay, found = hardware.record(lambda: decode(self.model, kept, hidden, draws, temperature))
         return own, replay, found
 
 

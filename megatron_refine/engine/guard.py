@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron_refine import platform
 from megatron_refine.config import Config
 from megatron_refine.engine.checksum import checksum
 from megatron_refine.engine.errors import ServerError
 from megatron_refine.engine.server import Server
+from megatron_refine.platform import hardware
 from megatron_refine.trainer import forward, head
 
 PROMPT, CONTINUATION = 70, 6  # tokens: past a chunk of the kernels, and some of decoding
@@ -91,7 +91,7 @@ def check_probes(model: nn.Module, config: Config, answers: list[tuple[str, list
 
     Raises ServerError, on all ranks alike, where the mean gap of a server exceeds engine.probe_gap.
     """
-    tokens = torch.tensor([tokens for _, tokens, _ in answers], device=platform.device())
+    tokens = torch.tensor([tokens for _, tokens, _ in answers], device=hardware.device())
     at = torch.ones(tokens.shape, dtype=torch.float64, device=tokens.device)
     at[:, PROMPT - 1 :] = head.scored_at(config.refine.rollout_temperature)  # rows that predict the continuation
     ours = forward.score_pass(model, tokens, at).logprobs[:, :-1].cpu()

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import yaml
 
-from megatron_refine import platform
 from megatron_refine.config import Config, Engine
+from megatron_refine.platform import hardware
 
 PR_SET_PDEATHSIG = 1  # of prctl(2)
 STOP_SECONDS = 10.0
@@ -81,7 +81,7 @@ def command(config: Config, weights: Path, port: int, folder: Path, text: bool =
         "--skip-server-warmup", "--random-seed", str(config.run.seed),
     ]  # fmt: skip
     arguments += [] if text else ["--skip-tokenizer-init"]
-    if not platform.has_gpu():
+    if not hardware.has_gpu():
         arguments += CPU_ARGUMENTS
     if engine.api_key_env:
         secret = folder / "server.yaml"
@@ -105,7 +105,7 @@ def environment(engine: Engine) -> dict[str, str]:
     }  # fmt: skip
     # log-probabilities at the temperature that a token was drawn at, as the trainer's; not at 1
     kept |= {"SGLANG_RETURN_ORIGINAL_LOGPROB": "0", "HF_HUB_OFFLINE": "1"}
-    if not platform.has_gpu():
+    if not hardware.has_gpu():
         kept |= {"SGLANG_USE_CPU_ENGINE": "1"} | CPU_MEMORY
         if engine.tp > 1:  # without it SGLang wants a NUMA node for each
             kept.setdefault("SGLANG_CPU_OMP_THREADS_BIND", _cores(engine.tp))

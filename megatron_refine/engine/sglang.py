@@ -16,7 +16,6 @@ from urllib.parse import urlparse
 import torch
 from torch import nn
 
-from megatron_refine import platform
 from megatron_refine.config import Config
 from megatron_refine.convert.mapping import Converter
 from megatron_refine.engine import guard, weight_sync
@@ -26,6 +25,7 @@ from megatron_refine.engine.control import Control
 from megatron_refine.engine.errors import EngineError, ServerError
 from megatron_refine.engine.fleet import Fleet, client
 from megatron_refine.engine.server import Server
+from megatron_refine.platform import hardware
 from megatron_refine.records import RolloutRequest, Rollouts
 from megatron_refine.trainer.export import (
     empty_folder,
@@ -68,7 +68,7 @@ class SGLangEngine:
     @property
     def bucket_bytes(self) -> int:
         """Return the size of a broadcast's bucket, in bytes."""
-        return (self.config.engine.bucket_mb or BUCKET_MB[platform.backend()]) << 20
+        return (self.config.engine.bucket_mb or BUCKET_MB[hardware.backend()]) << 20
 
     def sync(self, weight_version: int) -> None:
         """All servers have the trainer's weights, checked, and announce them. Raises EngineError."""

@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_refine import platform
 from megatron_refine.engine.errors import ServerError
 from megatron_refine.engine.server import Server
+from megatron_refine.platform import hardware, rendezvous
 
 LEAVE_SECONDS = 5.0
 FIRST_PART = 8  # nothing travels while the first bucket is filled: it is so much smaller, the next ones grow twofold
@@ -69,13 +69,13 @@ class UpdateGroup:
         self._pool = ThreadPoolExecutor(2 * len(servers))
         self._asked: list[Future[Any]] = []  # of the last bucket: servers may still be loading it
         self.memory = SendMemory()
-        store, offset = platform.GroupStore(address, seconds), 1
+        store, offset = rendezvous.GroupStore(address, seconds), 1
         world = 1 + sum(server.tp for server in servers)
         joining = []
         for server in servers:
             body = {
                 "master_address": address, "master_port": store.port, "rank_offset": offset, "world_size": world,
-                "group_name": name, "backend": platform.backend(),
+                "group_name": name, "backend": hardware.backend(),
             }  # fmt: skip
             joining.append(self._pool.submit(server.client.post, "/init_weights_update_group", seconds, **body))
             offset += server.tp
@@ -107,7 +107,7 @@ class UpdateGroup:
         except Exception as error:
             self.close()  # servers that wait for the bytes stop waiting
             raise ServerError(next(_failures([*self._asked, *asked]), f"broadcast: {error}")) from None
-        platform.synchronize()
+        hardware.synchronize()
         self.finish()
         self._asked = asked
 

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from megatron_refine import platform
 from megatron_refine.config import ConfigError
 from megatron_refine.data.tokenizer import Tokenizer
 from megatron_refine.eval.batches import over_replicas, padded
+from megatron_refine.platform import hardware
 from megatron_refine.trainer.generate import GREEDY, Sampling, generate
 from megatron_refine.trainer.parallel import Ranks
 
@@ -54,7 +54,7 @@ class Answerer:
         )  # fmt: skip
 
     def _answer(self, questions: list[Question], prompts: list[list[int]], numbers: Sequence[int]) -> list[str]:
-        tokens, lengths = padded(prompts, platform.device())
+        tokens, lengths = padded(prompts, hardware.device())
 
         def finished(i: int, written: list[int]) -> bool:
             if i == 0 and self.watch:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from megatron_refine import platform
 from megatron_refine.eval.batches import over_replicas, padded
+from megatron_refine.platform import hardware
 from megatron_refine.step.objective import next_token_sums
 from megatron_refine.trainer import forward
 from megatron_refine.trainer.parallel import Ranks
@@ -37,7 +37,7 @@ def heldout(
 
 @torch.no_grad()
 def _sums(model: nn.Module, documents: Sequence[list[int]], mine: list[int]) -> list[tuple[int, float, int]]:
-    tokens, lengths = padded([documents[i] for i in mine], platform.device())
+    tokens, lengths = padded([documents[i] for i in mine], hardware.device())
     scores = forward.score_pass(model, tokens)
     found = []
     for b in range(len(mine)):

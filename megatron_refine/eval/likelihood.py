@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from megatron_refine import platform
 from megatron_refine.eval.batches import over_replicas, padded
+from megatron_refine.platform import hardware
 from megatron_refine.trainer import forward
 from megatron_refine.trainer.parallel import Ranks
 
@@ -51,7 +51,7 @@ def text_loglikelihoods(
 
 @torch.no_grad()
 def _score(model: nn.Module, pairs: Sequence[Pair]) -> list[Likelihood]:
-    tokens, _ = padded([context + after for context, after in pairs], platform.device())
+    tokens, _ = padded([context + after for context, after in pairs], hardware.device())
     scores = forward.score_pass(model, tokens)
     logprobs, correct = scores.logprobs.double().cpu(), scores.correct.cpu()
     rows = [slice(len(context) - 1, len(context) + len(after) - 1) for context, after in pairs]

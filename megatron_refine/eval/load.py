@@ -5,7 +5,6 @@ from pathlib import Path
 
 import yaml
 
-from megatron_refine import platform
 from megatron_refine.config import (
     Config,
     ConfigError,
@@ -18,6 +17,7 @@ from megatron_refine.config import (
     cross_check,
 )
 from megatron_refine.data.tokenizer import FILES, Tokenizer, bos_id, load_tokenizer
+from megatron_refine.platform import hardware
 from megatron_refine.trainer.checkpoint import Checkpoints
 from megatron_refine.trainer.model import RefineModel, build_module
 from megatron_refine.trainer.parallel import Ranks, init_parallel
@@ -49,7 +49,7 @@ def layout(
     source: Source, *, tp: int = 1, sp: bool = False, world: int = 1, precision: str = "", timeout: float = 10.0
 ) -> Config:
     """A configuration that only evaluates. `precision` "": bf16 on a GPU, fp32 without. Raises ConfigError."""
-    precision = precision or ("bf16" if platform.has_gpu() else "fp32")
+    precision = precision or ("bf16" if hardware.has_gpu() else "fp32")
     return cross_check(
         Config(
             run=Run(timeout_minutes=timeout),

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from megatron_refine import platform
 from megatron_refine.config import Config, ConfigError
+from megatron_refine.platform import hardware
 
 
 def resolve(key: str, name: str, builtin: dict[str, Callable[..., Any]]) -> Callable[..., Any]:
@@ -30,7 +30,7 @@ def resolve(key: str, name: str, builtin: dict[str, Callable[..., Any]]) -> Call
 
 def check_hooks(config: Config) -> None:
     """Call the functions of the user's own on small random input. Raises ConfigError where one cannot be used."""
-    r, device = config.refine, platform.device()
+    r, device = config.refine, hardware.device()
     shape = b, c, n, k = 2, r.num_chunks, r.num_rollouts, r.rollout_len
     if ":" in r.reward:
         tokens = torch.zeros(*shape, dtype=torch.int64, device=device)

@@ -10,18 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import megatron_refine.installed  # noqa: F401
-
 import psutil  # noqa: F401  without it Megatron's writer hangs: fail at import instead
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_refine import platform
 from megatron_refine.config import Config
 from megatron_refine.convert.source import HFSource
 from megatron_refine.exchange import everyone
-from megatron_refine.shield import shield_saves
+from megatron_refine.platform.megatron import streams
+from megatron_refine.platform.megatron.saves import shield_saves
 from megatron_refine.trainer.errors import CheckpointError, DamagedError, FencedError, lost_rank
 from megatron_refine.trainer.manifest import (
     ORIGIN,
@@ -164,7 +162,7 @@ class Checkpoints:
         _fill(unwrap(updater.model), state["model"])
         restore(updater, state["optimizer"], state["scheduler"])
         if "rng" in state:
-            platform.set_rng_state(state["rng"])
+            streams.set_rng_state(state["rng"])
         return Progress(**state["progress"])
 
     def _state(self, updater: Updater, loading: bool, rng: bool = True) -> dict[str, Any]:
@@ -176,7 +174,7 @@ class Checkpoints:
         state = {"model": model, "optimizer": optimizer, "scheduler": updater.scheduler.state_dict()}
         if rng:
             place = (self.ranks.world,), (self.ranks.rank,)
-            state["rng"] = ShardedObject("rng", platform.rng_state(), *place)
+            state["rng"] = ShardedObject("rng", streams.rng_state(), *place)
         return state
 
     def _layout(self) -> list[int]:

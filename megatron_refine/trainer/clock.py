@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_refine import platform
+from megatron_refine.platform import hardware
 
 
 @dataclass
@@ -18,7 +18,7 @@ class _Span:
     inner: list["_Span"] = field(default_factory=list)
 
     def seconds(self) -> float:
-        return platform.seconds_between(self.begin, self.end)
+        return hardware.seconds_between(self.begin, self.end)
 
 
 class Clock:
@@ -35,7 +35,7 @@ class Clock:
 
     @contextlib.contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
-        span = _Span(stage, platform.moment())
+        span = _Span(stage, hardware.moment())
         self.stage = stage
         if self._open:
             self._open[-1].inner.append(span)
@@ -43,14 +43,14 @@ class Clock:
         try:
             yield
         finally:
-            span.end = platform.moment()
+            span.end = hardware.moment()
             self._open.pop()
             self._ended.append(span)
 
     def take(self) -> dict[str, float]:
         """The seconds since the last call, as metrics; starts again from zero. Waits for the device."""
         ended, self._ended = self._ended, []
-        platform.synchronize()
+        hardware.synchronize()
         found: dict[str, float] = {}
         for span in ended:
             own = span.seconds() - sum(inner.seconds() for inner in span.inner)

@@ -3,8 +3,6 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import megatron_refine.installed  # noqa: F401
-
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_refine import platform
 from megatron_refine.kernels.fused import fused
+from megatron_refine.platform import hardware
 from megatron_refine.trainer.model import RefineModel
 
 CHUNK_ELEMENTS = 1 << 22  # logits of a chunk of rows on one rank: 16 MiB in fp32, of which caches hold much
@@ -48,7 +48,7 @@ def score(model: RefineModel, rows: Tensor, targets: Tensor, temperature: Tensor
 
 def chunk_rows(weight: Tensor, count: int) -> int:
     """Rows of a chunk, for a weight [V/tp, hidden]: all `count` of them, where their logits may be kept."""
-    gpu, width = platform.on_gpu(weight), weight.shape[0]
+    gpu, width = hardware.on_gpu(weight), weight.shape[0]
     if count * width <= (GPU_KEPT_ELEMENTS if gpu else CHUNK_ELEMENTS):
         return max(1, count)
     rows = max(1, (GPU_CHUNK_ELEMENTS if gpu else CHUNK_ELEMENTS) // width)
@@ -137,7 +137,7 @@ def _into_logits(
     outer = grad if temperature is None else grad / temperature.to(grad.dtype)
     scaled, width = _prepared(logits, temperature, real), logits.shape[1]
     found = (scaled - log_total[:, None]).exp_().mul_(-outer[:, None])
-    if platform.on_gpu(logits):  # in the one kernel
+    if hardware.on_gpu(logits):  # in the one kernel
         ids = torch.arange(width, device=logits.device)
         found = torch.where(ids == local[:, None], found + outer[:, None], found)
     else:
@@ -153,7 +153,7 @@ def _add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
         total = left.new_zeros(left.shape[0], right.shape[1], dtype=high)
     if high == left.dtype:
         return total.addmm_(left, right)
-    if platform.on_gpu(left):
+    if hardware.on_gpu(left):
         return torch.addmm(total, left, right, out_dtype=high)
     return total.add_(left @ right)  # a product of a chunk is rounded once
 

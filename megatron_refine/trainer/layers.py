@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any, cast
 
-import megatron_refine.installed  # noqa: F401
-
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider

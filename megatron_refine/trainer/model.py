@@ -4,8 +4,6 @@ import hashlib
 from collections.abc import Iterator
 from typing import Any
 
-import megatron_refine.installed  # noqa: F401
-
 import torch
 import torch.nn.functional as F
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -18,8 +16,8 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor, nn
 
-from megatron_refine import platform
 from megatron_refine.config import Config
+from megatron_refine.platform import hardware
 from megatron_refine.trainer.gradients import finalize_gradients
 from megatron_refine.trainer.layers import block_spec, recompute_layers
 from megatron_refine.trainer.parallel import Ranks
@@ -80,7 +78,7 @@ def transformer_config(config: Config, dtype: torch.dtype) -> TransformerConfig:
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
-        bias_activation_fusion=platform.has_gpu(),  # one compiled kernel, which keeps its input alone
+        bias_activation_fusion=hardware.has_gpu(),  # one compiled kernel, which keeps its input alone
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
@@ -120,7 +118,7 @@ def build_module(config: Config, ranks: Ranks, dtype: torch.dtype | None = None)
         layer.mlp.linear_fc1.weight.partition_stride = 2
     initialize(module, config, ranks)
     recompute_layers(module.decoder.layers, config)
-    return module.to(platform.device())
+    return module.to(hardware.device())
 
 
 def build_model(config: Config, ranks: Ranks, dtype: torch.dtype | None = None) -> DistributedDataParallel:

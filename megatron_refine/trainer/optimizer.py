@@ -5,8 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import megatron_refine.installed  # noqa: F401
-
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
@@ -15,9 +13,9 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from megatron_refine import platform
 from megatron_refine.config import Config
 from megatron_refine.estimate.flops import total_steps
+from megatron_refine.platform import hardware
 from megatron_refine.trainer.errors import NonFiniteError
 from megatron_refine.trainer.gradients import Forward, Loss, accumulate
 from megatron_refine.trainer.parallel import Ranks
@@ -89,7 +87,7 @@ class Updater:
         parameter."""
         grads = [grad for part in self.parts for grad in part.get_main_grads_for_grad_norm()]
         device = next(self.model.parameters()).device
-        norm = get_total_norm(grads, foreach=platform.has_gpu()) if grads else torch.zeros((), device=device)
+        norm = get_total_norm(grads, foreach=hardware.has_gpu()) if grads else torch.zeros((), device=device)
         squared = norm[None] ** 2
         dist.all_reduce(squared, group=self.optimizer.get_grad_stats_parallel_group())
         return squared
@@ -102,7 +100,7 @@ class Updater:
         if 0 < limit and scale < 1:
             grads = [p.grad for part in self.parts for p in part.get_parameters() if p.grad is not None]
             torch._foreach_mul_(grads, scale)
-        if platform.has_gpu():
+        if hardware.has_gpu():
             for adam in self._torch_adams():
                 fuse(adam)
         self.optimizer.step_with_ready_grads()

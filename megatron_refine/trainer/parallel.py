@@ -7,10 +7,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_refine import extras, platform
+from megatron_refine import extras
 from megatron_refine.config import Config, check_world_size
 from megatron_refine.kernels import tuning
 from megatron_refine.models import family
+from megatron_refine.platform import hardware, rendezvous
+from megatron_refine.platform.megatron.install import install
 
 
 @dataclass(frozen=True)
@@ -51,13 +53,13 @@ class Ranks:
 def join(config: Config) -> None:
     """Join the default group if there is none. Raises ConfigError where the ranks do not fit the layout, or a GPU lacks
     its kernels."""
-    platform.install()
-    if platform.architecture() and family.flops(config.model.family).delta_rule(config.model):
+    install()
+    if hardware.architecture() and family.flops(config.model.family).delta_rule(config.model):
         extras.check_fla()
     tuning.configure(config.train.autotune)
-    check_world_size(config, dist.get_world_size() if dist.is_initialized() else platform.world_size())
+    check_world_size(config, dist.get_world_size() if dist.is_initialized() else rendezvous.world_size())
     if not dist.is_initialized():
-        platform.init_process_group(config.run.timeout_minutes)
+        rendezvous.init_process_group(config.run.timeout_minutes)
 
 
 def init_parallel(config: Config) -> Ranks:

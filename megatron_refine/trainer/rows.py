@@ -6,8 +6,6 @@ What is computed from them (log-probabilities, samples) is small and the same on
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import megatron_refine.installed  # noqa: F401
-
 import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region

@@ -13,8 +13,9 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-from megatron_refine import interrupt, launcher, platform
-from megatron_refine.shield import STOP_SIGNALS
+from megatron_refine import interrupt, launcher
+from megatron_refine.platform import hardware
+from megatron_refine.platform.megatron.saves import STOP_SIGNALS
 from megatron_refine.trainer.errors import FencedError
 
 
@@ -39,7 +40,7 @@ class StopRequest:
         for number in STOP_SIGNALS:
             signal.signal(number, self._note)
         # SLURM signals every process of a step: what helps with a save must outlive that, and inherits this mask.
-        # Not SIGTERM, which multiprocessing unblocks (shield.py)
+        # Not SIGTERM, which multiprocessing unblocks (platform/megatron/saves.py)
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
         threading.Thread(target=self._await, daemon=True, name="signals").start()
 
@@ -64,7 +65,7 @@ class StopRequest:
         if not self.name and time.time() + self.needed() > self.end:
             self.name = "the end of the job's time"
         verdict = Verdict.STOP if self.name else Verdict.SAVE if self.due() else Verdict.GO_ON
-        highest = torch.tensor([float(Verdict.FENCED if self.fenced() else verdict)], device=platform.device())
+        highest = torch.tensor([float(Verdict.FENCED if self.fenced() else verdict)], device=hardware.device())
         dist.all_reduce(highest, op=dist.ReduceOp.MAX)
         found = Verdict(int(highest.item()))
         if found is Verdict.FENCED:

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-from megatron_refine import platform
+from megatron_refine.platform import rendezvous
 
 EXIT_LOST = 8  # a rank was lost, or hung: what was saved is intact
 
@@ -37,7 +37,7 @@ class Watchdog:
         """This rank, its host and what it is doing; after a failure, what failed."""
         detail = self.detail()
         phase = f", phase {self._phase}{f' ({detail})' if detail else ''}" if self._phase else ""
-        return f"rank {platform.global_rank()} on {socket.gethostname()}{phase}"
+        return f"rank {rendezvous.global_rank()} on {socket.gethostname()}{phase}"
 
     def _watch(self) -> None:
         while True:

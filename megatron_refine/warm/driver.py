@@ -1,7 +1,7 @@
 """A GPU that is not there, for Triton: kernels are compiled into TRITON_CACHE_DIR, and their launches do nothing.
 
 The tensors lie on the CPU. What Triton and flash-linear-attention ask of the card (name, capability, shared memory,
-processors) is answered from its data sheet. Patches of torch that belong to it stand here, not in platform.py: they are
+processors) is answered from its data sheet. Patches of torch that belong to it stand here, not in platform/: they are
 for a process of its own, which computes nothing.
 """
 

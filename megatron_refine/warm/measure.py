@@ -2,24 +2,25 @@
 
 from typing import Any
 
-from megatron_refine import platform
 from megatron_refine.config import Config, ConfigError
 from megatron_refine.kernels import tuning
+from megatron_refine.platform import hardware
+from megatron_refine.platform.megatron.install import install
 from megatron_refine.warm.choose import versions
 from megatron_refine.warm.passes import passes, shape
 
 
 def measure(config: Config) -> dict[str, Any]:
     """The fastest candidate of each kernel, and its microseconds. Raises ConfigError where there is no GPU."""
-    if not platform.has_gpu():
+    if not hardware.has_gpu():
         raise ConfigError("kernels measure: times kernels on a GPU, and torch sees none; warm needs none")
-    platform.install()
+    install()
     tuning.configure(search=True)
-    for run in passes(config, platform.device()).values():
+    for run in passes(config, hardware.device()).values():
         run()
-    platform.synchronize()
+    hardware.synchronize()
     return {
-        "architecture": platform.architecture(), "shape": shape(config), "card": platform.machine(),
+        "architecture": hardware.architecture(), "shape": shape(config), "card": hardware.machine(),
         "versions": versions(), "measured": chosen(),
     }  # fmt: skip
 

@@ -8,8 +8,6 @@ recurrence has no use for the zigzag that balances causal attention.
 
 from typing import Any
 
-import megatron_refine.installed  # noqa: F401
-
 from megatron.core.tensor_parallel.mappings import all_to_all
 from torch import Tensor
 

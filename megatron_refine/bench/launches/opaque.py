@@ -170,7 +170,7 @@ def touched(mask: Any) -> int:
 
 
 def recorder(counter: Counter) -> Callable[[Callable[[], Any]], tuple[Callable[[], None], Any]]:
-    """Stands in for `platform.record`: a replay is one launch of all that was recorded."""
+    """Stands in for `hardware.record`: a replay is one launch of all that was recorded."""
 
     def record(run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         counter.paused = True

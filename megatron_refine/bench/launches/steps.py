@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_refine import platform
 from megatron_refine.bench.launches import delta
 from megatron_refine.bench.launches.counter import Answers, Counter, Key, Sum
 from megatron_refine.bench.launches.opaque import compiler, recorder, rms_norm
 from megatron_refine.config import Config, ConfigError
+from megatron_refine.platform import hardware
 from megatron_refine.records import Batch
 
 KINDS = {"ntp": None, "fused": "fused", "two_pass": "two_pass"}
@@ -66,11 +66,14 @@ class Steps:
         engine = config.engine.model_copy(update={"stop_gap": math.inf})  # log-probabilities are any
         self.config = config.model_copy(update={"train": train, "update": update, "engine": engine})
         self.counter = Counter()
-        platform.pretend_gpu(compiler(self.counter), recorder(self.counter))
+        hardware.pretend_gpu(compiler(self.counter), recorder(self.counter))
         delta.install(self.counter)
         from torch._subclasses.fake_tensor import FakeTensorMode
 
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        from megatron_refine.platform.megatron.install import install
+
+        install()
         from megatron_refine.trainer.parallel import init_parallel
 
         self.ranks = init_parallel(self.config)
