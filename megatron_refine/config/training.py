@@ -91,6 +91,14 @@ class Train(Section):
         description="Linear layers of the MLP. `local`: Megatron's. `te`: Transformer Engine's, which have never run "
         "with this trainer. `auto`: `te` where it is installed.",
     )
+    overlap: Literal["auto", "true", "false"] = Field(
+        "auto",
+        description="Reduce gradients over data-parallel ranks bucket by bucket while the backward pass goes on. "
+        "`auto`: on a GPU. Gradients are the same either way.",
+    )
+    bucket_millions: float = Field(
+        40.0, gt=0, description="Parameters of a bucket that is reduced at once, in millions. See `train.overlap`."
+    )
     autotune: bool = Field(
         False,
         description="Let the Triton kernels of a GPU search among all of their configurations, for minutes in the "

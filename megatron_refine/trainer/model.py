@@ -126,11 +126,16 @@ def build_model(config: Config, ranks: Ranks, dtype: torch.dtype | None = None) 
     module = build_module(config, ranks, dtype)
     megatron = module.config
     whole: nn.Module = Float16Module(megatron, module) if megatron.bf16 else module
-    # one bucket: the resharding format of the optimizer's state is wrong with several padded ones in Megatron-Core
-    # 0.16.1
-    ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=megatron.bf16)
+    wanted = config.train.overlap == "true" or (config.train.overlap == "auto" and hardware.has_gpu())
+    overlaps = wanted and ranks.replica_group.size() > 1
+    ddp = DistributedDataParallelConfig(
+        use_distributed_optimizer=True, grad_reduce_in_fp32=megatron.bf16, overlap_grad_reduce=overlaps,
+        bucket_size=max(1, int(config.train.bucket_millions * 1e6)),
+    )  # fmt: skip
     model = DistributedDataParallel(megatron, ddp, whole)
     model.broadcast_params()
+    if overlaps:
+        megatron.no_sync_func = model.no_sync  # of several micro-batches the last one reduces
     megatron.finalize_model_grads_func = finalize_gradients
     return model
 

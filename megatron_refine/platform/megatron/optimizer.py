@@ -6,6 +6,44 @@ import torch
 
 
 def repair() -> None:
+    """Mend both defects, for every optimizer that is built from now on."""
+    _repair_buckets()
+    _repair_steps()
+
+
+def _repair_buckets() -> None:
+    """Have the resharding format find each parameter's moments where several buckets of a buffer are padded.
+
+    Each bucket is padded to a multiple of the ranks. Megatron-Core 0.16.1 to 0.19.2 collect the buckets without their
+    padding and then look parameters up by their places with it: the moments in a checkpoint are those of neighbours.
+    """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    original = DistributedOptimizer.sharded_param_state_fully_reshardable
+
+    def sharded(self: Any, *args: Any, **kwargs: Any) -> Any:
+        padded = [buffer.param_index_map for buffer in self.buffers]
+        for buffer in self.buffers:
+            buffer.param_index_map = _without_padding(buffer)
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            for buffer, places in zip(self.buffers, padded, strict=True):
+                buffer.param_index_map = places
+
+    DistributedOptimizer.sharded_param_state_fully_reshardable = sharded
+
+
+def _without_padding(buffer: Any) -> dict[Any, tuple[int, int, int]]:
+    """Return parameter -> first element, end, bucket, in the buckets end to end without their padding."""
+    padding, before = {}, 0
+    for bucket in buffer.buckets:
+        padding[bucket.bucket_id] = bucket.offset - before
+        before += bucket.numel_unpadded
+    return {p: (start - padding[i], end - padding[i], i) for p, (start, end, i) in buffer.param_index_map.items()}
+
+
+def _repair_steps() -> None:
     """Give each parameter its own Adam step when a checkpoint is loaded without TE or apex, on any device.
 
     Megatron-Core 0.16.1 fails to load `step` of a torch AdamW, and its load_state_dict hands all parameters one shared
