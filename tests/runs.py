@@ -154,7 +154,7 @@ def first_line(end: End) -> str:
 # what fails in a save, on one rank alone: (rank, the function that raises there; "": its files get too large)
 FAILURES = {
     "prepare": (0, "megatron_refine.trainer.checkpoint.Checkpoints._clear"),
-    "gather": (1, "megatron_refine.platform.rng_state"),
+    "gather": (1, "megatron_refine.platform.megatron.streams.rng_state"),
     "common file": (0, "megatron.core.dist_checkpointing.strategies.common.TorchCommonSaveStrategy.save_common"),
     "weights": (1, ""),
     "hash": (1, "megatron_refine.trainer.checkpoint.hashes"),

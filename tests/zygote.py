@@ -128,10 +128,12 @@ def _fork_what_saves_spawn() -> None:
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     @functools.cache
-    def queue() -> Any:
+    def queue(*_: Any) -> Any:
         return multiprocessing.get_context("fork").Manager().Queue()
 
-    filesystem_async._get_write_results_queue = queue
+    for name in ("_get_write_results_queue", "get_write_results_queue"):  # up to Megatron-Core 0.16, and since
+        if hasattr(filesystem_async, name):
+            setattr(filesystem_async, name, queue)
     import pytest  # noqa: F401  every test module wants it
 
 

@@ -16,6 +16,7 @@ from torch.nn.utils import get_total_norm
 from megatron_refine.config import Config
 from megatron_refine.estimate.flops import total_steps
 from megatron_refine.platform import hardware
+from megatron_refine.platform.megatron.optimizer import norm_gradients
 from megatron_refine.trainer.errors import NonFiniteError
 from megatron_refine.trainer.gradients import Forward, Loss, accumulate
 from megatron_refine.trainer.parallel import Ranks
@@ -85,7 +86,7 @@ class Updater:
     def _squared_norm(self) -> Tensor:
         """Of the whole model's gradient, [1]. Megatron's own way, without Transformer Engine, reads a value of every
         parameter."""
-        grads = [grad for part in self.parts for grad in part.get_main_grads_for_grad_norm()]
+        grads = [grad for part in self.parts for grad in norm_gradients(part)]
         device = next(self.model.parameters()).device
         norm = get_total_norm(grads, foreach=hardware.has_gpu()) if grads else torch.zeros((), device=device)
         squared = norm[None] ** 2

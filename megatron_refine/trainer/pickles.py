@@ -2,8 +2,8 @@
 
 So before anything reads a checkpoint, every pickle in it is followed opcode by opcode, nothing of it being run, and
 refused unless all that it names is among what our own checkpoints hold. These are: `.metadata`, a plain pickle;
-`common.pt`, and every piece in the `.distcp` files, which torch.save wrote (a zip with a pickle in it). Of a piece,
-`.metadata` says where it lies; so it also must not lead out of the folder.
+`common.pt`, up to Megatron-Core 0.16; and every piece in the `.distcp` files, which torch.save wrote (a zip with a
+pickle in it). Of a piece, `.metadata` says where it lies; so it also must not lead out of the folder.
 """
 
 import pickletools
@@ -12,9 +12,13 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from megatron_refine.files import TornError, read_json
+from megatron_refine.platform.megatron.version import VERSION, since
 from megatron_refine.trainer.errors import COPY, CheckpointError
 
 METADATA, CONFIG = ".metadata", "metadata.json"
+# metadata.json since Megatron-Core 0.17, and before, which all versions read
+WITHOUT_COMMON = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+WITH_COMMON = WITHOUT_COMMON | {"common_backend": "torch", "common_backend_version": 1}
 _DTYPES = {"float64": "Double", "float32": "Float", "float16": "Half", "bfloat16": "BFloat16"}
 IN_METADATA = frozenset(
     {("torch", "Size"), ("torch.serialization", "_get_layout")}
@@ -202,15 +206,18 @@ def _places(folder: Path, files: Collection[str], read: Any) -> list[_Place]:
 
 
 def _check_format(path: Path) -> None:
-    """Megatron reads what this file names: only the format that is checked here may be named."""
-    wanted = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
-    wanted |= {"common_backend": "torch", "common_backend_version": 1}
+    """Megatron reads what this file names: only the formats that are checked here may be named."""
     try:
         found = read_json(path)
     except (OSError, TornError) as error:
         raise _damaged(str(path), str(getattr(error, "strerror", error))) from None
-    if found != wanted:
-        raise CheckpointError(f"{path}: does not name the format of our checkpoints, {wanted}; {COPY}")
+    if found not in (WITH_COMMON, WITHOUT_COMMON):
+        raise CheckpointError(f"{path}: does not name the format of our checkpoints, {WITH_COMMON}; {COPY}")
+    if found == WITHOUT_COMMON and not since(0, 17):
+        raise CheckpointError(
+            f"{path.parent}: was written with Megatron-Core 0.17 or later, which {VERSION} does not read: go on with "
+            "it on Python 3.12 or later, or export it there and start from the export (docs/compatibility.md)"
+        )
 
 
 def _refuse(where: str, what: str) -> NoReturn:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, save
 from torch.distributed.checkpoint.api import CheckpointException
@@ -33,6 +32,8 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron_refine.convert.tensorfile import Spec
+from megatron_refine.files import write_json
+from megatron_refine.trainer.pickles import CONFIG, WITH_COMMON
 
 LAYERS = "decoder.layers."
 NO_WEIGHTS = re.compile(r"optimizer\..*|rng/.*|.*\._extra_state(/.*)?")  # what else a checkpoint of a run holds
@@ -90,7 +91,7 @@ def write_plain(folder: Path, specs: dict[str, Spec], produce: Callable[[str], T
     except CheckpointException as error:  # what was raised inside, `produce` included
         raise error.failures[0][0] from None
     torch.save({}, folder / "common.pt")  # what all ranks have in common: nothing
-    save_config(CheckpointingConfig("torch_dist", 1), str(folder))
+    write_json(folder / CONFIG, WITH_COMMON)  # the format that every version reads
 
 
 class _OneByOne(DefaultSavePlanner):

@@ -52,6 +52,7 @@ def _patch_torch() -> None:
     """Answer Megatron's device literals with the CPU."""
     torch.cuda.current_device = lambda: CPU  # type: ignore[assignment,return-value]
     torch.cuda.synchronize = lambda *args, **kwargs: None
+    torch.cuda.current_stream = lambda *args, **kwargs: None  # type: ignore[assignment]  # since 0.17
     torch.cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(seed)  # type: ignore[assignment]
     torch.cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]

@@ -1,6 +1,7 @@
 """All that is changed in torch and Megatron-Core, at once."""
 
 import functools
+import logging
 import os
 import sys
 import warnings
@@ -11,7 +12,9 @@ from megatron_refine.platform import hardware
 from megatron_refine.platform.megatron import cpu
 from megatron_refine.platform.rendezvous import local_rank
 
-QUIET = (r"torch\.distributed", r"megatron\.core")  # what they deprecate and what they miss is no news to users
+# what they deprecate and what they miss is no news to users: warnings, and since 0.17 lines of the log
+QUIET = (r"torch\.distributed", r"megatron\.core")
+SILENT = ("models.gpt.gpt_model", "distributed.distributed_data_parallel")
 
 
 @functools.cache
@@ -21,6 +24,8 @@ def install() -> None:
     unused = sys.modules.setdefault("wandb", None)  # type: ignore[arg-type]  # Megatron imports it, for seconds
     for package in QUIET:
         warnings.filterwarnings("ignore", module=package)
+    for name in SILENT:
+        logging.getLogger(f"megatron.core.{name}").setLevel(logging.ERROR)
     if hardware.device() != hardware.CPU:
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # collectives overlap by the order of launches
         hardware.keep_compiled()

@@ -11,6 +11,13 @@ def repair() -> None:
     _repair_steps()
 
 
+def norm_gradients(part: Any) -> list[torch.Tensor]:
+    """Return the gradients that one of Megatron's optimizers counts into the norm, this rank's share of them."""
+    get = "get_grads_for_grad_norm" if hasattr(part, "get_grads_for_grad_norm") else "get_main_grads_for_grad_norm"
+    found: list[torch.Tensor] = getattr(part, get)()  # the second is its name up to 0.16
+    return found
+
+
 def _repair_buckets() -> None:
     """Have the resharding format find each parameter's moments where several buckets of a buffer are padded.
 
