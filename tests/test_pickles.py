@@ -46,7 +46,7 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "eval": (pickle.dumps(Call(eval, "1")), "builtins eval"),
     "nested": (pickle.dumps([1, {"a": Call(pickle.loads, pickle.dumps(Call(os.system, "true")))}]), "_pickle loads"),
     "nested in torch": (
-        pickle.dumps(Call(torch.storage._load_from_bytes, b"x")), "load_from_bytes"  # of torch.storage, or what Megatron-Core puts into its place
+        pickle.dumps(Call(torch.storage._load_from_bytes, b"x")), "load_from_bytes"
     ),
     "getattr": (b"cbuiltins\ngetattr\n.", "builtins getattr"),
     "an old name of builtins": (b"c__builtin__\neval\n(S'1'\ntR.", "__builtin__ eval"),
