@@ -6,6 +6,7 @@
 #   make test CACHE=                      install the environment anew, keep none in ~/.cache/megatron_refine
 # SGLang's CPU lane, in an environment of its own: make test-sglang, make train-sglang.
 # The GPU's kernels on the CPU, with packages in a folder of their own: make test-kernels.
+# The newest Python and Megatron-Core, in an environment of their own: make test-next.
 
 TORCH := 2.13.0
 RECENT := import sys; sys.exit(sys.version_info < (3, 11))
@@ -16,7 +17,7 @@ export OMP_NUM_THREADS := 1
 CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/megatron_refine
 export TORCH_INDEX
 
-.PHONY: help train train-sglang bench test test-all test-gpu test-kernels test-sglang test-slurm test-chaos gpu-kit lint docs configuration clean
+.PHONY: help train train-sglang bench test test-all test-gpu test-kernels test-next test-sglang test-slurm test-chaos gpu-kit lint docs configuration clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -50,6 +51,11 @@ test-gpu: .venv/ready ## the tests that need a GPU
 
 test-kernels: .venv/ready .venv-kernels/ready ## the tests of the GPU's Triton kernels, in Triton's interpreter on the CPU
 	@PYTHONPATH=$(CURDIR)/.venv-kernels TRITON_INTERPRET=1 $(PYTEST) $(PARALLEL) -m kernels --durations=15 $(ARGS)
+
+NEXT := golden updates branches overlap checkpoint layouts pickles platform
+test-next: .venv/ready .venv-next/ready ## the core's tests and a short run on the newest Python and Megatron-Core
+	@.venv-next/bin/python -m pytest $(NEXT:%=tests/test_%.py) tests/test_next.py -q -rs $(PARALLEL) -m "not slow" \
+		--durations=15 $(ARGS)
 
 test-sglang: .venv/ready .venv-sglang/ready ## the tests against real SGLang servers on the CPU
 	@$(PYTEST) -m sglang --durations=15 $(ARGS)
@@ -88,7 +94,7 @@ configuration: .venv/ready ## write docs/configuration.md, from the schema and d
 	@$(BIN)/python -m megatron_refine.config.document $(ARGS)
 
 clean: ## remove the environments, the site and all caches; runs/ stays
-	rm -rf .venv .gpu-kit .venv-kernels .venv-sglang .venv-docs site .cache .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf .venv .gpu-kit .venv-kernels .venv-next .venv-sglang .venv-docs site .cache .pytest_cache .mypy_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # An environment that was made before from the same files is linked from CACHE (tools/environment.sh).
@@ -122,6 +128,26 @@ define install_kernels
 echo "installing Triton and flash-linear-attention into .venv-kernels (a minute)"; rm -rf .venv-kernels; \
 $(INSTALL) --no-deps --target .venv-kernels triton fla-core flash-linear-attention && \
 tools/environment.sh keep .venv-kernels "$(CACHE)" $(PYTHON) $(KERNELS_FROM)
+endef
+
+# The newest Python: one on the PATH, or one that stands beside PYTHON's own, as pyenv puts them.
+NEWEST = for v in 3.13 3.12; do for p in "$$(command -v python$$v)" \
+	"$$($(BIN)/python -c 'import sys; print(sys.base_prefix)')"/../$$v*/bin/python$$v; do \
+	"$$p" -c 'import sys, venv, ssl' 2>/dev/null && { echo "$$p"; exit; }; done; done
+NEXT_FROM := setup.py constraints.txt Makefile
+AS_NEXT := $(subst .venv,.venv-next,$(INSTALL))
+.venv-next/ready: setup.py constraints.txt | .venv/ready
+	@newest=$$($(NEWEST)); test -n "$$newest" || { echo "test-next: needs Python 3.12 or 3.13, and finds none" >&2; exit 1; }; \
+	tools/environment.sh restore .venv-next "$(CACHE)" "$$newest" $(NEXT_FROM) || { $(install_next); }; \
+	.venv-next/bin/python -m pip install --quiet --disable-pip-version-check $(PROJECT)
+	@touch $@
+
+define install_next
+echo "making .venv-next of $$("$$newest" --version) (three to five minutes)"; \
+rm -rf .venv-next && "$$newest" -m venv .venv-next && \
+$(AS_NEXT) setuptools && $(subst .venv,.venv-next,$(install_torch)) && \
+$(AS_NEXT) --no-build-isolation --editable . pytest pytest-timeout pytest-xdist && \
+tools/environment.sh keep .venv-next "$(CACHE)" "$$newest" $(NEXT_FROM)
 endef
 
 # SGLang pins a CUDA stack of its own: on a CPU it is installed without dependencies, with those it imports in a list, and

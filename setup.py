@@ -63,7 +63,11 @@ setup(
     },
     install_requires=[
         "torch>=2.13,<2.14",
-        "megatron-core==0.16.1",
+        # the last release for Python 3.11, and what newer ones take (docs/compatibility.md)
+        'megatron-core==0.16.1; python_version < "3.12"',
+        'megatron-core>=0.19.2,<0.20; python_version >= "3.12"',
+        # Megatron-Core 0.19 imports it, and does not say so
+        'triton; python_version >= "3.12" and platform_system == "Linux"',
         "einops",
         "httpx",
         "matplotlib",
