@@ -212,15 +212,23 @@ class Session:
         return metrics | {f"task/{label}": score.mean for label, score in scores.items()}
 
     def save(self) -> None:
-        """Write a checkpoint; the next row of metrics has its seconds. Nothing where each batch starts from the same
-        weights."""
+        """Write a checkpoint; the next row of metrics has the seconds that it took from training. Nothing where each
+        batch starts from the same weights."""
         if self.config.resets:
             return
+        self.settle()
         start = time.perf_counter()
         folder = self.checkpoints.save(self.progress, self.updater)
         seconds, self._saved = time.perf_counter() - start, time.monotonic()
-        self.say(f"checkpoint {folder} ({seconds:.1f}s)")
+        if folder:
+            self.say(f"checkpoint {folder} ({seconds:.1f}s)")
         self._owed = {"time/checkpoint": seconds}
+
+    def settle(self, wait: bool = True) -> None:
+        """Complete the checkpoint that is being written beside the training; wait: until its files are there."""
+        folder = self.checkpoints.settle(wait)
+        if folder:
+            self.say(f"checkpoint {folder} (written in {time.monotonic() - self._saved:.1f}s beside the training)")
 
     def record(self, row: dict[str, Any]) -> None:
         """What there is to know of a step; where no checkpoint is written, the progress too. Raises FencedError."""

@@ -49,9 +49,12 @@ def train(session: "Session") -> int:
                 metrics |= session.evaluate()
         verdict = session.stop.agreed()
         session.record(metrics)  # before the save: a run that goes on from a checkpoint has the rows of all its steps
-        if _due(step, config.checkpoint.every) or verdict or step == last:
-            with watch("save"):
+        with watch("save"):
+            session.settle(wait=False)
+            if _due(step, config.checkpoint.every) or verdict or step == last:
                 session.save()
+            if verdict.stops or step == last:
+                session.settle()
         if verdict.stops and step < last:
             session.say(
                 f"stopped by {session.stop.name or 'another rank'} after step {step}: run the same command to go on"

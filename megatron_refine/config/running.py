@@ -171,6 +171,13 @@ class Checkpoint(Section):
         "the next step could pass them, by the first rank's clock, and at `checkpoint.every`, whichever is earlier. 0: "
         "not by the clock.",
     )
+    # the key is a word of Python's, so it is written as what a line `async: bool = Field(...)` would be
+    __annotations__["async"] = bool
+    locals()["async"] = Field(
+        False,
+        description="Write the files of a checkpoint while the training goes on. It is complete, and counts, some "
+        "steps later. The end of a run, a stop and the next checkpoint wait for it.",
+    )
     keep: int = Field(2, ge=1, description="Number of complete checkpoints to keep.")
     load: PathText = Field(
         "",
@@ -182,3 +189,8 @@ class Checkpoint(Section):
         description="Where the newest checkpoint is damaged, say so and resume from the one before it. false: end with "
         "code 4.",
     )
+
+    @property
+    def waits(self) -> bool:
+        """Whether the training waits until a checkpoint is complete."""
+        return not getattr(self, "async")

@@ -25,6 +25,7 @@ from megatron_refine.trainer.manifest import (
     ORIGIN,
     TEMPORARY,
     WEIGHTS_ONLY,
+    Files,
     check_files,
     complete_folders,
     discard,
@@ -41,6 +42,7 @@ from megatron_refine.trainer.origin import keep
 from megatron_refine.trainer.ownership import Ownership
 from megatron_refine.trainer.parallel import Ranks
 from megatron_refine.trainer.parity import load as load_shards
+from megatron_refine.trainer.pending import ARGUMENTS, Pending
 from megatron_refine.trainer.pickles import check_pickles
 from megatron_refine.trainer.resumption import restore
 from megatron_refine.trainer.source import Source, differences
@@ -66,6 +68,7 @@ class Checkpoints:
         self.root, self.config, self.ranks, self.owner = root, config, ranks, owner
         self._origin: Path | None = None  # the checkpoint that this attempt goes on from, or wrote last
         self._kept: Path | None = None  # the hf/ folder that goes into the next one
+        self._pending: Pending | None = None  # whose files are being written
 
     @property
     def loaded(self) -> Path | None:
@@ -90,11 +93,13 @@ class Checkpoints:
                 say(f"{error}; checkpoint.fallback: going on from {found[-1].name}")
         return None
 
-    def save(self, progress: Progress, updater: Updater) -> Path:
+    def save(self, progress: Progress, updater: Updater) -> Path | None:
         """Write a checkpoint; the previous ones stay until it is complete. Raises CheckpointError on all ranks.
 
-        The folder of an attempt has its name, so that a fenced one cannot write into another's.
+        Returns its folder. With checkpoint.async, None: the files are being written, and `settle` completes it. The
+        folder of an attempt has its name, so that a fenced one cannot write into another's.
         """
+        self.settle()
         shield_saves()
         final = step_folder(self.root, progress.step)
         folder = self.root / f"{TEMPORARY}{self.owner.name + '-' if self.owner else ''}{final.name}"
@@ -102,17 +107,41 @@ class Checkpoints:
         self._together("prepare", folder, lambda: self._owned(lambda: self._clear(folder, needed)), only_main=True)
         state = self._collective("gather", folder, lambda: self._state(updater, loading=False))
         state["progress"] = dict(vars(progress))
-        self._collective("save", folder, lambda: dist_checkpointing.save(state, str(folder)))
-        share = self.ranks.rank, self.ranks.world
-        files = self._together("hash", folder, lambda: hashes(folder, *share))
         contents = {
             "step": progress.step,
             "model": self.config.model.model_dump(),
             "layout": self._layout(),
             "config": self.config.model_dump(serialize_as_any=True),
             "ranks": self.ranks.world,
-            "files": {name: value for part in everyone(files) for name, value in part.items()},
         }
+        if not self.config.checkpoint.waits:
+            request = self._collective("save", folder, lambda: dist_checkpointing.save(state, str(folder), **ARGUMENTS))
+            rank = self.ranks.rank
+            self._pending = self._together("save", folder, lambda: Pending(request, folder, rank, contents))
+            return None
+        self._collective("save", folder, lambda: dist_checkpointing.save(state, str(folder)))
+        files = self._together("hash", folder, lambda: hashes(folder, self.ranks.rank, self.ranks.world))
+        return self._complete(folder, contents, files)
+
+    def settle(self, wait: bool = True) -> Path | None:
+        """Complete the checkpoint that is being written, once all ranks have their files; wait: until they have.
+
+        Returns its folder, None where there is none or it goes on. Collective. Raises CheckpointError on all ranks.
+        """
+        pending = self._pending
+        if not pending or (not wait and any(everyone(pending.running()))):
+            return None
+        self._pending, folder = None, pending.folder
+        files = self._together("save", folder, pending.files)
+        self._collective("save", folder, lambda: [finish() for finish in pending.finish])
+        known = {name: value for part in everyone(files) for name, value in part.items()}
+        rest = self._together("hash", folder, lambda: pending.rest(known), only_main=True)
+        return self._complete(folder, pending.contents, files | (rest or {}))
+
+    def _complete(self, folder: Path, contents: dict[str, Any], files: Files) -> Path:
+        """Make what is written in `folder` a checkpoint. files: those that this rank has counted."""
+        final = step_folder(self.root, contents["step"])
+        contents = contents | {"files": {name: value for part in everyone(files) for name, value in part.items()}}
         self._together("complete", final, lambda: self._owned(lambda: self._seal(folder, final, contents)),
                        only_main=True)  # fmt: skip
         self._went_on_from(final)

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ MANIFEST, COMPLETE, LATEST = "manifest.json", "COMPLETE", "latest"
 STEP, TEMPORARY = "step_", ".incomplete-"
 UNFINISHED = re.compile(rf"{re.escape(TEMPORARY)}(old-|.+-[0-9]+-)?{STEP}[0-9]+")  # an attempt's name ends in a number
 WEIGHTS_ONLY = "weights_only"  # key of the manifest of a converted checkpoint, which has no optimizer
+Files = dict[str, dict[str, Any]]  # by name: size, sha256
 ORIGIN = "hf"  # folder in a checkpoint: what a model came with (configuration, tokenizer), to go back with it
 
 
@@ -59,9 +61,13 @@ def payload(folder: Path) -> list[str]:
     return sorted(name for name in names if name not in (MANIFEST, COMPLETE))
 
 
-def hashes(folder: Path, share: int = 0, shares: int = 1) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of every `shares`-th file, which is brought to the disk before: the marker vouches for it."""
-    names = payload(folder)[share::shares]
+def hashes(folder: Path, share: int = 0, shares: int = 1) -> Files:
+    """Return the `fingerprints` of every `shares`-th file."""
+    return fingerprints(folder, payload(folder)[share::shares])
+
+
+def fingerprints(folder: Path, names: Sequence[str]) -> Files:
+    """Return size and SHA-256 of files, which are brought to the disk before: the marker vouches for them."""
     for path in {*(folder / name for name in names), *((folder / name).parent for name in names)}:
         sync(path)
     return {name: fingerprint(folder / name) for name in names}

@@ -10,6 +10,8 @@ import signal
 from multiprocessing import resource_tracker
 from multiprocessing.managers import SyncManager
 
+from megatron_refine.platform.megatron.version import since
+
 PR_SET_PDEATHSIG = 1  # of prctl(2)
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 SHIELDED = (*STOP_SIGNALS, signal.SIGINT)
@@ -27,14 +29,25 @@ def shield_saves() -> None:
 
     manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
     resource_tracker.ensure_running()  # it unblocks signals when it starts
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, SHIELDED)  # inherited: a signal may come before `_shielded` runs
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, SHIELDED)  # inherited: a signal may come before `shield` runs
     try:
-        manager.start(_shielded)
+        manager.start(shield)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     filesystem_async._results_queue = manager.Queue()
 
 
-def _shielded() -> None:
+def forget() -> None:
+    """Drop the results of a save that failed before they were collected: the next one would take them for its own."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    name = "get_write_results_queue" if since(0, 17) else "_get_write_results_queue"
+    queue = getattr(filesystem_async, name)()
+    while not queue.empty():
+        queue.get()
+
+
+def shield() -> None:
+    """Have this process go on when a job is signalled, and end with the one that started it."""
     signal.pthread_sigmask(signal.SIG_BLOCK, SHIELDED)
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
