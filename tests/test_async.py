@@ -20,6 +20,7 @@ from tests.test_checkpoint import newest, part, plain, start
 from tests.zygote import Zygote
 
 ASYNC = "checkpoint.async=true"
+SAID = re.compile(r"checkpoint .*step_000000([246]) \(written in [0-9.]+s beside the training\)")
 
 
 def configured(folder: Path, *overrides: str, model: str = "delta_net") -> Config:
@@ -138,17 +139,24 @@ def test_a_writer_that_fails_ends_the_save_on_all_ranks(ranks: Zygote, tmp_path:
 
 
 def test_a_run_that_saves_beside_its_steps(ranks: Zygote, tmp_path: Path) -> None:
-    """Its metrics are those of one that waits; the screen says when each checkpoint is complete."""
+    """Its metrics are those of one that waits; the screen says when each checkpoint is complete. A signal is answered
+    when the last checkpoint is, and the next attempt goes on from it."""
     sections = {"train": {"steps": 6, "micro_batch_size": 2}, "checkpoint": {"every": 2, "keep": 3}}
     found = {}
-    for name, words in (("sync", []), ("async", [ASYNC])):
+    for name, words in (("sync", []), ("async", [ASYNC]), ("stopped", [ASYNC, "checkpoint.every=1"])):
         (tmp_path / name).mkdir()
         line = ["--config", str(runs.write_config(tmp_path / name, tmp_path / "data", **sections)), *runs.TP2, *words]
+        if name == "stopped":
+            ends = ranks(2, runs.command, arguments=line, fault=runs.Fault(3, signal.SIGTERM, rank=1))
+            assert [end.code for end in ends] == [75, 75], ends
+            assert (tmp_path / name / "run/checkpoints/step_0000003/COMPLETE").exists()
         ends = ranks(2, runs.command, arguments=line)
         assert [end.code for end in ends] == [0, 0], ends
         found[name] = runs.rows(tmp_path / name)
         names = {path.name for path in (tmp_path / name / "run/checkpoints").iterdir()}
-        assert names == {"step_0000002", "step_0000004", "step_0000006", "latest"}
-    assert found["sync"] == found["async"]
-    said = re.findall(r"checkpoint .*step_000000([246]) \(written in [0-9.]+s beside the training\)", ends[0].out)
+        steps = (4, 5, 6) if name == "stopped" else (2, 4, 6)
+        assert names == {"latest", *(f"step_{step:07d}" for step in steps)}
+        if name == "async":
+            said = SAID.findall(ends[0].out)
+    assert found["sync"] == found["async"] == found["stopped"]
     assert said == ["2", "4", "6"]

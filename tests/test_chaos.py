@@ -1,5 +1,7 @@
 """Ranks killed at random moments, saves included, and started again: the run is the one that nobody disturbed.
 
+Every other attempt saves beside its steps.
+
 `make test` kills three times, `make test-chaos KILLS=20 SEED=1` as often as it is told.
 """
 
@@ -52,8 +54,9 @@ def test_killed_at_random_moments(ranks: Any, tmp_path: Path, capsys: Any) -> No
         if kills == KILLS:
             break
         victim, seconds = rng.randrange(2), rng.uniform(0.1, 0.7 * whole)
+        words = [*lines[1], f"checkpoint.async={'true' if attempt % 2 else 'false'}"]
         try:
-            ends = ranks(2, doomed, arguments=lines[1], victim=victim, seconds=seconds)
+            ends = ranks(2, doomed, arguments=words, victim=victim, seconds=seconds)
             assert [end.code for end in ends] == [0, 0], (SEED, attempt, ends)  # done before its time had come
             (root / "latest").unlink()  # and once more from the beginning
             for folder in root.iterdir():
