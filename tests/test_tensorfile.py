@@ -1,0 +1,81 @@
+"""Safetensors files, as the library writes and reads them, byte by byte."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_refine.convert.errors import ConversionError
+from megatron_refine.convert.tensorfile import Spec, TensorFile, TensorFileWriter
+
+METADATA = {"format": "pt", "note": "größer"}
+
+
+def by_hand(path: Path, offsets: dict[str, tuple[int, int]], size: int) -> Path:
+    """A file of fp32 scalars at these offsets, and `size` bytes of data."""
+    entries = {n: {"dtype": "F32", "shape": [1], "data_offsets": list(place)} for n, place in offsets.items()}
+    header = json.dumps(entries).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(size))
+    return path
+
+
+@pytest.mark.parametrize("name", ["w", "gewichte.größe", "层.0"])
+def test_a_file_is_the_librarys_to_the_byte(tmp_path: Path, name: str) -> None:
+    """Names and metadata beyond ASCII too, and a header of any length."""
+    tensor = torch.randn(3, 5)
+    save_file({name: tensor}, tmp_path / "theirs.safetensors", METADATA)
+    writer = TensorFileWriter(tmp_path / "ours.safetensors", {name: Spec(tensor.dtype, (3, 5))}, METADATA)
+    writer.write(name, tensor)
+    theirs, ours = (json.loads(header(tmp_path / f"{who}.safetensors")) for who in ("theirs", "ours"))
+    assert ours == theirs and load_file(tmp_path / "ours.safetensors")[name].equal(tensor)
+    assert len(header(tmp_path / "ours.safetensors")) == len(header(tmp_path / "theirs.safetensors"))
+    read = TensorFile(tmp_path / "theirs.safetensors")
+    assert read.metadata == METADATA and read.read(name).equal(tensor)
+
+
+def header(path: Path) -> bytes:
+    data = path.read_bytes()
+    return data[8 : 8 + int.from_bytes(data[:8], "little")]
+
+
+@pytest.mark.parametrize(
+    "offsets",
+    [
+        {"a": (0, 4), "b": (2, 6), "c": (8, 12)},  # shares bytes with a, then leaves some out
+        {"a": (4, 8), "b": (8, 12), "c": (12, 16)},
+        {"a": (0, 4), "b": (0, 4), "c": (4, 8)},
+    ],
+)
+def test_tensors_fill_a_file_without_gaps_and_overlaps(tmp_path: Path, offsets: dict[str, tuple[int, int]]) -> None:
+    assert by_hand(tmp_path / "good", {"a": (0, 4), "b": (4, 8), "c": (8, 12)}, 12) and TensorFile(tmp_path / "good")
+    with pytest.raises(ConversionError, match=r"bad: [abc]: damaged: its shape and offsets do not agree"):
+        TensorFile(by_hand(tmp_path / "bad", offsets, 12))
+
+
+def test_a_file_that_gets_shorter_after_it_was_looked_at(tmp_path: Path) -> None:
+    path = by_hand(tmp_path / "x", {"a": (0, 4), "b": (4, 8)}, 8)
+    file = TensorFile(path)
+    path.write_bytes(path.read_bytes()[:-2])
+    assert file.read("a").equal(torch.zeros(1))
+    with pytest.raises(ConversionError, match="truncated within b; fetch it again"):
+        file.read("b")
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 7, b"\0" * 8, b"\xff" * 8 + b"{}"])
+def test_what_has_no_header(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x").write_bytes(content)
+    with pytest.raises(ConversionError, match="x: damaged: no safetensors header"):
+        TensorFile(tmp_path / "x")
+
+
+def test_a_file_with_more_or_fewer_bytes_than_its_header_says(tmp_path: Path) -> None:
+    places = {"a": (0, 4), "b": (4, 8)}
+    for size, what in ((9, "damaged"), (7, "truncated")):
+        with pytest.raises(ConversionError, match=f"x: {what}: [0-9]+ bytes, its header says [0-9]+"):
+            TensorFile(by_hand(tmp_path / "x", places, size))
+    path = by_hand(tmp_path / "y", places, 0)
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(ConversionError, match="y: truncated: [0-9]+ bytes, the header alone has"):
+        TensorFile(path)
