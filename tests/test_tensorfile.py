@@ -1,13 +1,16 @@
-"""Safetensors files, as the library writes and reads them, byte by byte."""
+"""Safetensors files, as the library writes and reads them, byte by byte; and how they stood where a model came from."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_refine.convert.errors import ConversionError
+from megatron_refine.convert.hf_writer import Origin
 from megatron_refine.convert.tensorfile import Spec, TensorFile, TensorFileWriter
 
 METADATA = {"format": "pt", "note": "größer"}
@@ -79,3 +82,45 @@ def test_a_file_with_more_or_fewer_bytes_than_its_header_says(tmp_path: Path) ->
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(ConversionError, match="y: truncated: [0-9]+ bytes, the header alone has"):
         TensorFile(path)
+
+
+ORIGIN: dict[str, Any] = {
+    "shards": {
+        "model-1.safetensors": {"tensors": ["old.a", "b"], "metadata": None},
+        "model-2.safetensors": {"tensors": ["unused"], "metadata": {"format": "pt"}},
+    },
+    "dtypes": {"old.a": "F32", "b": "BF16", "unused": "F16"},
+    "stored": {"a": "old.a", "b": "b"},
+}
+
+
+def renamed(file: str) -> Callable[[Any], None]:
+    return lambda tree: tree["shards"].update({file: tree["shards"].pop("model-2.safetensors")})
+
+
+OTHERS: dict[str, Callable[[Any], object]] = {
+    "a tensor more": lambda tree: tree["stored"].update(c="b"),
+    "a tensor less": lambda tree: tree["stored"].pop("b"),
+    "another tensor": lambda tree: tree["stored"].update({"x": tree["stored"].pop("b")}),
+    "a name twice": lambda tree: tree["shards"]["model-1.safetensors"]["tensors"].append("b"),
+    "no dtype": lambda tree: tree["dtypes"].pop("unused"),
+    "a dtype more": lambda tree: tree["dtypes"].update(y="F32"),
+    "a dtype that is none": lambda tree: tree["dtypes"].update(b="I64"),
+    "a file elsewhere": renamed("../model-2.safetensors"),
+    "a file of another kind": renamed("config.json"),
+    "no shards": lambda tree: tree.pop("shards"),
+    "a shard that is none": lambda tree: tree["shards"].update({"model-2.safetensors": 3}),
+}
+
+
+@pytest.mark.parametrize("case", ["none", *OTHERS])
+def test_where_tensors_stood_is_believed_of_this_model_alone(tmp_path: Path, case: str) -> None:
+    tree = json.loads(json.dumps(ORIGIN))
+    if case != "none":
+        OTHERS[case](tree)
+    (tmp_path / "origin.json").write_text(json.dumps(tree), encoding="utf-8")
+    if case == "none":
+        assert Origin.read(tmp_path / "origin.json", ["a", "b"], ["unused"]).to_json() == ORIGIN
+        return
+    with pytest.raises(ConversionError, match="does not belong to this model; copy the checkpoint again"):
+        Origin.read(tmp_path / "origin.json", ["a", "b"], ["unused"])
