@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_refine.convert.errors import ConversionError
-from megatron_refine.convert.hf_writer import Origin
+from megatron_refine.convert.hf_folder import INDEX, WEIGHTS
+from megatron_refine.convert.hf_writer import HFWriter, Origin, Shard, sharded
 from megatron_refine.convert.tensorfile import Spec, TensorFile, TensorFileWriter
 
 METADATA = {"format": "pt", "note": "größer"}
@@ -124,3 +125,28 @@ def test_where_tensors_stood_is_believed_of_this_model_alone(tmp_path: Path, cas
         return
     with pytest.raises(ConversionError, match="does not belong to this model; copy the checkpoint again"):
         Origin.read(tmp_path / "origin.json", ["a", "b"], ["unused"])
+
+
+@pytest.mark.parametrize(
+    ("limit", "groups"), [(20, [5]), (8, [2, 2, 1]), (7, [1] * 5), (1, [1] * 5), (12, [3, 2]), (16, [4, 1])]
+)
+def test_shards_hold_as_much_as_fits(limit: int, groups: list[int]) -> None:
+    """Five tensors of four bytes; one that is larger than a shard has one of its own."""
+    found = sharded({f"t{i}": Spec(torch.float32, (1,)) for i in range(5)}, limit)
+    assert [len(shard.tensors) for shard in found.values()] == groups
+    assert [name for shard in found.values() for name in shard.tensors] == [f"t{i}" for i in range(5)]
+
+
+@pytest.mark.parametrize("files", [[WEIGHTS], ["other.safetensors"], ["a.safetensors", "b.safetensors"]])
+def test_an_index_is_written_where_readers_need_one(tmp_path: Path, files: list[str]) -> None:
+    """Unless all is in the one file that they look for."""
+    specs = {file: Spec(torch.float16, (3,)) for file in files}
+    writer = HFWriter(tmp_path, specs, {file: Shard([file]) for file in files})
+    for file in files:
+        writer.write(file, torch.ones(3, dtype=torch.float16))
+    writer.finish()
+    if files == [WEIGHTS]:
+        assert not (tmp_path / INDEX).exists()
+        return
+    index = json.loads((tmp_path / INDEX).read_text(encoding="utf-8"))
+    assert index == {"metadata": {"total_size": 6 * len(files)}, "weight_map": {file: file for file in files}}
