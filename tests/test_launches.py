@@ -57,7 +57,7 @@ def test_a_step_stays_within_its_budget(overrides: list[str], ntp: Any, ratios: 
 
 @pytest.mark.slow
 def test_a_count_is_the_same_every_time() -> None:
-    assert counted("model=lact_tiny") == counted("model=lact_tiny")
+    assert counted("refine.num_rollouts=2") == counted("refine.num_rollouts=2")
 
 
 @pytest.mark.parametrize("model", short(["delta_net", "gated_delta_net", "lact"], lambda model: model == "delta_net"))
