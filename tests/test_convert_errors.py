@@ -11,9 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_refine.config import ConfigError
 from megatron_refine.convert.errors import ConversionError
 from megatron_refine.convert.source import HFSource
 from megatron_refine.files import fingerprint
+from megatron_refine.trainer.source import refuse_existing
 from tests.conversions import GOLDEN, TEXTS, convert, hf_folder, rewrite, shard_in_two, tensors, to_hf, to_megatron
 from tests.runs import End
 
@@ -342,3 +344,17 @@ def test_another_programs_checksums_are_left_alone(tmp_path: Path, content: str)
     source = hf_folder(tmp_path / "hf")
     (source / "checksums.json").write_text(content, encoding="utf-8")
     assert "checksums.json" in [path.name for path in HFFolder(source).other_files()]
+
+
+def test_nothing_that_is_there_is_written_over(tmp_path: Path) -> None:
+    """A file, a folder with something in it, a link to nowhere. An empty folder is taken."""
+    (tmp_path / "empty").mkdir()
+    refuse_existing(tmp_path / "new")
+    refuse_existing(tmp_path / "empty")
+    (tmp_path / "file").touch()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/.hidden").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for name in ("file", "full", "link"):
+        with pytest.raises(ConfigError, match=f"{name}: exists and is not empty; name a new folder"):
+            refuse_existing(tmp_path / name)

@@ -1,5 +1,6 @@
 """The model in any folder that holds one: a run, a checkpoint, or a folder in Hugging Face's format."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,7 +64,7 @@ def find_checkpoint(path: Path, key: str) -> Source:
 
 def refuse_existing(target: Path) -> None:
     """Raise ConfigError where there is something already."""
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    if os.path.lexists(target) and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"{target}: exists and is not empty; name a new folder")
 
 
