@@ -86,6 +86,9 @@ def test_a_tensor_that_nothing_reads_is_kept(ranks: Any, tmp_path: Path) -> None
     rewrite(source, lambda found: found | {f"model.layers.{i}.attn.D": torch.randn(4) for i in range(2)})
     done(ranks, to_megatron(source, megatron, "--verify"), to_hf(megatron, back, "--verify"))
     assert contents(back) == contents(source)
+    done(ranks, to_hf(megatron, tmp_path / "cast", "--dtype", "bf16"))
+    name = "model.layers.1.attn.D"
+    assert tensors(tmp_path / "cast")[name].equal(tensors(source)[name].bfloat16())
 
 
 SHAPES: dict[str, dict[str, Any]] = {  # unlike the golden checkpoints
@@ -335,6 +338,29 @@ def test_verify_sees_a_wrong_tensor(ranks: Any, tmp_path: Path) -> None:
     own = "model.layers.1.mlp.down_proj.weight"
     rewrite(back, lambda found: found[own][3, 4].mul_(1 + 1e-6))
     assert re.search(rf"{own}: differs from .*linear_fc2\.weight", ranks(1, verified, hf=back, megatron=megatron)[0])
+
+
+def verified_alone(hf: Path, megatron: Path) -> Any:
+    """On a rank without a group: whether one is left behind; then the error where a model's logits are not numbers."""
+    import torch.distributed as dist
+
+    from megatron_refine.convert.errors import ConversionError
+    from megatron_refine.trainer import verify
+
+    dist.destroy_process_group()
+    assert verify.verify(hf, megatron, to_hf=True).tensors > 5
+    left = dist.is_initialized()
+    verify._megatron_logits = lambda *_: torch.full((1, 48, 97), float("nan"))  # type: ignore[assignment]
+    with pytest.raises(ConversionError) as error:
+        verify.verify(hf, megatron, to_hf=True)
+    return left, str(error.value)
+
+
+def test_verify_leaves_no_group_and_takes_nan_for_no_agreement(ranks: Any, tmp_path: Path) -> None:
+    source, megatron = hf_folder(tmp_path / "source"), tmp_path / "megatron"
+    done(ranks, to_megatron(source, megatron))
+    left, error = ranks(1, verified_alone, hf=source, megatron=megatron)[0]
+    assert not left and "logits differ by nan" in error
 
 
 MEASURED = """
