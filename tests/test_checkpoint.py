@@ -295,11 +295,12 @@ def test_what_is_not_complete_is_neither_loaded_nor_in_the_way(ranks: Any, tmp_p
 
 
 def kept_and_measured(config: Config, source: Path) -> Any:
-    """On a rank: weights of a converted checkpoint, drawn with another init_std; four saves, the last two measured.
+    """On a rank: weights of a converted checkpoint, drawn with another init_std; three saves, the last one measured, and
+    a fourth by an attempt that goes on from it.
 
     (files of hf/ after each, the error without the model, estimated and real bytes)
     """
-    from megatron_refine.trainer.checkpoint import Progress
+    from megatron_refine.trainer.checkpoint import Checkpoints, Progress
     from megatron_refine.trainer.errors import CheckpointError
     from megatron_refine.trainer.manifest import ORIGIN, payload
     from megatron_refine.trainer.source import find
@@ -314,7 +315,10 @@ def kept_and_measured(config: Config, source: Path) -> Any:
     real = sum((folder / name).stat().st_size for name in payload(folder) if not name.startswith(ORIGIN))
     with pytest.raises(CheckpointError, match="holds weights only, so a run cannot resume from it; move it out"):
         checkpoints.load(source, step.updater)
-    return kept, checkpoints._bytes(step.updater), real
+    later = Checkpoints(checkpoints.root, config, step.ranks)
+    assert later.load(folder, step.updater).step == 3 and later.loaded == folder
+    kept.append({path.name: path.read_bytes() for path in (later.save(Progress(4), step.updater) / ORIGIN).iterdir()})
+    return kept, later._bytes(step.updater), real
 
 
 @pytest.mark.parametrize("layout, precision", [("cp2", "fp32"), ("dp2", "bf16")])
@@ -331,7 +335,7 @@ def test_what_a_model_came_with_survives_and_the_estimate_is_that_of_the_files(
     config = config_at(layout, tmp_path / "run", *overrides)
     found = ranks(2, kept_and_measured, config=config, source=tmp_path / "converted")
     for kept, estimate, real in found:
-        assert kept == [came] * 3 and "tokenizer.json" in came
+        assert kept == [came] * 4 and "tokenizer.json" in came
         assert 0.8 < estimate / real < 1.05, (estimate, real)
 
 
