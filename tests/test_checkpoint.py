@@ -295,7 +295,7 @@ def test_what_is_not_complete_is_neither_loaded_nor_in_the_way(ranks: Any, tmp_p
 
 
 def kept_and_measured(config: Config, source: Path) -> Any:
-    """On a rank: weights of a converted checkpoint, drawn with another init_std; three saves, the last one measured, and
+    """On a rank: weights of a converted checkpoint, drawn with another init_std; three saves, the last measured, and
     a fourth by an attempt that goes on from it.
 
     (files of hf/ after each, the error without the model, estimated and real bytes)
