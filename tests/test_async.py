@@ -16,7 +16,8 @@ from tests import runs
 from tests.lanes import short
 from tests.parity import small_config
 from tests.runs import TP2, small_disk
-from tests.test_checkpoint import newest, part, plain, start
+from tests.test_checkpoint import part, plain, start
+from tests.test_saves import newest
 from tests.zygote import Zygote
 
 ASYNC = "checkpoint.async=true"

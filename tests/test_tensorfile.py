@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_refine.convert.errors import ConversionError
-from megatron_refine.convert.hf_folder import INDEX, WEIGHTS
+from megatron_refine.convert.hf_folder import INDEX, WEIGHTS, HFFolder, write_checksums
 from megatron_refine.convert.hf_writer import HFWriter, Origin, Shard, sharded
 from megatron_refine.convert.tensorfile import Spec, TensorFile, TensorFileWriter
 
@@ -150,3 +150,26 @@ def test_an_index_is_written_where_readers_need_one(tmp_path: Path, files: list[
         return
     index = json.loads((tmp_path / INDEX).read_text(encoding="utf-8"))
     assert index == {"metadata": {"total_size": 6 * len(files)}, "weight_map": {file: file for file in files}}
+
+
+def test_a_whole_file_comes_before_an_index_beside_it(tmp_path: Path) -> None:
+    """As for transformers: an index that save_pretrained left from an earlier save says nothing."""
+    save_file({"w": torch.ones(2)}, tmp_path / WEIGHTS)
+    (tmp_path / INDEX).write_text('{"weight_map": {"w": "model-00001-of-00002.safetensors"}}', encoding="utf-8")
+    folder = HFFolder(tmp_path)
+    assert folder.index is None and folder["w"].equal(torch.ones(2))
+
+
+def test_what_belongs_to_a_model_beside_its_weights(tmp_path: Path) -> None:
+    """Not what is hidden, nor our own checksums; another program's file of their name is one of the model's."""
+    save_file({"w": torch.ones(2)}, tmp_path / WEIGHTS)
+    names = ["config.json", "modeling.py", "tokenizer.json"]
+    for name in [*names, ".cache", "pytorch_model.bin", "other.index.json"]:
+        (tmp_path / name).write_text("{}", encoding="utf-8")
+    (tmp_path / ".git").mkdir()
+    (tmp_path / "checksums.json").write_text('{"config.json": "md5:0"}', encoding="utf-8")
+    assert [path.name for path in HFFolder(tmp_path).other_files()] == sorted([*names, "checksums.json"])
+    (tmp_path / "checksums.json").unlink()
+    (tmp_path / ".git").rmdir()
+    write_checksums(tmp_path)
+    assert [path.name for path in HFFolder(tmp_path).other_files()] == names
