@@ -37,6 +37,23 @@ def test_no_import_changes_torch() -> None:
     assert done.returncode == 0 and done.stdout == "[]\n", done.stdout + done.stderr
 
 
+LATE = """
+import os
+import megatron.core.jit as jit
+compiled = jit.jit_fuser(lambda x: x * 2 + 1)
+from megatron_refine.platform.megatron.install import install
+install()
+import torch
+os.environ["PATH"] = ""  # there is no compiler
+print(compiled(torch.ones(3)).tolist(), torch.zeros(1, device="cuda").device)
+"""
+
+
+def test_megatron_imported_before_compiles_nothing_on_a_cpu() -> None:
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", LATE], cwd=ROOT, capture_output=True, encoding="utf-8")
+    assert done.returncode == 0 and done.stdout == "[3.0, 3.0, 3.0] cpu\n", done.stdout + done.stderr
+
+
 def fork_draws() -> Any:
     """On a rank: draws inside and outside Megatron's named random stream."""
     install()

@@ -7,5 +7,5 @@ optimizer.py  the distributed optimizer's defects
 saves.py      the process that its saves collect their results in
 version.py    which one is installed
 
-An entry point calls `install` before it imports anything of megatron.core.
+An entry point calls `install` before it imports anything of megatron.core: later, Inductor is imported for nothing.
 """

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import functools
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -82,7 +83,13 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
 
 def _patch_megatron_jit() -> None:
     """Leave Megatron's fusions as they are written: it compiles them at import. On a CPU that needs a C++ compiler and
-    gains nothing, and Inductor alone takes seconds to import."""
+    gains nothing, and Inductor alone takes seconds to import. Where Megatron was imported before, nothing that it has
+    decorated is compiled when it is called."""
+    if "megatron.core.jit" in sys.modules:
+        from torch._dynamo import config
+
+        config.disable = True
+        return
     compiled, torch.compile = torch.compile, lambda function: function  # type: ignore[assignment]
     try:
         import megatron.core.jit

@@ -19,8 +19,7 @@ SILENT = ("models.gpt.gpt_model", "distributed.distributed_data_parallel")
 
 @functools.cache
 def install() -> None:
-    """Make Megatron-Core usable on this machine, once in a process, before anything of megatron.core is imported."""
-    assert "megatron.core" not in sys.modules, "megatron.core was imported before install()"
+    """Make Megatron-Core usable on this machine, once in a process, best before megatron.core is imported."""
     unused = sys.modules.setdefault("wandb", None)  # type: ignore[arg-type]  # Megatron imports it, for seconds
     for package in QUIET:
         warnings.filterwarnings("ignore", module=package)
