@@ -123,7 +123,7 @@ def _card(source: Source, trained: Mapping[str, Any], tokenizer: Path | None) ->
          f"{get('refine', 'start_step')}"),
     ]  # fmt: skip
     table = "\n".join(f"| {name} | {value} |" for name, value in rows if value is not None)
-    text = "tokenizer = AutoTokenizer.from_pretrained(folder)\n" if tokenizer else ""
+    text = "tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)\n" if tokenizer else ""
     names = "AutoConfig, AutoTokenizer" if tokenizer else "AutoConfig"
     return f"""---
 library_name: transformers

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from megatron_refine.config import Config, ConfigError, check_world_size, load
+from megatron_refine.config.load import absolute_file
 from megatron_refine.models.family import FAMILIES
 
 TREE = {
@@ -180,6 +181,17 @@ def test_presets_are_valid(preset: Path) -> None:
 
 def test_missing_file(tmp_path: Path) -> None:
     assert problem(tmp_path / "none.yaml") == f"{tmp_path / 'none.yaml'}: cannot be read: No such file or directory"
+
+
+def test_the_packages_own_files_are_found_in_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the folder has none of the name, which comes first; and a submitted job is given their place."""
+    monkeypatch.chdir(tmp_path)
+    name = "configs/quickstart.yaml"
+    assert load([name], [], FAMILIES).train.steps == 210
+    assert Path(absolute_file(name)).samefile(Path(__file__).parents[1] / name)
+    (tmp_path / "configs").mkdir()
+    (tmp_path / name).write_text("model: {family: delta_net}\ntrain: {steps: 3}\n", encoding="utf-8")
+    assert load([name], [], FAMILIES).train.steps == 3 and absolute_file(name) == str(tmp_path / name)
 
 
 def test_missing_key(path: Path) -> None:

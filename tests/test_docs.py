@@ -12,6 +12,8 @@ import pytest
 import yaml
 
 from megatron_refine.cli import COMMANDS, run
+from megatron_refine.data.corpus import find_corpus
+from megatron_refine.data.readers import read_documents
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -112,5 +114,10 @@ def test_commands_that_pages_show_exist_with_their_options() -> None:
         given = {word.split("=")[0] for word in words if word.startswith("--")}
         wrong += [f"{page}: {command} {flag}" for flag in sorted(given - known)]
         wrong += [] if command in COMMANDS else [f"{page}: megatron-refine {command}"]
+        for path in words[words.index("--heldout") + 1 :] if "--heldout" in words else []:
+            if path.startswith("--") or not (ROOT / path).exists():  # the next option, or a file of the reader's own
+                break
+            corpus = find_corpus([str(ROOT / path)], "text", "--heldout")
+            assert all(text for (_, file) in corpus.files for text in read_documents(file, "text", "--heldout"))
     assert not wrong, "\n".join(wrong)
     assert seen == set(COMMANDS), f"no page shows {set(COMMANDS) - seen}"

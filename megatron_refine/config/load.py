@@ -78,7 +78,7 @@ def _overlay(trees: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _read(path: str) -> dict[str, Any]:
-    tree = read_yaml(path)
+    tree = read_yaml(shipped(path))
     if not isinstance(tree, dict):
         empty = "; it is empty" if tree is None else ""
         raise ConfigError(f"{path}: must hold sections (model:, data:, ...){empty}")
@@ -91,6 +91,12 @@ def _model(path: str) -> dict[str, Any]:
     if "model" not in tree:
         raise ConfigError(f"model={path}: has no section model; name the file with --config for its other sections")
     return {"model": tree["model"]}
+
+
+def shipped(path: str) -> str:
+    """Return the file, or where there is none, the package's own: `configs/quickstart.yaml` works in any folder."""
+    own = Path(str(resources.files("megatron_refine"))) / path
+    return str(own) if path.startswith("configs/") and not os.path.exists(path) and own.is_file() else path
 
 
 def preset(name: str) -> str:
@@ -132,7 +138,7 @@ def absolute(
 def absolute_file(path: str) -> str:
     """Expand a file's name on the command line and make it absolute. Raises ConfigError."""
     try:
-        return str(Path(expand(path)).absolute())
+        return str(Path(expand(shipped(path))).absolute())
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from None
 
