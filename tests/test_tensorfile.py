@@ -153,7 +153,7 @@ def test_an_index_is_written_where_readers_need_one(tmp_path: Path, files: list[
 
 
 def test_a_whole_file_comes_before_an_index_beside_it(tmp_path: Path) -> None:
-    """As for transformers: an index that save_pretrained left from an earlier save says nothing."""
+    """An index that save_pretrained left from an earlier save says nothing, as for transformers."""
     save_file({"w": torch.ones(2)}, tmp_path / WEIGHTS)
     (tmp_path / "config.json").write_text("{}", encoding="utf-8")
     (tmp_path / INDEX).write_text('{"weight_map": {"w": "model-00001-of-00002.safetensors"}}', encoding="utf-8")

@@ -136,7 +136,7 @@ def buckets(config: Config) -> list[int]:
 
 @pytest.mark.parametrize(("overrides", "least"), [([], 1), (OVERLAP, 9)])
 def test_the_gradient_is_reduced_in_buckets(ranks: Any, tmp_path: Path, overrides: list[str], least: int) -> None:
-    """Of a size by the configuration where reducing overlaps, which it does not by itself on a CPU."""
+    """Their size is the configuration's where reducing overlaps, which it does not by itself on a CPU."""
     found = ranks(2, buckets, config=small_config(tmp_path, "train.micro_batch_size=1", *overrides))[0]
     assert len(found) == 1 and (found[0] >= least if overrides else found[0] == 1)
 

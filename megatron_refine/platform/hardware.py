@@ -26,7 +26,7 @@ def has_gpu() -> bool:
 
 
 def on_gpu(tensor: torch.Tensor) -> bool:
-    """Whether a GPU computes with the tensor."""
+    """Tell whether a GPU computes with the tensor."""
     return tensor.device.type == "cuda" or _recorder is not None
 
 
@@ -53,7 +53,7 @@ def pretend_gpu(compiler: Callable[..., Any], recorder: Callable[[Callable[[], A
 
 
 def backend() -> str:
-    """Of collectives on tensors of `device()`."""
+    """Return the backend of collectives on tensors of `device()`."""
     return "nccl" if device() != CPU else "gloo"
 
 
@@ -73,7 +73,7 @@ def moment() -> Any:
 
 
 def seconds_between(first: Any, last: Any) -> float:
-    """Of two moments that the device has passed: `synchronize` before."""
+    """Return the seconds between two moments that the device has passed: `synchronize` before."""
     return 1e-3 * first.elapsed_time(last) if has_gpu() else last - first
 
 
@@ -115,7 +115,7 @@ def peak_flops() -> float | None:
 
 
 def architecture() -> str:
-    """The GPU's, such as sm_90; "" without one, or where one is pretended."""
+    """Return the GPU's architecture, such as sm_90; "" without one, or where one is pretended."""
     if device() == CPU:
         return ""
     major, minor = torch.cuda.get_device_capability()

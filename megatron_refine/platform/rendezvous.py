@@ -39,7 +39,7 @@ def init_process_group(timeout_minutes: float) -> None:
 
 
 def from_first(value: str | None) -> str:
-    """What rank 0 says; on the others None is given. They wait however long it takes, beyond any deadline of a group.
+    """Return what rank 0 says; the others give None. They wait however long it takes, beyond any deadline of a group.
 
     Raises RuntimeError where rank 0 is gone.
     """

@@ -121,7 +121,7 @@ class Checkpoints:
             return None
         self._collective("save", folder, lambda: dist_checkpointing.save(state, str(folder)))
         files = self._together("hash", folder, lambda: hashes(folder, self.ranks.rank, self.ranks.world))
-        return self._complete(folder, contents, files)
+        return self._complete(folder, contents, _of_all_ranks(files))
 
     def settle(self, wait: bool = True) -> Path | None:
         """Complete the checkpoint that is being written, once all ranks have their files; wait: until they have.
@@ -134,14 +134,14 @@ class Checkpoints:
         self._pending, folder = None, pending.folder
         files = self._together("save", folder, pending.files)
         self._collective("save", folder, lambda: [finish() for finish in pending.finish])
-        known = {name: value for part in everyone(files) for name, value in part.items()}
+        known = _of_all_ranks(files)
         rest = self._together("hash", folder, lambda: pending.rest(known), only_main=True)
-        return self._complete(folder, pending.contents, files | (rest or {}))
+        return self._complete(folder, pending.contents, known | (rest or {}))
 
     def _complete(self, folder: Path, contents: dict[str, Any], files: Files) -> Path:
-        """Make what is written in `folder` a checkpoint. files: those that this rank has counted."""
+        """Make what is written in `folder` a checkpoint. files: all of it, on the main rank."""
         final = step_folder(self.root, contents["step"])
-        contents = contents | {"files": {name: value for part in everyone(files) for name, value in part.items()}}
+        contents = contents | {"files": files}
         self._together("complete", final, lambda: self._owned(lambda: self._seal(folder, final, contents)),
                        only_main=True)  # fmt: skip
         self._went_on_from(final)
@@ -288,6 +288,11 @@ class Checkpoints:
             if lost_rank(error):
                 raise
             raise CheckpointError(f"{_explain(phase, where, error)} (rank {self.ranks.rank})", alone=True) from None
+
+
+def _of_all_ranks(files: Files) -> Files:
+    """Gather the files that each rank has counted."""
+    return {name: value for part in everyone(files) for name, value in part.items()}
 
 
 def load_weights(model: RefineModel, folder: Path) -> None:

@@ -18,13 +18,13 @@ TITLES = {"ntp": "NTP", "fused": "fused", "two_pass": "two-pass", "update": "upd
 
 
 def seconds(total: Sum) -> float:
-    """Of kernels one after the other at the peaks, or of launching them, whichever is more."""
+    """Return the time of kernels one after the other at the peaks, or of launching them, whichever is more."""
     return max(total.seconds, total.launches * LAUNCH)
 
 
 def summary(config: Config, counted: Mapping[str, Counted]) -> dict[str, dict[str, float]]:
-    """Of each kind of step: launches, bytes of everything but matrix products, both bounds in seconds and, but for an
-    update, as a share of the card's FLOP/s (mfu), and the reads of values by the host."""
+    """Return of each kind of step its launches, the bytes of everything but matrix products, both bounds in seconds
+    and, but for an update, as a share of the card's FLOP/s (mfu), and the reads of values by the host."""
     from megatron_refine.estimate.flops import batch_flops
 
     found: dict[str, dict[str, float]] = {}

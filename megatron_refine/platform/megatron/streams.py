@@ -10,7 +10,7 @@ from megatron_refine.platform.hardware import has_gpu
 
 
 def on_cpu() -> None:
-    """The same named random streams, over the CPU generator."""
+    """Put the same named random streams over the CPU's generator."""
     import megatron.core.tensor_parallel.random as random
 
     class CpuRNGStatesTracker(random.CudaRNGStatesTracker):
