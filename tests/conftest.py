@@ -85,7 +85,7 @@ def scripted() -> Iterator[Callable[[Answer], str]]:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if item.get_closest_marker("sglang") and not sglang_lane.PYTHON.exists():
+        if item.get_closest_marker("sglang") and not sglang_lane.INSTALLED:
             item.add_marker(pytest.mark.skip(reason=sglang_lane.MISSING))
         if item.get_closest_marker("kernels") and not interpreter.available():
             item.add_marker(pytest.mark.skip(reason=interpreter.MISSING))

@@ -13,6 +13,7 @@ from megatron_refine.config import Config, load
 from megatron_refine.models.family import FAMILIES
 
 PYTHON = Path(__file__).parents[1] / ".venv-sglang/bin/python"
+INSTALLED = (PYTHON.parents[1] / "ready").exists()  # the interpreter is there before its packages are
 MISSING = "needs SGLang in .venv-sglang: make test-sglang"
 _COMMON = {"vocab_size": 509, "hidden_size": 128, "num_layers": 2, "intermediate_size": 256, "init_std": 0.08}
 MODELS: dict[str, dict[str, Any]] = {

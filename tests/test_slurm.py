@@ -277,7 +277,7 @@ def test_a_chain_goes_on_where_the_link_before_it_ended(start: Any, undisturbed:
     assert cluster.field(first, "Restarts") == "0"
 
 
-@pytest.mark.skipif(not sglang_lane.PYTHON.exists(), reason=sglang_lane.MISSING)
+@pytest.mark.skipif(not sglang_lane.INSTALLED, reason=sglang_lane.MISSING)
 def test_a_node_with_a_server(start: Any, cluster: Cluster) -> None:
     """One node trains, the other serves its rollouts, found by its address; both end with the job."""
     engine = ["engine.kind=sglang", f"engine.python={sglang_lane.PYTHON}", "engine.request_timeout=60",
@@ -291,3 +291,13 @@ def test_a_node_with_a_server(start: Any, cluster: Cluster) -> None:
     assert cluster.field(run.job, "NumNodes") == "2" and "[]" not in run.log()
     servers = list((run.run / f"logs/slurm-{run.job}-0").glob("engine-*.log"))
     assert len(servers) == 1 and "/generate" in servers[0].read_text(encoding="utf-8")
+
+
+def test_servers_that_cannot_start_end_the_job(start: Any, cluster: Cluster, tmp_path: Path) -> None:
+    """An interpreter that has SGLang where the job is submitted and not on the nodes: the trainer does not wait for it."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\n[ -z "$SLURM_STEP_ID" ] || exit 3\nexec {sys.executable} "$@"\n', encoding="utf-8")
+    python.chmod(0o755)
+    run = start("--engine-nodes", "1", "engine.kind=sglang", f"engine.python={python}")
+    assert cluster.ends(run.job, DEADLINE / 2) == "FAILED" and cluster.field(run.job, "ExitCode") == "2:0"
+    assert f"engine.python={python}: has no SGLang" in run.log() and cluster.field(run.job, "Restarts") == "0"

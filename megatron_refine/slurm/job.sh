@@ -2,11 +2,15 @@
 log() { echo "$(date '+%F %T') job $SLURM_JOB_ID, restart ${SLURM_RESTART_COUNT:-0}: $*"; }
 job_field() { scontrol -o show job "$SLURM_JOB_ID" | tr ' ' '\n' | sed -n "s/^$1=//p" | head -1; }
 
+signal_trainer() { # by its step's name: steps that begin together are numbered as they come
+    squeue --noheader --steps --jobs="$SLURM_JOB_ID" --format='%i %j' | sed -n 's/ train$//p' | xargs -r scancel --signal="$1"
+}
+
 signalled=
 stop() {
     signalled=yes
     log "told to stop"
-    scancel --signal=USR1 "$SLURM_JOB_ID.0" # the trainer: the first step
+    signal_trainer USR1
 }
 trap stop USR1 TERM
 
@@ -53,7 +57,8 @@ fi
 
 log "begins on $SLURM_JOB_NODELIST; logs in $attempt"
 # --ntasks of its own for every step: srun inherits that of the whole job
-srun --nodes="$train_nodes" --ntasks=$((train_nodes * ranks_per_node)) --ntasks-per-node="$ranks_per_node" --relative=0 \
+srun --job-name=train --nodes="$train_nodes" --ntasks=$((train_nodes * ranks_per_node)) \
+    --ntasks-per-node="$ranks_per_node" --relative=0 \
     --kill-on-bad-exit=0 --wait=60 --label --output="$output/ranks.log" "${srun_options[@]}" "${train[@]}" &
 trainer=$!
 if [ "$engine_nodes" != 0 ]; then
@@ -62,15 +67,24 @@ if [ "$engine_nodes" != 0 ]; then
     engine=$!
 fi
 
-code=0
+code=0 refused=
 while :; do # a signal interrupts the wait
     signalled=
-    wait "$trainer"
+    wait -n "$trainer" ${engine:+"$engine"}
     ended=$?
+    if [ -n "${engine:-}" ] && kill -0 "$trainer" 2>/dev/null && ! kill -0 "$engine" 2>/dev/null; then
+        engine= # what did not start for its settings will not; a server that died later is the trainer's to judge
+        log "the servers ended with code $ended: $attempt/engine-*.log"
+        case "$ended" in
+        2 | 4) refused=$ended && tail -n 1 "$attempt"/engine-*.log && signal_trainer KILL ;;
+        esac
+        continue
+    fi
     [ "$ended" = 127 ] || code=$ended
     [ -n "$signalled" ] || break
 done
-[ "$engine_nodes" = 0 ] || kill "$engine" 2>/dev/null
+code=${refused:-$code}
+[ -z "${engine:-}" ] || kill "$engine" 2>/dev/null
 tail -n 3 "$attempt/ranks.log" 2>/dev/null
 case "$code" in
 0) log "done" ;;
