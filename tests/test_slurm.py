@@ -294,7 +294,7 @@ def test_a_node_with_a_server(start: Any, cluster: Cluster) -> None:
 
 
 def test_servers_that_cannot_start_end_the_job(start: Any, cluster: Cluster, tmp_path: Path) -> None:
-    """An interpreter that has SGLang where the job is submitted and not on the nodes: the trainer does not wait for it."""
+    """An interpreter that lacks SGLang on the nodes alone: the trainer does not wait for the servers."""
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\n[ -z "$SLURM_STEP_ID" ] || exit 3\nexec {sys.executable} "$@"\n', encoding="utf-8")
     python.chmod(0o755)
