@@ -116,6 +116,16 @@ def test_benchmarks_run(what: str, more: list[str], words: list[str], ranks: Zyg
     assert all(word in end.out for word in words), end.out
 
 
+def test_overlap_is_measured_between_replicas(ranks: Zygote, tmp_path: Path) -> None:
+    config = runs.write_config(tmp_path, tmp_path / "cache", train={"global_batch_size": 2, "micro_batch_size": 1})
+    line = ["overlap", "--config", str(config), "--rounds", "1", "train.bucket_millions=0.01"]
+    first, other = ranks(2, command, arguments=line)
+    assert first.code == other.code == 0, first.err
+    assert "exposed communication: " in first.out and "beside" in first.out and not other.out
+    alone = ranks(1, command, arguments=line)[0]
+    assert alone.code == 2 and alone.err.startswith("overlap: needs several replicas"), alone.err
+
+
 @pytest.mark.parametrize(
     "more, words",
     [

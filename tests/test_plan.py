@@ -12,7 +12,7 @@ from megatron_refine.estimate.flops import step_flops
 from megatron_refine.estimate.hardware import Hardware
 from megatron_refine.estimate.layouts import layout_of, layouts
 from megatron_refine.estimate.plan import dividing, plan, summary, throughput, times
-from megatron_refine.estimate.timing import collective_seconds, step_time
+from megatron_refine.estimate.timing import HIDDEN, collective_seconds, step_time
 from megatron_refine.estimate.traffic import Traffic, step_traffic
 from megatron_refine.models.family import FAMILIES
 
@@ -94,6 +94,29 @@ def test_a_pipeline_waits_at_both_ends() -> None:
     assert 1 < head < 1.1
     assert time.stages["update"][0] / plain.stages["update"][0] == pytest.approx(head * 11 / 8)
     assert time.stages["score"][0] / plain.stages["score"][0] == pytest.approx(head * 7 / 4)
+
+
+def test_what_passes_hide_by_hand() -> None:
+    """A reduction takes no time but for its last bucket, a gathering but for its first, where passes are as long."""
+    long, short = Hardware(network_bandwidth=5e9), Hardware(network_bandwidth=1e15, network_latency=1e-9)
+    count, updates = estimate(large(), 64).parameters / 4, 4  # tp 4
+
+    def hidden(hardware: Hardware, *overrides: str) -> tuple[float, float]:
+        time = step_time(large(*overrides), 16, hardware)
+        return tuple(-x for x in time.stages.get(HIDDEN, (0.0, 0.0)))  # type: ignore[return-value]
+
+    def whole(op: str, hardware: Hardware, *overrides: str) -> float:
+        return step_time(large(*overrides), 16, hardware).exchanged["dp", op]
+
+    share = 1 - 1 / -(-count // 40e6)
+    both = share * (whole("reduce_scatter", short) + whole("all_gather", short))
+    assert hidden(short) == pytest.approx((both, both), rel=1e-3) and both > 0
+    work = step_flops(large()).ntp / 3 / 8 / 64 / 989e12  # of 128 sequences a rank has 8
+    assert hidden(long) == pytest.approx((3 * updates * work / 0.55, 3 * updates * work / 0.30))
+    assert hidden(short, "train.overlap=false") == hidden(short, "train.bucket_millions=1e5") == (0, 0)
+    served = "engine.kind=sglang", "engine.urls=['http://a:1']"  # they are sent whole weights once a batch
+    fewer = share * (whole("reduce_scatter", short) + 3 / 4 * whole("all_gather", short))
+    assert hidden(short, *served) == pytest.approx((fewer, fewer), rel=1e-3)
 
 
 def test_layouts_fit_and_are_ranked() -> None:

@@ -8,6 +8,7 @@ length   seconds of an NTP-only and a fused step over the length of the sequence
 rollout  rollouts from forked states, and from prefixes that are prefilled first, padded or not
 profile  the ten hottest operators (on a GPU: kernels) of an NTP-only and a fused step
 kernels  the mixer's operation in chunks, and a token after the other
+overlap  steps of several replicas with their communication between the passes, beside them, and without any
 sync     weights to an SGLang server, and plain broadcasts of as many bytes to a process that only receives them
 data     text to rows, rows to batches
 facts    what this machine gives: TFLOP/s of a product, TB/s of a copy, microseconds of a launch; versions
@@ -26,7 +27,7 @@ from megatron_refine.bench import baseline
 from megatron_refine.config.paths import path_argument
 from megatron_refine.models.family import FAMILIES
 
-BENCHMARKS = ("step", "length", "profile", "rollout", "kernels", "sync", "data", "facts", "launches")
+BENCHMARKS = ("step", "length", "profile", "rollout", "kernels", "overlap", "sync", "data", "facts", "launches")
 
 
 def main(arguments: list[str]) -> int:
@@ -89,13 +90,13 @@ def run(options: argparse.Namespace, config: configuration.Config, alone: bool, 
     install()
     import torch.distributed as dist
 
-    from megatron_refine.bench import data, facts, kernels, length, profile, rollout, step, sync
+    from megatron_refine.bench import data, facts, kernels, length, overlap, profile, rollout, step, sync
 
     runs = {
         "step": partial(step.run, official=options.official, hf=options.hf, record=record),
         "length": partial(length.run, lengths=lengths, plot=options.plot),
         "profile": profile.run, "rollout": rollout.run, "kernels": kernels.run, "sync": sync.run, "data": data.run,
-        "facts": facts.run,
+        "overlap": overlap.run, "facts": facts.run,
     }  # fmt: skip
     try:
         return runs[options.benchmark](config, options.rounds)  # type: ignore[operator]

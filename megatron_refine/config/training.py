@@ -93,11 +93,13 @@ class Train(Section):
     )
     overlap: Literal["auto", "true", "false"] = Field(
         "auto",
-        description="Reduce gradients over data-parallel ranks bucket by bucket while the backward pass goes on. "
-        "`auto`: on a GPU. Gradients are the same either way.",
+        description="Reduce gradients over data-parallel ranks bucket by bucket while the backward pass goes on, and "
+        "gather new weights while the next forward pass does. `auto`: on a GPU. Both are the same either way.",
     )
     bucket_millions: float = Field(
-        40.0, gt=0, description="Parameters of a bucket that is reduced at once, in millions. See `train.overlap`."
+        40.0,
+        gt=0,
+        description="Parameters of a bucket that is reduced or gathered at once, in millions. See `train.overlap`.",
     )
     autotune: bool = Field(
         False,

@@ -9,17 +9,19 @@ from megatron_refine.config import Config
 from megatron_refine.estimate.flops import StepFlops, step_flops
 from megatron_refine.estimate.hardware import Hardware
 from megatron_refine.estimate.memory import itemsize, recomputed
+from megatron_refine.estimate.overlap import hidden_seconds
 from megatron_refine.estimate.traffic import Traffic, step_traffic
 from megatron_refine.models import family
 
 KERNELS = 25  # a layer's in a step of decoding
+HIDDEN = "of these beside passes"  # collectives, as a negative number of seconds
 
 
 @dataclass(frozen=True)
 class StepTime:
     """Seconds of a batch, (at best, at worst)."""
 
-    stages: dict[str, tuple[float, float]]  # score, rollout, rescore, update, collectives, sync
+    stages: dict[str, tuple[float, float]]  # score, rollout, rescore, update, collectives, HIDDEN, sync
     ntp: tuple[float, float]  # a step of next-token prediction alone
     exchanged: dict[tuple[str, str], float]  # (axis, operation) -> seconds of its collectives
 
@@ -31,35 +33,58 @@ class StepTime:
 
 def step_time(config: Config, dp: int, hardware: Hardware) -> StepTime:
     """Estimate the step of the pipeline stage that takes longest: the last, which has the head."""
-    work, stage = step_flops(config), config.parallel.pp - 1
+    work = step_flops(config)
     plain = StepFlops(ntp=work.ntp, score=0, rollout=0, rescore=0, update=work.ntp)
     refine = config.refine.enabled
+    exchanged = _exchanged(config, dp, hardware, refine)
     stages = _computing(config, dp, hardware, work if refine else plain, refine)
-    traffic = step_traffic(config, dp, refine, stage)
-    exchanged: dict[tuple[str, str], float] = {}
-    for each in traffic:
-        key = each.axis, each.op
-        exchanged[key] = exchanged.get(key, 0.0) + collective_seconds(config, dp, hardware, each)
-    stages["collectives"] = (sum(exchanged.values()),) * 2
+    stages |= _collectives(config, dp, hardware, refine, exchanged)
     if config.engine.kind == "sglang" and refine:
         stages["sync"] = sync_seconds(config, hardware)
-    others = sum(collective_seconds(config, dp, hardware, x) for x in step_traffic(config, dp, False, stage))
-    best, worst = _computing(config, dp, hardware, plain, refine=False)["update"]
-    return StepTime(stages, (best + others, worst + others), exchanged)
+    others = _collectives(config, dp, hardware, False, _exchanged(config, dp, hardware, refine=False))
+    alone = StepTime(_computing(config, dp, hardware, plain, refine=False) | others, (0.0, 0.0), {})
+    return StepTime(stages, alone.total, exchanged)
+
+
+def _exchanged(config: Config, dp: int, hardware: Hardware, refine: bool) -> dict[tuple[str, str], float]:
+    """Seconds of a batch's collectives, by axis and operation."""
+    found: dict[tuple[str, str], float] = {}
+    for each in step_traffic(config, dp, refine, config.parallel.pp - 1):
+        key = each.axis, each.op
+        found[key] = found.get(key, 0.0) + collective_seconds(config, dp, hardware, each)
+    return found
+
+
+def _collectives(
+    config: Config, dp: int, hardware: Hardware, refine: bool, exchanged: dict[tuple[str, str], float]
+) -> dict[str, tuple[float, float]]:
+    found = {"collectives": (sum(exchanged.values()),) * 2}
+    updates = config.train.global_batch_size // config.mini_batch_at(config.refine.start_step, refine)
+    forward = _busy(config, dp, hardware, step_flops(config).ntp / 3 / _micros(config, dp))
+    best, worst = (hidden_seconds(config, updates, refine, exchanged, seconds) for seconds in forward)
+    return found | ({HIDDEN: (-best, -worst)} if worst else {})
+
+
+def _micros(config: Config, dp: int) -> int:
+    """Micro-batches of a batch on a rank."""
+    return config.train.global_batch_size // (dp * config.train.micro_batch_size)
+
+
+def _busy(config: Config, dp: int, hardware: Hardware, flops: float) -> tuple[float, float]:
+    """Seconds, at best and at worst, in which the slowest pipeline stage does its part of the FLOPs."""
+    seconds = flops * _fullest_stage(config) / (dp * config.parallel.model_size) / hardware.peak(config.train.precision)
+    return seconds / hardware.fast, seconds / hardware.slow
 
 
 def _computing(
     config: Config, dp: int, hardware: Hardware, work: StepFlops, refine: bool
 ) -> dict[str, tuple[float, float]]:
-    p, train = config.parallel, config.train
-    world, micros = dp * p.model_size, train.global_batch_size // (dp * train.micro_batch_size)
-    updates = train.global_batch_size // config.mini_batch_at(config.refine.start_step, refine)
+    p, micros = config.parallel, _micros(config, dp)
+    updates = config.train.global_batch_size // config.mini_batch_at(config.refine.start_step, refine)
     each = max(1, micros // updates)  # micro-batches of an optimizer step
-    full = _fullest_stage(config) / world
 
     def seconds(flops: float, bubble: float) -> tuple[float, float]:
-        busy = flops * full * bubble / hardware.peak(train.precision)
-        return busy / hardware.fast, busy / hardware.slow
+        return _busy(config, dp, hardware, flops * bubble)
 
     wave = min(p.pp, micros)  # micro-batches that follow one another through the stages
     passing = (wave + p.pp - 1) / wave

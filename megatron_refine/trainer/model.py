@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from megatron_refine.config import Config
 from megatron_refine.platform import hardware
+from megatron_refine.trainer.gathering import Gathering
 from megatron_refine.trainer.gradients import finalize_gradients
 from megatron_refine.trainer.layers import block_spec, recompute_layers
 from megatron_refine.trainer.parallel import Ranks
@@ -26,6 +27,8 @@ from megatron_refine.trainer.shards import full_shape, shard
 
 class RefineModel(GPTModel):
     """GPTModel that returns its final-norm rows; trainer/head.py turns rows into log-probabilities."""
+
+    gathering: Gathering | None = None  # where weights are gathered in the forward pass
 
     def __init__(self, *args: Any, real_vocab: int, **kwargs: Any):
         """real_vocab: ids at or above it only pad the vocabulary."""
@@ -47,6 +50,25 @@ class RefineModel(GPTModel):
         else:
             rows = copy_to_tensor_model_parallel_region(hidden_states, group=self.pg_collection.tp)
         return {"rows": rows}
+
+    def complete(self) -> None:
+        """Have the weights of the last optimizer step. A forward pass does so by itself; other readers call this."""
+        if self.gathering:
+            self.gathering.finish()
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Megatron's, complete."""
+        self.complete()
+        found: dict[str, Any] = super().sharded_state_dict(*args, **kwargs)
+        return found
+
+    def units(self) -> list[tuple[nn.Module, list[nn.Parameter]]]:
+        """In the order of their calls, (module, parameters that nothing reads before it is called)."""
+        first = [self.embedding] if self.pre_process else []
+        found = [(module, list(module.parameters())) for module in (*first, *self.decoder.layers)]
+        given = {parameter for _, parameters in found for parameter in parameters}
+        last = [parameter for parameter in self.parameters() if parameter not in given]  # final norm, output layer
+        return [*found, *([(self.decoder.final_layernorm, last)] if last else [])]
 
     def output_weight(self) -> Tensor:
         """Of the output layer, on the last stage: [V/tp, hidden]."""
@@ -130,12 +152,13 @@ def build_model(config: Config, ranks: Ranks, dtype: torch.dtype | None = None) 
     overlaps = wanted and ranks.replica_group.size() > 1
     ddp = DistributedDataParallelConfig(
         use_distributed_optimizer=True, grad_reduce_in_fp32=megatron.bf16, overlap_grad_reduce=overlaps,
-        bucket_size=max(1, int(config.train.bucket_millions * 1e6)),
+        overlap_param_gather=overlaps, bucket_size=max(1, int(config.train.bucket_millions * 1e6)),
     )  # fmt: skip
     model = DistributedDataParallel(megatron, ddp, whole)
     model.broadcast_params()
     if overlaps:
         megatron.no_sync_func = model.no_sync  # of several micro-batches the last one reduces
+        module.gathering = Gathering(model, module.units())
     megatron.finalize_model_grads_func = finalize_gradients
     return model
 
@@ -150,6 +173,7 @@ def unwrap(model: nn.Module) -> RefineModel:
 def global_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """(name, parameter), layers counted over the whole pipeline, a tied output layer under the embedding's name."""
     model = unwrap(module)
+    model.complete()
     layers = {
         f"decoder.layers.{i}.": f"decoder.layers.{x.layer_number - 1}." for i, x in enumerate(model.decoder.layers)
     }

@@ -19,6 +19,7 @@ from megatron_refine.platform import hardware
 from megatron_refine.platform.megatron.optimizer import norm_gradients
 from megatron_refine.trainer.errors import NonFiniteError
 from megatron_refine.trainer.gradients import Forward, Loss, accumulate
+from megatron_refine.trainer.model import unwrap
 from megatron_refine.trainer.parallel import Ranks
 
 
@@ -104,15 +105,21 @@ class Updater:
         if hardware.has_gpu():
             for adam in self._torch_adams():
                 fuse(adam)
+        inner = unwrap(self.model)
+        inner.complete()
         self.optimizer.step_with_ready_grads()
+        if inner.gathering:
+            inner.gathering.owe()
 
     def weights(self) -> list[Tensor]:
         """A copy of this rank's weights, to `restart` from."""
+        unwrap(self.model).complete()
         return [parameter.detach().clone() for parameter in self.model.parameters()]
 
     @torch.no_grad()
     def restart(self, weights: list[Tensor]) -> None:
         """Return to `weights` as before any step: bit by bit, Adam's moments and count of steps at zero."""
+        unwrap(self.model).complete()
         for parameter, value in zip(self.model.parameters(), weights, strict=True):
             parameter.copy_(value)
         self.optimizer.reload_model_params()
