@@ -17,7 +17,7 @@ from tests.zygote import DEADLINE
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1200)]
 ROOT = Path(__file__).parents[1]
-STEPS = 40
+STEPS = 24
 # namespace, interface, address
 HOSTS = ((f"mr_a{WORKER}", "mr_va", "10.77.0.1"), (f"mr_b{WORKER}", "mr_vb", "10.77.0.2"))
 SECTIONS: dict[str, dict[str, Any]] = {
@@ -95,16 +95,16 @@ def ends(processes: list[subprocess.Popen[str]]) -> tuple[list[int], list[str], 
     return [process.returncode for process in processes], errors, time.monotonic() - begin
 
 
-def undisturbed(ranks: Any, tmp_path: Path) -> list[dict[str, Any]]:
-    folder = tmp_path / "undisturbed"
-    folder.mkdir()
-    config = runs.write_config(folder, tmp_path / "data", **SECTIONS)
+@pytest.fixture(scope="module")
+def undisturbed(ranks: Any, tmp_path_factory: Any) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    config = runs.write_config(folder, folder / "data", **SECTIONS)
     found = ranks(2, runs.command, arguments=["--config", str(config), *runs.TP2], saves=False)
     assert [end.code for end in found] == [0, 0]
     return runs.rows(folder)
 
 
-def test_a_peer_that_is_killed(start: Any, tmp_path: Path, ranks: Any) -> None:
+def test_a_peer_that_is_killed(start: Any, tmp_path: Path, undisturbed: Any) -> None:
     """The other ends at once with code 8 and says where it stood; the same command goes on, bit by bit."""
     processes = start()
     reach(tmp_path, 13)
@@ -114,10 +114,10 @@ def test_a_peer_that_is_killed(start: Any, tmp_path: Path, ranks: Any) -> None:
     assert "rank 0 on " in errors[0] and "lost another rank" in errors[0]
     codes, errors, _ = ends(start())
     assert codes == [0, 0], errors
-    assert runs.rows(tmp_path) == undisturbed(ranks, tmp_path)
+    assert runs.rows(tmp_path) == undisturbed
 
 
-def test_a_link_that_stays_down(start: Any, tmp_path: Path, ranks: Any) -> None:
+def test_a_link_that_stays_down(start: Any, tmp_path: Path, undisturbed: Any) -> None:
     """Both end with code 8 after run.timeout_minutes; once the link is up again the same command goes on."""
     processes = start()
     reach(tmp_path, 13)
@@ -129,10 +129,10 @@ def test_a_link_that_stays_down(start: Any, tmp_path: Path, ranks: Any) -> None:
     ip("-n", HOSTS[1][0], "link", "set", HOSTS[1][1], "up")
     codes, errors, _ = ends(start())
     assert codes == [0, 0], errors
-    assert runs.rows(tmp_path) == undisturbed(ranks, tmp_path)
+    assert runs.rows(tmp_path) == undisturbed
 
 
-def test_a_link_that_flaps(start: Any, tmp_path: Path, ranks: Any) -> None:
+def test_a_link_that_flaps(start: Any, tmp_path: Path, undisturbed: Any) -> None:
     """Down for four seconds of a deadline of twelve: the run waits, and goes on as if nothing had been."""
     processes = start()
     reach(tmp_path, 13)
@@ -141,4 +141,4 @@ def test_a_link_that_flaps(start: Any, tmp_path: Path, ranks: Any) -> None:
     ip("-n", HOSTS[1][0], "link", "set", HOSTS[1][1], "up")
     codes, errors, _ = ends(processes)
     assert codes == [0, 0], errors
-    assert runs.rows(tmp_path) == undisturbed(ranks, tmp_path)
+    assert runs.rows(tmp_path) == undisturbed
