@@ -18,7 +18,7 @@ from megatron_refine.data.tokenizer import bos_id, check_vocabulary, find_tokeni
 from megatron_refine.eval import files as task_files
 from megatron_refine.eval import tasks
 from megatron_refine.files import TornError
-from megatron_refine.models import family
+from megatron_refine.models import cost
 from megatron_refine.report import metrics, tracking
 from megatron_refine.report.folder import read_progress
 from megatron_refine.report.summary import is_evaluation
@@ -81,7 +81,7 @@ def _run(config: Config) -> None:
     _baseline(config.run.baseline)
     run = _existing("run.dir", config.run.dir)
     _existing("data.cache_dir", config.data.cache_dir)
-    weights = family.flops(config.model.family).parameters(config.model)
+    weights = cost.parameters(config.model)
     needed = 0 if config.resets else weights * (_BYTES[config.train.precision] + 12)  # in fp32 also Adam's moments
     free = shutil.disk_usage(run).free
     if free < needed:

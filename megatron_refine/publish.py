@@ -15,7 +15,7 @@ from megatron_refine.convert.fields import CONFIG
 from megatron_refine.data.special_tokens import KEPT
 from megatron_refine.data.tokenizer import FILES, Tokenizer, load_tokenizer
 from megatron_refine.files import copy, read_json, write, write_json
-from megatron_refine.models import family
+from megatron_refine.models import cost
 from megatron_refine.trainer.conversion import megatron_to_hf
 from megatron_refine.trainer.manifest import ORIGIN, read_manifest
 from megatron_refine.trainer.source import Source
@@ -107,7 +107,7 @@ def _declared(path: Path, tokenizer: Tokenizer, trained: Mapping[str, Any]) -> d
 def _card(source: Source, trained: Mapping[str, Any], tokenizer: Path | None) -> str:
     """The README of the export: what the model is, what it was trained on, how to use it."""
     model, get = source.model, lambda section, key: trained.get(section, {}).get(key)
-    parameters = family.flops(model.family).parameters(model)
+    parameters = cost.parameters(model)
     paths = get("data", "paths") or get("task", "paths") or []
     data = ", ".join(Path(path).name for path in paths) or "the sources of Python's standard library"
     refine = get("refine", "enabled")

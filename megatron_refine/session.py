@@ -17,7 +17,7 @@ from megatron_refine.estimate.flops import batch_flops
 from megatron_refine.eval.answers import Answerer
 from megatron_refine.eval.heldout import HeldOut
 from megatron_refine.eval.suite import TaskEvaluation, score_table
-from megatron_refine.models import family
+from megatron_refine.models import cost
 from megatron_refine.opening import claim
 from megatron_refine.phases.sources import Sources
 from megatron_refine.phases.testtime import TestTime
@@ -83,7 +83,7 @@ class Session:
         config = self.config
         self.ranks = init_parallel(config)
         self.sources, device = Sources.of(config), hardware.device()
-        parameters = family.flops(config.model.family).parameters(config.model)
+        parameters = cost.parameters(config.model)
         self._tell(f"building {config.model.family}, {parameters:,} parameters, on {usage.ranks(self.ranks.world)}")
         model = build_model(config, self.ranks)
         self.updater = Updater(config, model, self.ranks)

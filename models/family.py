@@ -1,103 +1,96 @@
-"""The registry of model families. Adding one: a folder beside this file and a line in each table.
+"""Model families. Each is a folder beside this file, whose package has one `FAMILY`; nothing else names it.
 
-Importing this pulls in neither torch nor Megatron; `mixer` does, when called.
+A family that lives elsewhere goes by its package: `model.family: my.package`, with a `FAMILY` in it. Importing this
+pulls in neither torch nor Megatron.
 """
 
+import functools
+import pkgutil
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, Protocol, cast
+from typing import Any
 
+from megatron_refine import models
 from megatron_refine.config import ModelConfig
-from megatron_refine.models.delta_net.config import DeltaNetConfig
-from megatron_refine.models.gated_delta_net.config import GatedDeltaNetConfig
 from megatron_refine.models.hf import Format
-from megatron_refine.models.lact.config import LactConfig
-
-FAMILIES: dict[str, type[ModelConfig]] = {
-    "delta_net": DeltaNetConfig,
-    "gated_delta_net": GatedDeltaNetConfig,
-    "lact": LactConfig,
-}
-_MIXERS = {"delta_net": "DeltaNetMixer", "gated_delta_net": "GatedDeltaNetMixer", "lact": "LactMixer"}
+from megatron_refine.models.layer import Layer, named
 
 
 @dataclass(frozen=True)
-class Saved:
-    """Bytes of what autograd keeps for the backward pass of one layer."""
+class Serving:
+    """How SGLang serves a family."""
 
-    rows: float  # a row: divided by cp, and by tp under sequence parallelism
-    heads: float  # a row, of this rank's heads in the mixer: divided by tp * cp
-    mlp: float  # a row, of this rank's columns of the MLP: divided by tp * cp
-    travelled: float = 0.0  # a row, of this rank's heads, under context parallelism alone
-    fixed: float = 0.0  # whatever the layout and the micro-batch
-    position: float = 0.0  # a position that branches start from, of this rank's heads
-    rollout: float = 0.0  # a branch there, of this rank's heads
+    module: str  # offers MODEL, the class that SGLang loads, and state_shape(model); needs SGLang
+    by_columns: tuple[str, ...] = ("o_proj.weight", "down_proj.weight")  # ends of names that its ranks cut so
+    whole: tuple[str, ...] = ("norm.weight",)  # ends of names that each of its ranks has whole; others: cut by rows
 
 
-class FamilyCost(Protocol):
-    """What `models/<family>/flops.py` offers: parameters, matmul FLOPs (a multiply-add counts 2) and bytes."""
+@dataclass(frozen=True)
+class Family:
+    """All that the rest of the project knows of a family."""
 
-    def parameters(self, model: Any) -> int:
-        """Trained parameters of the whole model."""
-
-    def rank_parameters(self, model: Any, tp: int, pp: int, stage: int) -> int:
-        """Trained parameters held by each tensor parallel rank of pipeline stage `stage`."""
-
-    def layer_flops(self, model: Any, length: int) -> dict[str, int]:
-        """Forward FLOPs of a layer, a token of a stream of `length` tokens, by matmul."""
-
-    def fork_flops(self, model: Any) -> int:
-        """Forward FLOPs of a layer to read the state at one position."""
-
-    def head_flops(self, model: Any) -> int:
-        """Forward FLOPs of the output layer, a row."""
-
-    def state_bytes(self, model: Any, itemsize: int) -> int:
-        """Bytes of a layer's state at one position; `itemsize` is that of an activation."""
-
-    def head_norm_width(self, model: Any) -> int:
-        """Width of the norm of a head's output: a weight that all heads share."""
-
-    def exchanged_columns(self, model: Any) -> tuple[int, int]:
-        """Columns of all heads that context parallel ranks exchange before the mixing of a row, and after it."""
-
-    def handle_bytes(self, model: Any, itemsize: int, length: int, gpu: bool, cp: int) -> float:
-        """Bytes that a layer's handle keeps of a pass without gradient, a row, of this rank's heads, until the states
-        are taken."""
-
-    def saved_bytes(self, model: Any, itemsize: int, length: int, gpu: bool) -> Saved:
-        """Bytes kept for the backward pass of a layer, of sequences of `length` tokens, by the kernels of a GPU or by
-        torch on a CPU."""
-
-    def delta_rule(self, model: Any) -> Any:
-        """The mixers' delta rule (`DeltaShape`), whose kernels are Triton's on a GPU; None where there is none."""
+    name: str
+    config: type[ModelConfig]
+    layers: Callable[[Any], list[Layer]]  # of a configuration; equal layers may be one object
+    format: Format
+    reference: str  # `module:function` of the slow evaluation: (model, weights in Hugging Face's format, tokens [B, T])
+    serving: Serving | None = None  # None: the native engine alone
+    error_factor: Callable[[Any], float] = lambda model: 1.0  # of rounding errors, against those of the other families
 
 
-def mixer(family: str) -> type[Any]:
-    """The Megatron module of the family's token mixer. Raises KeyError for an unknown family."""
-    name = _MIXERS[family]
-    return cast(type[Any], getattr(import_module(f"megatron_refine.models.{family}.mixer"), name))
+def of(name: str) -> Family:
+    """Return a family by its folder's name, or by its package's. Raises KeyError."""
+    if "." not in name and name not in _folders():
+        raise KeyError(name)
+    package = name if "." in name else f"{models.__name__}.{name}"
+    try:
+        found: Family = import_module(package).FAMILY
+    except (ModuleNotFoundError, AttributeError):
+        raise KeyError(name) from None
+    return found
 
 
-def flops(family: str) -> FamilyCost:
-    """The family's cost model. Raises KeyError for an unknown family."""
-    assert family in FAMILIES, family
-    return cast(FamilyCost, import_module(f"megatron_refine.models.{family}.flops"))
+def every() -> list[Family]:
+    """Return the families that have a folder here."""
+    return [of(name) for name in _folders()]
 
 
-def hf_format(family: str) -> Format:
-    """The family in Hugging Face's format. Raises KeyError for an unknown family."""
-    assert family in FAMILIES, family
-    return cast(Format, import_module(f"megatron_refine.models.{family}.hf").FORMAT)
+def layers(model: ModelConfig) -> list[Layer]:
+    """Return the model's layers, the first one first."""
+    return of(model.family).layers(model)
 
 
-def reference(family: str) -> Any:
-    """The family's slow evaluation: `logits(model, weights in Hugging Face's format, tokens [B, T])`."""
-    assert family in FAMILIES, family
-    return import_module(f"megatron_refine.models.{family}.reference")
+def reference(model: ModelConfig) -> Callable[..., Any]:
+    """Return the slow evaluation of the model's family: logits(model, weights in Hugging Face's format, tokens)."""
+    found: Callable[..., Any] = named(of(model.family).reference)
+    return found
 
 
-def serve(family: str) -> Any:
-    """The family for SGLang: `MODEL`, the class it loads, and `state_shape(model)`. Needs SGLang."""
-    assert family in FAMILIES, family
-    return import_module(f"megatron_refine.models.{family}.serve")
+def serve(name: str) -> Any:
+    """Import what a family offers SGLang: `MODEL`, the class that it loads, and `state_shape(model)`. Needs SGLang."""
+    serving = of(name).serving
+    assert serving, name
+    return import_module(serving.module)
+
+
+@functools.cache
+def _folders() -> tuple[str, ...]:
+    """Names of the packages beside this file that have a FAMILY."""
+    packages = sorted(each.name for each in pkgutil.iter_modules(models.__path__) if each.ispkg)
+    return tuple(name for name in packages if hasattr(import_module(f"{models.__name__}.{name}"), "FAMILY"))
+
+
+class _Schemas(Mapping[str, type[ModelConfig]]):
+    def __getitem__(self, name: str) -> type[ModelConfig]:
+        return of(name).config
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_folders())
+
+    def __len__(self) -> int:
+        return len(_folders())
+
+
+FAMILIES: Mapping[str, type[ModelConfig]] = _Schemas()
+"""Name -> class of the `model` section; iterates over the folders, and knows other packages too."""

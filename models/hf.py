@@ -1,7 +1,8 @@
 """How a family is stored in Hugging Face's format, described as data: no torch, no Megatron.
 
-A family's `hf.py` holds one `Format`. Its tensors are listed once, as mappings between full (not sharded) tensors;
-`convert/mapping.py` follows them in both directions. A name with {} stands once for each layer.
+A family's `hf.py` holds one `Format`. Tensors are listed once, as mappings between full (not sharded) tensors: those of
+a layer in its `Layer`, with {} for its number, those around the layers in the format's frame. `convert/mapping.py`
+follows them in both directions.
 """
 
 from collections.abc import Callable
@@ -102,7 +103,8 @@ class Format:
     fields: dict[str, Key]
     constants: dict[str, tuple[Any, ...]]  # the values that we compute; the first is the default and what we write
     ignored: dict[str, Any]  # no part of the maths, with what we write (ABSENT: nothing)
-    tensors: Callable[[Any], list[Mapping]]
+    frame: Callable[[Any], tuple[Mapping, ...]]  # the tensors of a model around its layers
+    library: str = "flash-linear-attention"  # whose files these are
     renamed: dict[str, str] = field(default_factory=dict)  # a name in old checkpoints -> today's
     not_written: tuple[str, ...] = ("quantization_config",)  # constants of some checkpoints only
     unused: tuple[str, ...] = ()  # tensors in some checkpoints that no computation reads
@@ -161,25 +163,26 @@ def mlp_width(hidden_size: int, ratio: float) -> int:
     return -(-int(hidden_size * ratio * 2 / 3) // 256) * 256
 
 
-def decoder(model: Any, mixer: list[Mapping]) -> list[Mapping]:
-    """All tensors of a model: a family's mixer in the frame that the families share."""
-    hidden, width = model.hidden_size, model.intermediate_size
-    vocab = model.vocab_size, model.padded_vocab, hidden
-    ours, theirs = "decoder.layers.{}.", "model.layers.{}."
-    frame: list[Mapping] = [
+def frame(model: Any) -> tuple[Mapping, ...]:
+    """The tensors around the layers, as flash-linear-attention names them."""
+    vocab = model.vocab_size, model.padded_vocab, model.hidden_size
+    found: list[Mapping] = [
         Vocab("embedding.word_embeddings.weight", "model.embeddings.weight", *vocab),
+        Same("decoder.final_layernorm.weight", "model.norm.weight", (model.hidden_size,)),
+        Vocab("output_layer.weight", "lm_head.weight", *vocab),
+    ]
+    return tuple(found[:-1] if model.tie_embeddings else found)
+
+
+def layer_tensors(model: Any, mixer: list[Mapping]) -> tuple[Mapping, ...]:
+    """All tensors of a layer: a family's mixer between the norms and the MLP that the families share."""
+    hidden, width = model.hidden_size, model.intermediate_size
+    ours, theirs = "decoder.layers.{}.", "model.layers.{}."
+    gate_up = theirs + "mlp.gate_proj.weight", theirs + "mlp.up_proj.weight"
+    return (
         Same(ours + "input_layernorm.weight", theirs + "attn_norm.weight", (hidden,)),
         *mixer,
         Same(ours + "pre_mlp_layernorm.weight", theirs + "mlp_norm.weight", (hidden,)),
-        stack(
-            ours + "mlp.linear_fc1.weight",
-            (theirs + "mlp.gate_proj.weight", theirs + "mlp.up_proj.weight"),
-            width,
-            hidden,
-        ),
+        stack(ours + "mlp.linear_fc1.weight", gate_up, width, hidden),
         Same(ours + "mlp.linear_fc2.weight", theirs + "mlp.down_proj.weight", (hidden, width)),
-        Same("decoder.final_layernorm.weight", "model.norm.weight", (hidden,)),
-    ]
-    if not model.tie_embeddings:
-        frame.append(Vocab("output_layer.weight", "lm_head.weight", *vocab))
-    return frame
+    )

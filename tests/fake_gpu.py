@@ -71,7 +71,7 @@ class _Embedding(nn.Embedding):
 
 
 def _stand_in_for_sglang() -> None:
-    """Modules with what models/common/delta_serve.py imports of SGLang, on one rank."""
+    """Modules with what models/mixers/delta/serve.py imports of SGLang, on one rank."""
     contents: dict[str, dict[str, Any]] = {
         "distributed": {"divide": lambda a, b: a // b},
         "layers.linear": {"ColumnParallelLinear": _Linear, "RowParallelLinear": _Linear},

@@ -158,7 +158,7 @@ def test_recomputed_activations(ranks: Zygote, tmp_path: Path, model: str, recom
     """What a forward pass leaves: the estimate less the module that is at its turn in the backward pass. Within 6 %, of
     much smaller sums. Layers' inputs are keyword arguments, which torch's checkpoint holds where no hook sees them."""
     config = wide(tmp_path, model, *RECOMPUTE[recompute])
-    modules = module_bytes(config, gpu=False)
+    modules = module_bytes(config, family.layers(config.model)[0], gpu=False)
     turn = sum(modules.values()) if recompute == "full" else max(modules[name] for name in recomputed(config))
     expected = rank_memory(config, 1, 0, gpu=False).activations - turn
     if recompute == "full":
@@ -205,7 +205,7 @@ def test_handles(ranks: Zygote, tmp_path: Path, model: str, layout: str) -> None
     """Within 4 %: momenta, and states after the last chunk."""
     world, overrides = LAYOUTS[layout]
     config = wide(tmp_path, model, *overrides, "update.mode=two_pass")
-    assert handles(config, 1, gpu=False) == pytest.approx(ranks(world, pinned, config=config)[0], rel=0.04)
+    assert handles(config, 1, 0, gpu=False) == pytest.approx(ranks(world, pinned, config=config)[0], rel=0.04)
 
 
 def held(config: Config) -> tuple[int, int]:
@@ -340,7 +340,7 @@ def test_flops(ranks: Zygote, tmp_path: Path, model: str) -> None:
     """Within 2 %. The counter sees neither triangular solves nor, on a CPU, the window's fused attention."""
     config = wide(tmp_path, model, "refine.enabled=false")
     shape, length = config.model, config.data.seq_length
-    layer = family.flops(shape.family).layer_flops(shape, length)
+    layer = family.layers(shape)[0].cost.flops(length)
     unseen = length * shape.num_layers * (layer.get("solve", 0) + layer.get("window", 0))
     expected = step_flops(config).ntp / 3 - unseen
     assert ranks(1, forward_flops, config=config)[0] == pytest.approx(expected, rel=0.02)

@@ -11,7 +11,7 @@ from megatron_refine.config import ConfigError
 from megatron_refine.convert.fields import fresh_config, model_of
 from megatron_refine.convert.hf_writer import size_in_bytes
 from megatron_refine.convert.mapping import Converter
-from megatron_refine.models import family
+from megatron_refine.models import cost
 from tests.conversions import GOLDEN
 from tests.test_golden import FOLDERS, golden_model
 
@@ -29,7 +29,7 @@ DELTA_NET_1_3B: dict[str, Any] = {  # as released
 def test_the_released_1_3b_model() -> None:
     model = model_of(DELTA_NET_1_3B, "config.json")
     assert model.intermediate_size == 5632  # int(2048 * 4 * 2 / 3) = 5461, to a multiple of 256
-    assert family.flops("delta_net").parameters(model) == 1_365_677_056  # 2.73 GB in bf16, as on the hub
+    assert cost.parameters(model) == 1_365_677_056  # 2.73 GB in bf16, as on the hub
     converter = Converter(model)
     assert len(converter.hf_shapes) == 339
     assert sum(torch.Size(s).numel() for s in converter.hf_shapes.values()) == 1_365_677_056

@@ -23,17 +23,16 @@ from megatron_refine.config import (
 from megatron_refine.estimate import estimate, render, step_flops
 from megatron_refine.estimate.memory import rank_memory
 from megatron_refine.kernels.delta_rule.chunk import chunk_delta_rule
-from megatron_refine.models import family
-from megatron_refine.models.common.delta_cost import rule_elements
-from megatron_refine.models.delta_net import flops
+from megatron_refine.models import cost, family
 from megatron_refine.models.delta_net.config import DeltaNetConfig
-from megatron_refine.models.gated_delta_net import flops as gated
 from megatron_refine.models.gated_delta_net.config import GatedDeltaNetConfig
+from megatron_refine.models.mixers.delta.cost import rule_elements
 from tests.parity import MODELS, small_config
 
 SMALL = DeltaNetConfig(
     family="delta_net", vocab_size=1024, hidden_size=256, num_layers=4, intermediate_size=688, num_heads=4
 )
+LAYER = family.layers(SMALL)[0]
 WEIGHTS = ("in_proj", "out_proj", "mlp")
 GATED = GatedDeltaNetConfig(
     family="gated_delta_net", vocab_size=32000, hidden_size=2048, num_layers=21, intermediate_size=5632, num_heads=6
@@ -62,8 +61,8 @@ def test_step_flops_equal_measured_ratios(mode: str, rollouts: int, measured: fl
 
 def test_step_flops_by_hand() -> None:
     """2 sequences of 4096, 4 layers; 8 positions of 3 rollouts of 5 tokens, whose first a main row predicts."""
-    layer = {stream: sum(flops.layer_flops(SMALL, stream).values()) for stream in (4096, 5, 1)}
-    head, fork = flops.head_flops(SMALL), flops.fork_flops(SMALL)
+    layer = {stream: sum(cost.layer_flops(SMALL, LAYER, stream).values()) for stream in (4096, 5, 1)}
+    head, fork = cost.head_flops(SMALL), LAYER.cost.fork_flops()
     main, forks = 4096 * (4 * layer[4096] + head), 8 * 4 * fork
     branch = 24 * (5 * 4 * layer[5] + 4 * head)
     for mode, passes in (("fused", 2), ("two_pass", 3)):
@@ -76,8 +75,8 @@ def test_step_flops_by_hand() -> None:
 
 def test_step_flops_scale_with_the_batch_and_match_6n_per_token() -> None:
     work, config = step_flops(small("fused")), small("fused")
-    weights, tokens = flops.parameters(SMALL) - 1024 * 256, 2 * 4096  # the embedding is looked up
-    rule = sum(count for name, count in flops.layer_flops(SMALL, 4096).items() if name not in WEIGHTS)
+    weights, tokens = cost.parameters(SMALL) - 1024 * 256, 2 * 4096  # the embedding is looked up
+    rule = sum(count for name, count in cost.layer_flops(SMALL, LAYER, 4096).items() if name not in WEIGHTS)
     assert work.ntp == pytest.approx(tokens * (6 * weights + 3 * 4 * rule), rel=0.01)
     double = config.model_copy(update={"train": Train(global_batch_size=4)})
     assert step_flops(double).ntp == 2 * work.ntp
@@ -89,7 +88,7 @@ def test_step_flops_scale_with_the_batch_and_match_6n_per_token() -> None:
 def test_delta_rule_flops_equal_those_torch_counts(model: ModelConfig) -> None:
     gate = isinstance(model, GatedDeltaNetConfig)
     heads, k, v = (12, 256, 512) if gate else (4, 64, 64)
-    length, matmuls = 128, family.flops(model.family).layer_flops(model, 128)
+    length, matmuls = 128, family.layers(model)[0].cost.flops(128)
     q, keys, values = (torch.randn(1, length, heads, width) for width in (k, k, v))
     with FlopCounterMode(display=False) as counter:
         chunk_delta_rule(q, keys, values, torch.rand(1, length, heads), -torch.rand(1, length, heads) if gate else None)
@@ -120,7 +119,7 @@ def test_parameters_of_delta_net_1_3b() -> None:
     hidden, layers, heads, ffn = 2048, 24, 16, 5632
     mixer = 4 * hidden * hidden + heads * hidden + 3 * hidden * 4 + 128  # q, k, v, o; beta; three convolutions; o_norm
     layer = mixer + 3 * hidden * ffn + 2 * hidden
-    assert flops.parameters(LARGE) == 2 * 32000 * hidden + hidden + layers * layer == 1_365_677_056
+    assert cost.parameters(LARGE) == 2 * 32000 * hidden + hidden + layers * layer == 1_365_677_056
 
 
 def test_parameters_of_gated_delta_net_1_3b() -> None:
@@ -128,8 +127,8 @@ def test_parameters_of_gated_delta_net_1_3b() -> None:
     widths = 2 * heads * key + 2 * heads * value + 2 * heads  # q, k; v, gate; a, beta
     mixer = hidden * (widths + heads * value) + 4 * heads * (2 * key + value) + 2 * heads + value
     layer = mixer + 3 * hidden * 5632 + 2 * hidden
-    assert gated.parameters(GATED) == 2 * 32000 * hidden + hidden + 21 * layer
-    assert gated.parameters(GATED) == pytest.approx(1.3873e9, rel=1e-4)  # flash-linear-attention's default model
+    assert cost.parameters(GATED) == 2 * 32000 * hidden + hidden + 21 * layer
+    assert cost.parameters(GATED) == pytest.approx(1.3873e9, rel=1e-4)  # flash-linear-attention's default model
 
 
 def parameters_of(config: Config) -> int:
@@ -144,18 +143,17 @@ def parameters_of(config: Config) -> int:
 def test_rank_parameters_are_those_of_the_model(ranks: Any, tmp_path: Path, model: str) -> None:
     for tp in (1, 2):
         config = small_config(tmp_path, f"parallel.tp={tp}", model=model)
-        cost = family.flops(config.model.family)
         assert ranks(tp, parameters_of, config=config) == [cost.rank_parameters(config.model, tp, 1, 0)] * tp
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_rank_parameters_add_up(tied: bool) -> None:
     model = LARGE.model_copy(update={"tie_embeddings": tied, "vocab_size": 31990})
-    whole = flops.parameters(model)
+    whole = cost.parameters(model)
     table, norms = 32000 * 2048, 24 * (2 * 2048 + 128) + 2048
-    assert whole == flops.parameters(LARGE) - tied * table
-    assert 4 * flops.rank_parameters(model, tp=4, pp=1, stage=0) == whole + 3 * norms
-    stages = [flops.rank_parameters(model, tp=1, pp=3, stage=stage) for stage in range(3)]
+    assert whole == cost.parameters(LARGE) - tied * table
+    assert 4 * cost.rank_parameters(model, tp=4, pp=1, stage=0) == whole + 3 * norms
+    stages = [cost.rank_parameters(model, tp=1, pp=3, stage=stage) for stage in range(3)]
     assert sum(stages) == whole + tied * table  # the last stage has its own copy of a tied embedding
     assert stages[0] - stages[1] == table and stages[2] - stages[1] == table + 2048
 
@@ -163,7 +161,7 @@ def test_rank_parameters_add_up(tied: bool) -> None:
 def test_memory_follows_precision_and_layout() -> None:
     config = Config(model=LARGE, parallel=Parallel(tp=2, sp=True))
     ours = estimate(config, world_size=8)
-    count = flops.rank_parameters(LARGE, tp=2, pp=1, stage=0)
+    count = cost.rank_parameters(LARGE, tp=2, pp=1, stage=0)
     assert (ours.dp, ours.parameters) == (4, 1_365_677_056)
     assert (ours.memory.weights, ours.memory.gradients, ours.memory.optimizer) == (2 * count, 4 * count, 3 * count)
     rows = config.data.seq_length + 8 * 5
@@ -205,7 +203,7 @@ def test_estimate_refuses_a_world_that_does_not_fit() -> None:
 
 
 def test_estimate_imports_neither_torch_nor_megatron() -> None:
-    code = "import sys, megatron_refine.estimate; from megatron_refine.models import family; family.flops('delta_net');"
+    code = "import sys, megatron_refine.estimate; from megatron_refine.models import family; family.every();"
     code += "sys.exit('torch' in sys.modules or 'megatron' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 

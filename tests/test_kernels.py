@@ -20,12 +20,11 @@ from megatron_refine import extras
 from megatron_refine.config import ConfigError, load
 from megatron_refine.kernels import tuning
 from megatron_refine.kernels.tuning import waiting
-from megatron_refine.models import family
 from megatron_refine.models.family import FAMILIES
 from megatron_refine.platform import hardware
 from megatron_refine.warm import choose, run
 from megatron_refine.warm.driver import CARDS
-from megatron_refine.warm.passes import KINDS, shape
+from megatron_refine.warm.passes import KINDS, delta_rule, shape
 from megatron_refine.warm.worker import claim
 
 ROOT = Path(__file__).parents[1]
@@ -127,7 +126,7 @@ def test_a_table_is_what_runs_can_read(path: Path) -> None:
 @pytest.mark.parametrize("model", sorted(path.stem for path in (ROOT / "configs/models").glob("*.yaml")))
 def test_every_preset_has_pinned_kernels(model: str) -> None:
     config = load([BENCH], [f"model={model}"], FAMILIES)
-    rule = family.flops(config.model.family).delta_rule(config.model)
+    rule = delta_rule(config)
     assert bool(rule) == (config.model.family != "lact") == bool(shape(config))
     if rule:
         assert tuning.choices("sm_90", shape(config)) and tuning.expected("sm_90", shape(config), "main")

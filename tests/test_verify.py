@@ -15,17 +15,16 @@ from tests.test_convert import done
 
 def swap_parts() -> None:
     """On a rank: a mapping that takes q for k and k for q, in both directions."""
-    original = family.hf_format("delta_net")
+    original = family.layers
 
-    def tensors_of(model: Any) -> Any:
-        return [
-            dataclasses.replace(m, parts=(m.parts[1], m.parts[0], *m.parts[2:]))
-            if m.ours.endswith("in_proj.weight")
-            else m
-            for m in original.tensors(model)
-        ]
+    def swapped(m: Any) -> Any:
+        wrong = m.ours.endswith("in_proj.weight")
+        return dataclasses.replace(m, parts=(m.parts[1], m.parts[0], *m.parts[2:])) if wrong else m
 
-    family.hf_format = lambda name: dataclasses.replace(original, tensors=tensors_of)  # type: ignore[assignment]
+    def layers(model: Any) -> Any:
+        return [dataclasses.replace(x, tensors=tuple(map(swapped, x.tensors))) for x in original(model)]
+
+    family.layers = layers
 
 
 def test_verify_sees_a_wrong_mapping(ranks: Any, tmp_path: Path) -> None:

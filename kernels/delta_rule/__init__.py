@@ -1,15 +1,18 @@
 """The (gated) delta rule: one signature, and the one place that chooses the kernel."""
 
 import functools
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from megatron_refine import extras
+from megatron_refine.kernels import tuning
 from megatron_refine.kernels.delta_rule.chunk import chunk_delta_rule
 from megatron_refine.kernels.fused import fused
 from megatron_refine.kernels.places import Places
+from megatron_refine.platform import hardware
 from megatron_refine.platform.hardware import on_gpu
 
 
@@ -42,6 +45,15 @@ def delta_rule(
 
         return fla_delta_rule(q, k, v, beta, g, state)
     return chunk_delta_rule(q, k, v, beta, g, state)
+
+
+def used(costs: Sequence[Any], gpu: bool) -> str:
+    """Say what computes it on this machine, for layers of these costs (models/mixers/delta/cost.py)."""
+    if not gpu:
+        return "delta rule: torch"
+    names = (tuning.shape_name(cost.key_dim, cost.value_dim, cost.gated_rule) for cost in costs)
+    told = ", ".join(tuning.told(hardware.architecture(), name) for name in names)
+    return f"delta rule: flash-linear-attention {extras.FLA}, configurations {told}"
 
 
 @functools.cache

@@ -1,5 +1,7 @@
 """Softmax attention over a sliding window: of a stream, and of branches that continue it."""
 
+import importlib.util
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,6 +28,12 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     ago = torch.arange(window, device=q.device)[:, None] - torch.arange(-window, window, device=q.device)
     later = _attend(q[:, 1:].flatten(0, 1), keys, values, (ago >= 0) & (ago < window))
     return torch.cat([first, later.unflatten(0, (q.shape[0], -1)).flatten(1, 2)], 1)[:, :length]
+
+
+def used(gpu: bool) -> str:
+    """Say what computes it on this machine."""
+    flash = importlib.util.find_spec("flash_attn") is not None
+    return f"window attention: {('flash-attn' if flash else 'FlexAttention') if gpu else 'torch'}"
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

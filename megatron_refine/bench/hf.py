@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron_refine.config import Config, ConfigError
+from megatron_refine.models import family
 from megatron_refine.records import Batch
 
 
@@ -42,8 +43,9 @@ def ntp_step(config: Config) -> Callable[[Batch, int], dict[str, float]]:
 
 def build(config: Config) -> Any:
     """The model of the configuration in flash-linear-attention's class, on the CPU, in fp32."""
-    if config.model.family == "lact":
-        raise ConfigError("--hf: flash-linear-attention has no LaCT; use a DeltaNet or a Gated DeltaNet")
+    library = family.of(config.model.family).format.library
+    if library != "flash-linear-attention":
+        raise ConfigError(f"--hf: {config.model.family} is {library}'s; use a family of flash-linear-attention")
     try:
         import fla.models
         from transformers import AutoConfig, AutoModelForCausalLM

@@ -187,7 +187,7 @@ def write(model: nn.Module, tokens: Tensor, lengths: Tensor, draws: Tensor, temp
 
 
 def _recurrent(model: nn.Module) -> bool:
-    from megatron_refine.models.common.delta import DeltaMixer
+    from megatron_refine.models.mixers.delta.mixer import DeltaMixer
 
     return any(isinstance(module, DeltaMixer) for module in model.modules())
 
@@ -195,7 +195,7 @@ def _recurrent(model: nn.Module) -> bool:
 @contextmanager
 def unpadded(model: nn.Module, lengths: Tensor) -> Iterator[None]:
     """Within, the mixers of the delta rule see the first lengths[b] rows of each sequence alone."""
-    from megatron_refine.models.common.delta import DeltaMixer
+    from megatron_refine.models.mixers.delta.mixer import DeltaMixer
 
     mixers = [module for module in model.modules() if isinstance(module, DeltaMixer)]
     for mixer in mixers:

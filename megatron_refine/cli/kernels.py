@@ -21,7 +21,7 @@ from megatron_refine import config as configuration
 from megatron_refine import extras, usage
 from megatron_refine.config.paths import path_argument
 from megatron_refine.files import write_json
-from megatron_refine.models import family
+from megatron_refine.models.cost import operations
 from megatron_refine.models.family import FAMILIES
 
 
@@ -67,7 +67,7 @@ def _none(config: configuration.Config) -> str:
 
 def _warm(options: argparse.Namespace) -> str:
     config = _load(options)
-    if not family.flops(config.model.family).delta_rule(config.model):
+    if "delta_rule" not in operations(config.model):
         return _none(config)
     jobs = options.jobs or len(os.sched_getaffinity(0))
     if jobs < 1:
@@ -93,7 +93,7 @@ def _warm(options: argparse.Namespace) -> str:
 
 def _measure(options: argparse.Namespace) -> str:
     config = _load(options)
-    if not family.flops(config.model.family).delta_rule(config.model):
+    if "delta_rule" not in operations(config.model):
         return _none(config)
     extras.check_triton()
     from megatron_refine.warm import measure

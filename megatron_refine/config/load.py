@@ -3,7 +3,7 @@
 import difflib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,7 +19,7 @@ from megatron_refine.config.words import Said, read_yaml, settle, spell
 S = TypeVar("S", bound=BaseModel)
 
 
-def load(paths: str | Path | list[str], overrides: list[str], families: dict[str, type[ModelConfig]]) -> Config:
+def load(paths: str | Path | list[str], overrides: list[str], families: Mapping[str, type[ModelConfig]]) -> Config:
     """Read a file, or several of which later ones win, apply `key.sub=value` overrides, validate.
 
     `model=NAME` takes the model of configs/models/NAME.yaml, `model=FILE` that of a YAML file. `families` maps
@@ -119,7 +119,10 @@ def files_and_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def absolute(
-    files: Sequence[str], overrides: Sequence[str], families: dict[str, type[ModelConfig]], before: Sequence[str] = ()
+    files: Sequence[str],
+    overrides: Sequence[str],
+    families: Mapping[str, type[ModelConfig]],
+    before: Sequence[str] = (),
 ) -> list[str]:
     """Return overrides that give the same configuration in any working directory and environment.
 

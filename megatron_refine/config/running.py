@@ -57,8 +57,8 @@ class Engine(Section):
 
     kind: Literal["native", "sglang"] = Field(
         "native",
-        description="`native`: the trainer's own model, forked. `sglang`: SGLang servers with a copy of the weights "
-        "(DeltaNet, Gated DeltaNet).",
+        description="`native`: the trainer's own model, forked. `sglang`: SGLang servers with a copy of the weights, "
+        "for the families that docs/sglang.md names.",
     )
     cuda_graphs: Literal["auto", "true", "false"] = Field(
         "auto",

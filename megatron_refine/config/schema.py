@@ -1,7 +1,7 @@
 """The configuration as a whole, and the model's section. Nothing here imports torch."""
 
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 from pydantic import Field, create_model
@@ -17,6 +17,9 @@ class ModelConfig(Section):
 
     A family is a folder of `models/` and adds keys of its own (in its `config.py`).
     """
+
+    served: ClassVar[bool] = False
+    """Whether there is a model of the family for SGLang."""
 
     family: str = Field(description="Name of the family. Each has its keys in a table below.")
     vocab_size: int = Field(ge=2, description="Number of token ids. The embedding is padded to a multiple of 128 rows.")

@@ -52,7 +52,7 @@ def model_of(config: dict[str, Any], where: str) -> ModelConfig:
 
 def fresh_config(model: ModelConfig, dtype: str) -> dict[str, Any]:
     """A complete config.json of a model that came from none. `dtype`: as torch_dtype, e.g. bfloat16."""
-    described = family.hf_format(model.family)
+    described = family.of(model.family).format
     tree: dict[str, Any] = {"architectures": [described.architecture], "model_type": described.model_type}
     values = {field: (getattr(model, key.ours), key.null) for field, key in described.fields.items()}
     tree |= {field: None if value == null else value for field, (value, null) in values.items()}
@@ -63,7 +63,7 @@ def fresh_config(model: ModelConfig, dtype: str) -> dict[str, Any]:
 
 
 def _family(config: dict[str, Any], where: str) -> tuple[str, Format]:
-    formats = {name: family.hf_format(name) for name in family.FAMILIES}
+    formats = {each.name: each.format for each in family.every()}
     found = config.get("model_type")
     for name, described in formats.items():
         if described.model_type == found:

@@ -15,15 +15,14 @@ class Converter:
     """The tensors of a model on both sides. Megatron's go by their global names, as in `decoder.layers.3.*`."""
 
     def __init__(self, model: ModelConfig):
-        self.format = family.hf_format(model.family)
-        described = self.format.tensors(model)
-        layers = range(model.num_layers)
+        self.format = family.of(model.family).format
         self._mappings: dict[str, Mapping] = {}
         self._kinds: dict[str, str] = {}
-        for mapping in described:
-            for i in layers if "{}" in mapping.ours else [0]:
-                filled = at_layer(mapping, i)
-                self._mappings[filled.ours], self._kinds[filled.ours] = filled, mapping.ours
+        frame = [(mapping, 0) for mapping in self.format.frame(model)]
+        layers = [(mapping, i) for i, layer in enumerate(family.layers(model)) for mapping in layer.tensors]
+        for mapping, i in frame + layers:
+            filled = at_layer(mapping, i)
+            self._mappings[filled.ours], self._kinds[filled.ours] = filled, mapping.ours
         self.megatron_shapes: dict[str, Shape] = {name: m.shape for name, m in self._mappings.items()}
         self.hf_shapes: dict[str, Shape] = {}
         for filled in self._mappings.values():

@@ -14,34 +14,35 @@ from megatron_refine.config import Config
 from megatron_refine.engine.checksum import checksum
 from megatron_refine.engine.errors import ServerError
 from megatron_refine.engine.server import Server
+from megatron_refine.models.family import Serving
 from megatron_refine.platform import hardware
 from megatron_refine.trainer import forward, head
 
 PROMPT, CONTINUATION = 70, 6  # tokens: past a chunk of the kernels, and some of decoding
-BY_ROWS = ("o_proj.weight", "down_proj.weight")  # cut along their columns over a server's tp
-WHOLE = ("norm.weight",)
 DEFAULT_GAP = {"fp32": 1e-3, "bf16": 0.05}
 Sums = dict[str, list[str]]
 """Name of a tensor -> its checksum on each rank of a server."""
 
 
-def server_part(name: str, whole: Tensor, rank: int, tp: int) -> Tensor:
-    """What a server's rank holds of a tensor in Hugging Face's format: models/common/delta_serve.py."""
-    if tp == 1 or name.endswith(WHOLE):
+def server_part(serving: Serving, name: str, whole: Tensor, rank: int, tp: int) -> Tensor:
+    """Return what a server's rank holds of a tensor in Hugging Face's format."""
+    if tp == 1 or name.endswith(serving.whole):
         return whole
-    if name.endswith(BY_ROWS):
+    if name.endswith(serving.by_columns):
         return whole.chunk(tp, 1)[rank]
     size = -(-len(whole) // tp)  # a vocabulary that tp does not divide is padded with zeros
     part = whole[rank * size : (rank + 1) * size]
     return torch.cat([part, part.new_zeros(size - len(part), *part.shape[1:])])
 
 
-def expected_checksums(tensors: Iterable[tuple[str, Tensor]], kinds: set[tuple[int, str]]) -> dict[Any, Sums]:
+def expected_checksums(
+    serving: Serving, tensors: Iterable[tuple[str, Tensor]], kinds: set[tuple[int, str]]
+) -> dict[Any, Sums]:
     """Return, for each kind of server (tp, device), the checksums that the trainer's tensors should have there."""
     found: dict[Any, Sums] = {kind: {} for kind in kinds}
     for name, whole in tensors:
         for (tp, device), sums in found.items():
-            sums[name] = [checksum(server_part(name, whole, rank, tp), device) for rank in range(tp)]
+            sums[name] = [checksum(server_part(serving, name, whole, rank, tp), device) for rank in range(tp)]
     return found
 
 

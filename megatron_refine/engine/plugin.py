@@ -16,11 +16,11 @@ from sglang.srt.runtime_context import get_parallel
 from transformers import AutoConfig, PretrainedConfig
 
 from megatron_refine.config import ModelConfig
-from megatron_refine.config.checks import SERVED
 from megatron_refine.convert import inventory
 from megatron_refine.convert.fields import model_of
 from megatron_refine.convert.mapping import Converter
 from megatron_refine.models import family
+from megatron_refine.models.family import Family
 
 BACKENDS = "sglang.srt.layers.attention.hybrid_linear_attn_backend"
 
@@ -59,7 +59,7 @@ class ServedConfig(PretrainedConfig):
 
     def todays_name(self, stored: str) -> str | None:
         """Return the model's name of a folder's tensor; None where no computation reads it."""
-        return inventory.todays_name(family.hf_format(self.family), stored)
+        return inventory.todays_name(family.of(self.family).format, stored)
 
     @property
     def full_attention_layer_ids(self) -> list[int]:
@@ -92,29 +92,24 @@ class ServedConfig(PretrainedConfig):
         return Mamba2CacheParams(shape=shape, layers=self.linear_layer_ids, dtype=dtype)
 
 
-class DeltaNetServed(ServedConfig):
-    family, model_type = "delta_net", "delta_net"
+def _config_of(each: Family) -> type[ServedConfig]:
+    """Make the class of a family's config.json, under a name of this module: SGLang sends its objects to processes."""
 
-    def __init__(self, **fields: Any):  # transformers replaces that of a subclass without one
-        super().__init__(**fields)
+    def __init__(self: Any, **fields: Any) -> None:  # transformers replaces that of a subclass without one
+        ServedConfig.__init__(self, **fields)
 
-
-class GatedDeltaNetServed(ServedConfig):
-    family, model_type = "gated_delta_net", "gated_deltanet"
-
-    def __init__(self, **fields: Any):
-        super().__init__(**fields)
+    own = {"family": each.name, "model_type": each.format.model_type, "__init__": __init__, "__module__": __name__}
+    return type(f"{each.format.architecture}Config", (ServedConfig,), own)
 
 
-CONFIGS = (DeltaNetServed, GatedDeltaNetServed)
+CONFIGS = {each.name: _config_of(each) for each in family.every() if each.serving}
+globals().update({config.__name__: config for config in CONFIGS.values()})
 
 
 def register() -> None:
-    """Config, state and model of every family that is served."""
-    assert {config.family for config in CONFIGS} == set(SERVED)
-    for config in CONFIGS:
-        described = family.hf_format(config.family)
-        assert config.model_type == described.model_type
+    """Teach SGLang the config, state and model of every family that is served."""
+    for name, config in CONFIGS.items():
+        described = family.of(name).format
         AutoConfig.register(described.model_type, config, exist_ok=True)
         register_linear_attn_model(
             LinearAttnModelSpec(
@@ -126,4 +121,4 @@ def register() -> None:
                 support_mamba_cache=True,
             )
         )
-        ModelRegistry.models[described.architecture] = family.serve(config.family).MODEL
+        ModelRegistry.models[described.architecture] = family.serve(name).MODEL

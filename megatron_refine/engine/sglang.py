@@ -25,6 +25,7 @@ from megatron_refine.engine.control import Control
 from megatron_refine.engine.errors import EngineError, ServerError
 from megatron_refine.engine.fleet import Fleet, client
 from megatron_refine.engine.server import Server
+from megatron_refine.models import family
 from megatron_refine.platform import hardware
 from megatron_refine.records import RolloutRequest, Rollouts
 from megatron_refine.trainer.export import (
@@ -191,8 +192,10 @@ class SGLangEngine:
         self.guard_seconds += time.perf_counter() - start
 
     def _expected(self, kinds: set[tuple[int, str]]) -> dict[Any, guard.Sums]:
+        serving = family.of(self.config.model.family).serving
+        assert serving, "the configuration refuses other families"
         with to_the_end(stage_tensors(self.model, self.converter, self.ranks)) as tensors:
-            return guard.expected_checksums(tensors, kinds)
+            return guard.expected_checksums(serving, tensors, kinds)
 
     def _recover(self, version: int, error: str) -> None:
         """Bring all servers to `version` through the disk, again and again within the budget. Raises EngineError."""

@@ -7,7 +7,7 @@ backward pass is two forward passes, recomputed activations are not counted.
 from dataclasses import dataclass
 
 from megatron_refine.config import Config
-from megatron_refine.models import family
+from megatron_refine.models import cost, family
 
 
 @dataclass(frozen=True)
@@ -76,17 +76,17 @@ def total_steps(config: Config) -> int:
 
 def _forward(config: Config) -> tuple[int, int, int, int]:
     """Forward FLOPs a sequence: the main stream, its forks, the branch rows, the rollouts token by token."""
-    r, model, cost = config.refine, config.model, family.flops(config.model.family)
+    r, model = config.refine, config.model
     head, length, rollouts = cost.head_flops(model), config.data.seq_length, r.num_chunks * r.num_rollouts
 
     def layers(rows: int, stream: int) -> int:
-        return rows * model.num_layers * sum(cost.layer_flops(model, stream).values())
+        return rows * cost.stack_flops(model, stream)
 
     main = layers(length, length) + length * head
     if not r.enabled:
         return main, 0, 0, 0
     later_heads = rollouts * (r.rollout_len - 1) * head  # the first token is predicted by a main row
-    forks = r.num_chunks * model.num_layers * cost.fork_flops(model)
+    forks = r.num_chunks * sum(layer.cost.fork_flops() for layer in family.layers(model))
     branch = layers(rollouts * r.rollout_len, r.rollout_len) + later_heads
     decode = layers(rollouts * r.rollout_len, 1) + later_heads + r.num_chunks * head
     return main, forks, branch, decode

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from megatron_refine.config import Config
-from megatron_refine.models import family
+from megatron_refine.models import cost
+from megatron_refine.models.layer import Layer
 
 # logits that exist at a time (trainer/head.py): in chunks of rows; on a GPU all of them, up to the second number
 HEAD_ELEMENTS, GPU_HEAD_ELEMENTS = 1 << 22, (1 << 26, 1 << 29)
@@ -37,7 +38,7 @@ def rank_memory(config: Config, dp: int, stage: int, gpu: bool = True) -> RankMe
     """The memory of a rank of pipeline stage `stage`, with `dp` data parallel ranks. gpu: by the kernels of a GPU; else
     by torch on a CPU."""
     p = config.parallel
-    count = family.flops(config.model.family).rank_parameters(config.model, p.tp, p.pp, stage)
+    count = cost.rank_parameters(config.model, p.tp, p.pp, stage)
     bf16 = config.train.precision == "bf16"
     last = stage == p.pp - 1
     return RankMemory(
@@ -45,9 +46,9 @@ def rank_memory(config: Config, dp: int, stage: int, gpu: bool = True) -> RankMe
         weights=count * itemsize(config),
         gradients=count * FP32,
         optimizer=count * (12 if bf16 else 8) // (dp * p.cp),
-        activations=max(_activations(config, dp, stage, gpu), handles(config, dp, gpu)),
+        activations=max(_activations(config, dp, stage, gpu), handles(config, dp, stage, gpu)),
         head=_head(config, gpu) if last else 0,
-        states=_states(config) if config.refine.enabled else 0,
+        states=_states(config, stage) if config.refine.enabled else 0,
     )
 
 
@@ -67,17 +68,20 @@ def _activations(config: Config, dp: int, stage: int, gpu: bool) -> int:
     stage holds one micro-batch more for each stage that follows."""
     p, model, size = config.parallel, config.model, itemsize(config)
     cut = p.cp * (p.tp if p.sp else 1)  # of whole rows
-    modules = module_bytes(config, gpu)
-    layers, layer_input = model.num_layers // p.pp, _rows(config) * model.hidden_size * size / cut
+    layers = cost.grouped(cost.stage_layers(model, p.pp, stage))
+    modules = [(module_bytes(config, layer, gpu), count) for layer, count in layers]
+    layer_input = _rows(config) * model.hidden_size * size / cut
     in_flight = min(p.pp - stage, _update_size(config) // (dp * config.train.micro_batch_size))
     ends = 0.0
     if stage == p.pp - 1:  # the final norm, as those of the layers; what it returns is gathered over tp
         ends = layer_input * (1 if gpu else 2) + _rows(config) * model.hidden_size * size / p.cp
     if config.train.recompute == "full":
-        return round(in_flight * layers * layer_input + sum(modules.values()) + ends)
-    again = {name: modules[name] for name in recomputed(config)}
-    kept = sum(modules.values()) - sum(again.values())
-    return round(in_flight * layers * kept + max(again.values(), default=0) + ends)
+        inputs = layer_input * model.num_layers // p.pp
+        return round(in_flight * inputs + max(sum(found.values()) for found, _ in modules) + ends)
+    names = recomputed(config)
+    kept = sum(count * size for found, count in modules for name, size in found.items() if name not in names)
+    again = max((found[name] for found, _ in modules for name in names), default=0)
+    return round(in_flight * kept + again + ends)
 
 
 def _update_size(config: Config) -> int:
@@ -89,16 +93,16 @@ def _update_size(config: Config) -> int:
     return config.mini_batch_at(start, config.refine.enabled)
 
 
-def handles(config: Config, dp: int, gpu: bool) -> int:
+def handles(config: Config, dp: int, stage: int, gpu: bool) -> int:
     """Bytes of the handles of a two-pass update's score pass, of the micro-batches that are in the pipeline at once. A
     fused update keeps the same tensors for its backward pass."""
     if not config.refine.enabled or config.fused:
         return 0
     p, model, length = config.parallel, config.model, config.data.seq_length
-    row = family.flops(model.family).handle_bytes(model, itemsize(config), length, gpu, p.cp)
+    own = cost.stage_layers(model, p.pp, stage)
+    row = sum(layer.cost.handle_bytes(itemsize(config), length, gpu, p.cp) for layer in own)
     wave = min(p.pp, config.train.global_batch_size // (dp * config.train.micro_batch_size))
-    layers = model.num_layers // p.pp
-    return round(wave * config.train.micro_batch_size * length * layers * row / (p.tp * p.cp))
+    return round(wave * config.train.micro_batch_size * length * row / (p.tp * p.cp))
 
 
 def recomputed(config: Config) -> list[str]:
@@ -107,16 +111,17 @@ def recomputed(config: Config) -> list[str]:
     return list(dict.fromkeys(modules[config.train.recompute]))
 
 
-def module_bytes(config: Config, gpu: bool) -> dict[str, float]:
-    """Bytes kept for the backward pass of one layer and micro-batch, branches included: `norms`, `mixer`, `mlp`."""
+def module_bytes(config: Config, layer: Layer, gpu: bool) -> dict[str, float]:
+    """Bytes kept for the backward pass of a layer and micro-batch, branches included: `norms`, `mixer`, `mlp`."""
     p, r, micro, length = config.parallel, config.refine, config.train.micro_batch_size, config.data.seq_length
-    saved = family.flops(config.model.family).saved_bytes(config.model, itemsize(config), length, gpu)
+    saved = layer.cost.saved_bytes(itemsize(config), length, gpu)
+    frame = cost.saved_frame(config.model, itemsize(config), gpu)
     rows, shards = _rows(config), p.tp * p.cp
     mixer = rows * (saved.heads + saved.travelled * (p.cp > 1))
     if r.enabled:
         mixer += micro * r.num_chunks * (saved.position + r.num_rollouts * saved.rollout)
-    norms = rows * saved.rows / (p.cp * (p.tp if p.sp else 1))
-    return {"norms": norms, "mixer": mixer / shards + saved.fixed, "mlp": rows * saved.mlp / shards}
+    norms = rows * frame.norms / (p.cp * (p.tp if p.sp else 1))
+    return {"norms": norms, "mixer": mixer / shards + saved.fixed, "mlp": rows * frame.mlp / shards}
 
 
 def _head(config: Config, gpu: bool) -> int:
@@ -129,9 +134,10 @@ def _head(config: Config, gpu: bool) -> int:
     return 2 * chunk * itemsize(config) + vocab * config.model.hidden_size * FP32
 
 
-def _states(config: Config) -> int:
+def _states(config: Config, stage: int) -> int:
     """The state at each of the B c positions, and one for each of their n rollouts."""
     r, model = config.refine, config.model
     positions = config.train.micro_batch_size * r.num_chunks
-    p, layer = config.parallel, family.flops(model.family).state_bytes(model, itemsize(config))
-    return positions * (1 + r.num_rollouts) * model.num_layers // p.pp * (layer // (p.tp * p.cp))
+    p = config.parallel
+    own = sum(layer.cost.state_bytes(itemsize(config)) for layer in cost.stage_layers(model, p.pp, stage))
+    return positions * (1 + r.num_rollouts) * (own // (p.tp * p.cp))

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 
 from megatron_refine.config import Config
-from megatron_refine.models import family
+from megatron_refine.models import cost
 
 
 def hidden_seconds(
@@ -22,7 +22,7 @@ def hidden_seconds(
     if config.train.overlap == "false":
         return 0.0
     p = config.parallel
-    count = family.flops(config.model.family).rank_parameters(config.model, p.tp, p.pp, p.pp - 1)
+    count = cost.rank_parameters(config.model, p.tp, p.pp, p.pp - 1)
     share = 1 - 1 / max(1, math.ceil(count / (config.train.bucket_millions * 1e6)))
     sent = refine and config.engine.kind == "sglang"
     reduced, gathered = (exchanged.get(("dp", op), 0.0) * share for op in ("reduce_scatter", "all_gather"))

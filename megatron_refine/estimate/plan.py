@@ -9,7 +9,7 @@ from megatron_refine.estimate.table import render
 from megatron_refine.estimate.timing import collective_seconds
 from megatron_refine.estimate.total import estimate
 from megatron_refine.estimate.traffic import step_traffic
-from megatron_refine.models import family
+from megatron_refine.models import cost, family
 
 SHOWN = 8  # layouts
 
@@ -86,9 +86,9 @@ def _fit(layout: Layout, hardware: Hardware) -> str:
 def _server(config: Config) -> list[str]:
     if config.engine.kind != "sglang":
         return []
-    cost, model, tp = family.flops(config.model.family), config.model, config.engine.tp
+    model, tp = config.model, config.engine.tp
     weights = cost.parameters(model) * itemsize(config) / tp / 2**30
-    state = cost.state_bytes(model, itemsize(config)) * model.num_layers / tp / 2**30
+    state = sum(layer.cost.state_bytes(itemsize(config)) for layer in family.layers(model)) / tp / 2**30
     requests = config.engine.max_requests
     return [
         f"a GPU of an SGLang server, tp {tp}: weights {weights:.2f} GiB, states of {requests} requests "

@@ -11,7 +11,7 @@ from megatron_refine.estimate.hardware import Hardware
 from megatron_refine.estimate.memory import itemsize, recomputed
 from megatron_refine.estimate.overlap import hidden_seconds
 from megatron_refine.estimate.traffic import Traffic, step_traffic
-from megatron_refine.models import family
+from megatron_refine.models import cost, family
 
 KERNELS = 25  # a layer's in a step of decoding
 HIDDEN = "of these beside passes"  # collectives, as a negative number of seconds
@@ -101,15 +101,15 @@ def _computing(
 
 def recomputed_share(config: Config) -> float:
     """Return the share of a layer's forward pass that the backward pass runs again."""
-    layer = family.flops(config.model.family).layer_flops(config.model, config.data.seq_length)
-    mlp = layer["mlp"] / sum(layer.values())
+    model, length = config.model, config.data.seq_length
+    mlp = sum(cost.layer_flops(model, x, length)["mlp"] for x in family.layers(model)) / cost.stack_flops(model, length)
     return sum({"mlp": mlp, "mixer": 1 - mlp}[name] for name in recomputed(config))
 
 
 def _decoding(config: Config, micros: int, hardware: Hardware) -> tuple[float, float]:
     """A token of all branches: this rank's weights are read, or its kernels started, whichever takes longer."""
     p, model = config.parallel, config.model
-    weights = family.flops(model.family).rank_parameters(model, p.tp, p.pp, p.pp - 1) * itemsize(config)
+    weights = cost.rank_parameters(model, p.tp, p.pp, p.pp - 1) * itemsize(config)
     reading = weights / hardware.memory_bandwidth
     starting = KERNELS * model.num_layers / p.pp * hardware.launch * (0.1 if config.cuda_graphs else 1.0)
     steps = micros * config.refine.rollout_len * (2 * p.pp - 1 if p.pp > 1 else 1)
@@ -118,10 +118,11 @@ def _decoding(config: Config, micros: int, hardware: Hardware) -> tuple[float, f
 
 def _fullest_stage(config: Config) -> float:
     """Work of the last pipeline stage / the mean."""
-    cost, model = family.flops(config.model.family), config.model
-    layers = model.num_layers * sum(cost.layer_flops(model, config.data.seq_length).values())
-    head, pp = cost.head_flops(model), config.parallel.pp
-    return (layers / pp + head) / ((layers + head) / pp)
+    model, length, pp = config.model, config.data.seq_length, config.parallel.pp
+    own = cost.grouped(cost.stage_layers(model, pp, pp - 1))
+    last = sum(n * sum(cost.layer_flops(model, layer, length).values()) for layer, n in own)
+    head = cost.head_flops(model)
+    return (last + head) / ((cost.stack_flops(model, length) + head) / pp)
 
 
 def collective_seconds(config: Config, dp: int, hardware: Hardware, traffic: Traffic) -> float:
@@ -151,6 +152,6 @@ def _spread(config: Config, dp: int, axis: str) -> tuple[int, int]:
 
 def sync_seconds(config: Config, hardware: Hardware) -> tuple[float, float]:
     """The weights, broadcast to the servers over the network: at a link's share, and at a third of that."""
-    weights = family.flops(config.model.family).parameters(config.model) * itemsize(config)
+    weights = cost.parameters(config.model) * itemsize(config)
     best = weights / (hardware.network_bandwidth * hardware.reached_bandwidth)
     return best, 3 * best

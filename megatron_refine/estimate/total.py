@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from megatron_refine.config import Config, check_world_size
 from megatron_refine.estimate.flops import StepFlops, step_flops
 from megatron_refine.estimate.memory import RankMemory, fullest_rank
-from megatron_refine.models import family
+from megatron_refine.models import cost
 
 
 @dataclass(frozen=True)
@@ -24,5 +24,5 @@ def estimate(config: Config, world_size: int) -> Estimate:
     Raises ConfigError where the ranks do not fit the layout.
     """
     dp = check_world_size(config, world_size)
-    parameters = family.flops(config.model.family).parameters(config.model)
+    parameters = cost.parameters(config.model)
     return Estimate(config, world_size, dp, parameters, fullest_rank(config, dp), step_flops(config))

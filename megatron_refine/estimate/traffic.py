@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from megatron_refine.config import Config
 from megatron_refine.estimate.memory import itemsize, recomputed
-from megatron_refine.models import family
+from megatron_refine.models import cost
 
 FP32, INT64, BOOL = 4, 8, 1
 
@@ -76,7 +76,8 @@ def passes(config: Config, dp: int, refine: bool) -> list[Pass]:
 
 def _of_pass(config: Config, each: Pass, stage: int) -> Iterator[Traffic]:
     p, model, size = config.parallel, config.model, itemsize(config)
-    rows, layers = each.padded(config) * each.batch, model.num_layers // p.pp
+    rows, own = each.padded(config) * each.batch, cost.stage_layers(model, p.pp, stage)
+    layers = len(own)
     first, last = stage == 0, stage == p.pp - 1
     hidden = rows * model.hidden_size * size
     again = layers * each.backward * len(recomputed(config))  # modules that run again
@@ -94,9 +95,10 @@ def _of_pass(config: Config, each: Pass, stage: int) -> Iterator[Traffic]:
         yield traffic("tp", "reduce_scatter", 2 * ahead + inner + starts + 2 * back + last * each.backward, hidden)
     else:
         yield traffic("tp", "all_reduce", 2 * ahead + inner + starts + 2 * back + last * each.backward, hidden)
-    before, after = family.flops(model.family).exchanged_columns(model)
-    exchanges = ahead + back + layers * each.backward * ("mixer" in recomputed(config))
-    yield traffic("cp", "all_to_all", 2 * exchanges, rows * (before + after) / 2 // p.tp * size)
+    exchanges = each.forward + each.backward + each.backward * ("mixer" in recomputed(config))  # of a layer
+    for layer, count in cost.grouped(own):
+        columns = sum(layer.cost.exchanged_columns()) / 2
+        yield traffic("cp", "all_to_all", 2 * exchanges * count, rows * columns // p.tp * size)
     if last:
         yield from _of_head(config, each, traffic)
     travelled = hidden // (p.tp if sharded else 1)
@@ -143,11 +145,10 @@ def _shared_rows(config: Config, micros: int) -> Iterator[Traffic]:
 def _of_update(config: Config, dp: int, stage: int, updates: int) -> Iterator[Traffic]:
     """Once an optimizer step: gradients in fp32, the new weights, norms' gradients that tp ranks hold parts of."""
     p, model = config.parallel, config.model
-    cost = family.flops(model.family)
-    count, layers = cost.rank_parameters(model, p.tp, p.pp, stage), model.num_layers // p.pp
+    count, own = cost.rank_parameters(model, p.tp, p.pp, stage), cost.stage_layers(model, p.pp, stage)
     yield Traffic("step", "dp", "reduce_scatter", updates, updates * count * FP32)
     yield Traffic("step", "dp", "all_gather", updates, updates * count * itemsize(config))
-    yield Traffic("step", "tp", "all_reduce", updates, updates * layers * cost.head_norm_width(model) * FP32)
+    yield Traffic("step", "tp", "all_reduce", updates, updates * sum(layer.cost.head_norm for layer in own) * FP32)
     if p.sp:
-        norms = (2 * layers + (stage == p.pp - 1)) * model.hidden_size
+        norms = (2 * len(own) + (stage == p.pp - 1)) * model.hidden_size
         yield Traffic("step", "tp", "all_reduce", updates, updates * norms * FP32)

@@ -13,31 +13,41 @@ from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_bac
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from megatron_refine.config import Config, ConfigError
 from megatron_refine.models import family
 from megatron_refine.models.common.norm import RMSNorm
+from megatron_refine.models.layer import Layer
 
 _SEQUENCE_FLAGS = ("sequence_parallel", "reduce_scatter_embeddings")  # where Megatron's modules keep the choice
 
 
 def block_spec(config: Config, megatron: TransformerConfig) -> TransformerBlockSubmodules:
-    """Norm, mixer, norm, gated MLP; the mixer is the family's. Raises ConfigError."""
-    layer = ModuleSpec(
+    """Describe this pipeline stage's layers to Megatron. Raises ConfigError."""
+    mlp, first = get_mlp_module_spec_for_backend(provider(linears(config))), get_transformer_layer_offset(megatron)
+    own = family.layers(config.model)[first : first + get_num_layers_to_build(megatron)]
+    return TransformerBlockSubmodules(layer_specs=[_layer_spec(layer, mlp) for layer in own], layer_norm=RMSNorm)
+
+
+def _layer_spec(layer: Layer, mlp: ModuleSpec) -> ModuleSpec:
+    return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
-            self_attention=ModuleSpec(module=family.mixer(config.model.family), params={"model": config.model}),
+            self_attention=ModuleSpec(module=layer.mixer_class(), params={"model": layer.settings}),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
-            mlp=get_mlp_module_spec_for_backend(backend=provider(linears(config))),
+            mlp=mlp,
             mlp_bda=get_bias_dropout_add,
         ),
     )
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(megatron), layer_norm=RMSNorm)
 
 
 def linears(config: Config) -> str:

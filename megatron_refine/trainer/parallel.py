@@ -10,7 +10,7 @@ from torch import Tensor
 from megatron_refine import extras
 from megatron_refine.config import Config, check_world_size
 from megatron_refine.kernels import tuning
-from megatron_refine.models import family
+from megatron_refine.models.cost import operations
 from megatron_refine.platform import hardware, rendezvous
 from megatron_refine.platform.megatron.install import install
 
@@ -54,7 +54,7 @@ def join(config: Config) -> None:
     """Join the default group if there is none. Raises ConfigError where the ranks do not fit the layout, or a GPU lacks
     its kernels."""
     install()
-    if hardware.architecture() and family.flops(config.model.family).delta_rule(config.model):
+    if hardware.architecture() and "delta_rule" in operations(config.model):
         extras.check_fla()
     tuning.configure(config.train.autotune)
     check_world_size(config, dist.get_world_size() if dist.is_initialized() else rendezvous.world_size())

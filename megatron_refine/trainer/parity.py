@@ -15,6 +15,7 @@ from megatron_refine.config import Config
 from megatron_refine.convert.errors import ConversionError
 from megatron_refine.convert.source import HFSource
 from megatron_refine.exchange import everyones_tensors
+from megatron_refine.models import family
 from megatron_refine.models.layout import Branches
 from megatron_refine.trainer import forward
 from megatron_refine.trainer.gradients import accumulate
@@ -26,7 +27,7 @@ from megatron_refine.trainer.shards import full_shape, shard, unshard
 EXPECTED = "expected.safetensors"  # caseN.input_ids [B, T], .logits [B, T, V], .loss, .grad.<name of a tensor>
 # fp32 rounds at 6e-8; two implementations add in another order, through all layers, and gradients are sums of terms of
 # either sign. Newton-Schulz (Muon) turns small singular values up to one, and their rounding with them
-LOGIT_TOLERANCE, GRADIENT_TOLERANCE, MUON_FACTOR = 2e-5, 1e-4, 10.0
+LOGIT_TOLERANCE, GRADIENT_TOLERANCE = 2e-5, 1e-4
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ def _errors(
     config: Config, source: HFSource, case: str, expected: dict[str, Tensor], logits: Tensor, loss: float,
     gradients: dict[str, Tensor],
 ) -> Errors:  # fmt: skip
-    factor = MUON_FACTOR if getattr(config.model, "use_muon", False) else 1.0
+    factor = family.of(config.model.family).error_factor(config.model)
     truth = expected[f"{case}.logits"]
     found = {hf: part for name, grad in gradients.items() for hf, part in source.converter.to_hf(name, grad)}
     truths = {name: _expected_gradient(expected, case, name, source.stored[name]) for name in found}

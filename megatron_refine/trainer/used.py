@@ -1,13 +1,11 @@
 """What a run computes with, in one line: nothing of it is chosen silently."""
 
-import importlib.util
+from importlib import import_module
 from typing import Any
 
-from megatron_refine import extras
 from megatron_refine.config import Config, ModelConfig
 from megatron_refine.estimate.memory import recomputed
-from megatron_refine.kernels import tuning
-from megatron_refine.models import family
+from megatron_refine.models.cost import operations
 from megatron_refine.platform import hardware
 from megatron_refine.trainer.layers import linears
 
@@ -29,9 +27,7 @@ def used(config: Config, optimizers: list[Any]) -> str:
 def _kernels(model: ModelConfig) -> str:
     """What mixes a sequence on this machine."""
     gpu = hardware.has_gpu()
-    if rule := family.flops(model.family).delta_rule(model):
-        shape = tuning.shape_name(rule.key_dim, rule.value_dim, rule.gated_rule)
-        how = f", configurations {tuning.told(hardware.architecture(), shape)}" if gpu else ""
-        return f"delta rule: {f'flash-linear-attention {extras.FLA}' if gpu else 'torch'}{how}"
-    flash = importlib.util.find_spec("flash_attn") is not None
-    return f"window attention: {('flash-attn' if flash else 'FlexAttention') if gpu else 'torch'}"
+    parts = (
+        import_module(f"megatron_refine.kernels.{name}").used(costs, gpu) for name, costs in operations(model).items()
+    )
+    return "; ".join(parts)

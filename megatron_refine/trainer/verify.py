@@ -41,12 +41,12 @@ def verify(hf: Path, megatron: Path, to_hf: bool) -> Verdict:
     if theirs.model.model_dump(exclude={"init_std"}) != ours.model.model_dump(exclude={"init_std"}):
         raise ConversionError(f"{hf}: {theirs.model} is not the model of {megatron}: {ours.model}")
     dtype = _compare_tensors(theirs, ours, to_hf)
-    probe = family.hf_format(ours.model.family).probe(ours.model)
+    probe = family.of(ours.model.family).format.probe(ours.model)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, probe.vocab_size, (1, PROBE), generator=generator)
     with torch.no_grad():
         weights = cast_weights(theirs, dtype, torch.float32)
-        expected = family.reference(probe.family).logits(probe, weights, tokens)
+        expected = family.reference(probe)(probe, weights, tokens)
         found = _megatron_logits(probe, megatron, tokens, dtype)
     difference, scale = float((found - expected).abs().max()), float(expected.abs().max())
     if not difference <= TOLERANCE * max(scale, 1.0):

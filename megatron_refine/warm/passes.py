@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_refine.config import Config
 from megatron_refine.kernels.places import Places
 from megatron_refine.kernels.tuning import shape_name
-from megatron_refine.models import family
+from megatron_refine.models.cost import operations
 
 KINDS = ("main", "branch", "decode")
 LENGTH = 4096  # longer streams launch more blocks of the same kernels
@@ -22,8 +22,13 @@ LENGTH = 4096  # longer streams launch more blocks of the same kernels
 
 def shape(config: Config) -> str:
     """The shape that tables know the mixers' kernels by; "" where a family has no Triton kernels."""
-    rule = family.flops(config.model.family).delta_rule(config.model)
+    rule = delta_rule(config)
     return shape_name(rule.key_dim, rule.value_dim, rule.gated_rule) if rule else ""
+
+
+def delta_rule(config: Config) -> Any:
+    """Return the shape (`DeltaCost`) of the model's delta rule; None where there is none."""
+    return next(iter(operations(config.model).get("delta_rule", [])), None)
 
 
 def passes(config: Config, device: torch.device) -> dict[str, Callable[[], object]]:
@@ -59,7 +64,7 @@ def _mixed(
     from megatron_refine.kernels.delta_rule.fla import fla_delta_rule
     from megatron_refine.kernels.short_conv.gpu import gpu_convolved
 
-    rule = family.flops(config.model.family).delta_rule(config.model)
+    rule = delta_rule(config)
     shards = config.parallel.tp * config.parallel.cp
     size: dict[str, Any] = {"device": device, "requires_grad": True}
     low: dict[str, Any] = {"dtype": getattr(torch, config.train.dtype), **size}

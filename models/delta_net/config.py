@@ -1,6 +1,6 @@
 """The shape of a DeltaNet. No torch, no Megatron: a configuration error is instant."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
@@ -9,6 +9,8 @@ from megatron_refine.config import ModelConfig
 
 class DeltaNetConfig(ModelConfig):
     """DeltaNet. Names and defaults follow the config.json of released checkpoints."""
+
+    served: ClassVar[bool] = True
 
     family: Literal["delta_net"] = Field(description="DeltaNet (arXiv 2406.06484).")
     num_heads: int = Field(ge=1, description="Heads of the mixer. `tp*cp` must divide them.")

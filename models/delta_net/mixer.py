@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_refine.models.common.delta import DeltaMixer
 from megatron_refine.models.delta_net.config import DeltaNetConfig
 from megatron_refine.models.delta_net.rule import write_strength
+from megatron_refine.models.mixers.delta.mixer import DeltaMixer
 
 
 class DeltaNetMixer(DeltaMixer):

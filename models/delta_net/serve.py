@@ -1,12 +1,12 @@
-"""DeltaNet for SGLang. See models/common/delta_serve.py."""
+"""DeltaNet for SGLang. See models/mixers/delta/serve.py."""
 
 from typing import Any
 
 from torch import Tensor
 
-from megatron_refine.models.common.delta_serve import DeltaAttention, DeltaForCausalLM, Ragged, StateShape, column
 from megatron_refine.models.delta_net.config import DeltaNetConfig
 from megatron_refine.models.delta_net.rule import write_strength
+from megatron_refine.models.mixers.delta.serve import DeltaAttention, DeltaForCausalLM, Ragged, StateShape, column
 
 
 def state_shape(model: DeltaNetConfig) -> StateShape:

@@ -1,6 +1,6 @@
 """The shape of a Gated DeltaNet. No torch, no Megatron: a configuration error is instant."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
@@ -9,6 +9,8 @@ from megatron_refine.config import ModelConfig
 
 class GatedDeltaNetConfig(ModelConfig):
     """Gated DeltaNet. Names and defaults follow the config.json of flash-linear-attention."""
+
+    served: ClassVar[bool] = True
 
     family: Literal["gated_delta_net"] = Field(description="Gated DeltaNet (arXiv 2412.06464).")
     num_heads: int = Field(ge=1, description="Heads of the queries and keys. `tp*cp` must divide them.")

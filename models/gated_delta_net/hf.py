@@ -1,11 +1,11 @@
 """Gated DeltaNet in Hugging Face's format, as flash-linear-attention writes it."""
 
 from megatron_refine.models.gated_delta_net.config import GatedDeltaNetConfig
-from megatron_refine.models.hf import ABSENT, CONSTANTS, FIELDS, IGNORED, Format, Heads, Key, Mapping, Same, decoder
+from megatron_refine.models.hf import ABSENT, CONSTANTS, FIELDS, IGNORED, Format, Heads, Key, Mapping, Same, frame
 
 
-def tensors(model: GatedDeltaNetConfig) -> list[Mapping]:
-    """Every tensor of the model. Ours is head-major by key head, with the rows of the value heads that share it."""
+def mixer_tensors(model: GatedDeltaNetConfig) -> list[Mapping]:
+    """List those of a layer's mixer. Ours are head-major by key head, with the rows of the value heads it has."""
     hidden, heads, k, v = model.hidden_size, model.num_heads, model.head_dim, model.head_dim_v
     ours, theirs = "decoder.layers.{}.self_attention.", "model.layers.{}.attn."
     group = model.value_heads // heads
@@ -13,17 +13,14 @@ def tensors(model: GatedDeltaNetConfig) -> list[Mapping]:
     rows = widths | ({"g": group * v} if model.use_gate else {}) | {"a": group, "b": group}
     projections = tuple((f"{theirs}{part}_proj.weight", count) for part, count in rows.items())
     convolutions = tuple((f"{theirs}{part}_conv1d.weight", count) for part, count in widths.items())
-    return decoder(
-        model,
-        [
-            Heads(ours + "in_proj.weight", projections, heads, (hidden,)),
-            Heads(ours + "conv", convolutions, heads, (1, model.conv_size)),
-            Same(ours + "A_log", theirs + "A_log", (model.value_heads,)),
-            Same(ours + "dt_bias", theirs + "dt_bias", (model.value_heads,)),
-            Same(ours + "o_norm.weight", theirs + "o_norm.weight", (v,)),
-            Same(ours + "out_proj.weight", theirs + "o_proj.weight", (hidden, model.value_heads * v)),
-        ],
-    )
+    return [
+        Heads(ours + "in_proj.weight", projections, heads, (hidden,)),
+        Heads(ours + "conv", convolutions, heads, (1, model.conv_size)),
+        Same(ours + "A_log", theirs + "A_log", (model.value_heads,)),
+        Same(ours + "dt_bias", theirs + "dt_bias", (model.value_heads,)),
+        Same(ours + "o_norm.weight", theirs + "o_norm.weight", (v,)),
+        Same(ours + "out_proj.weight", theirs + "o_proj.weight", (hidden, model.value_heads * v)),
+    ]
 
 
 FORMAT = Format(
@@ -51,7 +48,7 @@ FORMAT = Format(
         "expand_k": (0.75, 1.0, 1),  # read by no code: head_dim says it
     },
     ignored=IGNORED | {"norm_first": ABSENT},
-    tensors=tensors,
+    frame=frame,
     not_written=("quantization_config", "use_mamba_gate", "use_residual", "expand_k"),
     unused=("model.layers.{}.attn.D",),
 )

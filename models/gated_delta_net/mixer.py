@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron_refine.models.common.delta import DeltaMixer
 from megatron_refine.models.gated_delta_net.config import GatedDeltaNetConfig
 from megatron_refine.models.gated_delta_net.rule import gate_output, gates
 from megatron_refine.models.mixer import sharded
+from megatron_refine.models.mixers.delta.mixer import DeltaMixer
 
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4  # of the initial decay, as in Mamba2
 A_MIN, A_MAX = 1e-3, 16.0  # Mamba2 draws from 0, whose logarithm is not finite

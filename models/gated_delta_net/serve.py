@@ -1,10 +1,12 @@
-"""Gated DeltaNet for SGLang. See models/common/delta_serve.py."""
+"""Gated DeltaNet for SGLang. See models/mixers/delta/serve.py."""
 
 from typing import Any
 
 from torch import Tensor
 
-from megatron_refine.models.common.delta_serve import (
+from megatron_refine.models.gated_delta_net.config import GatedDeltaNetConfig
+from megatron_refine.models.gated_delta_net.rule import gate_output, gates
+from megatron_refine.models.mixers.delta.serve import (
     DeltaAttention,
     DeltaForCausalLM,
     Ragged,
@@ -12,8 +14,6 @@ from megatron_refine.models.common.delta_serve import (
     column,
     sharded_parameter,
 )
-from megatron_refine.models.gated_delta_net.config import GatedDeltaNetConfig
-from megatron_refine.models.gated_delta_net.rule import gate_output, gates
 
 
 def state_shape(model: GatedDeltaNetConfig) -> StateShape:

@@ -1,1 +1,22 @@
 """LaCT (arXiv 2505.23884): sliding-window attention beside fast weights that are trained on each large chunk."""
+
+from megatron_refine.models.family import Family
+from megatron_refine.models.hf import layer_tensors
+from megatron_refine.models.lact.config import LactConfig
+from megatron_refine.models.lact.cost import LactCost
+from megatron_refine.models.lact.hf import FORMAT, mixer_tensors
+from megatron_refine.models.layer import Layer
+
+MUON = 10.0  # bf16-like products of its own, and five iterations that magnify them
+
+
+def layers(model: LactConfig) -> list[Layer]:
+    """Return the layers of a model: all alike."""
+    tensors = layer_tensors(model, mixer_tensors(model))
+    return [Layer(f"{__name__}.mixer:LactMixer", model, LactCost(model), tensors)] * model.num_layers
+
+
+FAMILY = Family(
+    "lact", LactConfig, layers, FORMAT, f"{__name__}.reference:logits",
+    error_factor=lambda model: MUON if model.use_muon else 1.0,
+)  # fmt: skip

@@ -1,13 +1,13 @@
 """LaCT in Hugging Face's format, as its authors' lact_llm writes it."""
 
-from megatron_refine.models.hf import ABSENT, CONSTANTS, FIELDS, IGNORED, Format, Heads, Key, Mapping, Same, decoder
+from megatron_refine.models.hf import ABSENT, CONSTANTS, FIELDS, IGNORED, Format, Heads, Key, Mapping, Same, frame
 from megatron_refine.models.lact.config import LactConfig
 
 OURS, THEIRS = "decoder.layers.{}.self_attention.", "model.layers.{}.attn."
 
 
-def tensors(model: LactConfig) -> list[Mapping]:
-    """Every tensor of the model. Ours is head-major by fast-weight head: [q | k | v | lr | momentum | scale]."""
+def mixer_tensors(model: LactConfig) -> list[Mapping]:
+    """List those of a layer's mixer. Ours are head-major by fast-weight head: [q | k | v | lr | momentum | scale]."""
     hidden, heads, width = model.hidden_size, model.num_lact_heads, model.head_dim
     parts = [("lr_proj", 3)]
     parts += [("momentum_proj.0", 1)] if model.use_momentum else []
@@ -15,16 +15,13 @@ def tensors(model: LactConfig) -> list[Mapping]:
     qkv = [("qkv", width)] * 3
     weights = tuple((f"{THEIRS}{name}.weight", rows) for name, rows in [*qkv, *parts])
     biases = tuple((f"{THEIRS}{name}.bias", rows) for name, rows in [*(qkv if model.qkv_bias else []), *parts])
-    return decoder(
-        model,
-        [
-            Heads(OURS + "in_proj.weight", weights, heads, (hidden,)),
-            Heads(OURS + "in_bias", biases, heads, ()),
-            *_fast_weights(model),
-            Same(OURS + "ttt_norm.weight", THEIRS + "ttt_norm.weight", (width,)),
-            Same(OURS + "out_proj.weight", THEIRS + "o_proj.weight", (hidden, hidden)),
-        ],
-    )
+    return [
+        Heads(OURS + "in_proj.weight", weights, heads, (hidden,)),
+        Heads(OURS + "in_bias", biases, heads, ()),
+        *_fast_weights(model),
+        Same(OURS + "ttt_norm.weight", THEIRS + "ttt_norm.weight", (width,)),
+        Same(OURS + "out_proj.weight", THEIRS + "o_proj.weight", (hidden, hidden)),
+    ]
 
 
 def _fast_weights(model: LactConfig) -> list[Mapping]:
@@ -51,6 +48,7 @@ def probe(model: LactConfig) -> LactConfig:
 FORMAT = Format(
     model_type="lact_swiglu",
     architecture="LaCTForCausalLM",
+    library="lact_llm",
     fields=FIELDS
     | {
         "num_attn_heads": Key("num_attn_heads"),
@@ -79,6 +77,6 @@ FORMAT = Format(
         "elementwise_affine": (True,),
     },
     ignored=IGNORED | dict.fromkeys(("use_fused_kernel", "fp32_states"), ABSENT),  # how it is computed
-    tensors=tensors,
+    frame=frame,
     probe=probe,
 )

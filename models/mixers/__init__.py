@@ -1,0 +1,1 @@
+"""Mixers that several families use."""
