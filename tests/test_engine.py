@@ -156,7 +156,7 @@ def test_what_cannot_be_recorded_is_refused(override: str, tmp_path: Path) -> No
 
 
 def test_lact_is_not_served(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="model.family=lact is not served; choose one of delta_net, gated_delta_net"):
+    with pytest.raises(ConfigError, match="SGLang does not serve model.family=lact; set engine.kind=native"):
         small_config(tmp_path, "engine.kind=sglang", "engine.urls=[http://127.0.0.1:1]", model="lact")
 
 
