@@ -1,6 +1,5 @@
 """Gradients and optimizer state in the host's memory, while servers on the same GPU write rollouts."""
 
-import torch
 from torch import Tensor, UntypedStorage
 
 from megatron_refine.platform import hardware
@@ -30,7 +29,7 @@ class Offload:
         state = _state(updater)
         kept = state + gradients if keep_gradients else state
         self.bytes = sum(storage.nbytes() for storage in state + gradients)  # that the device is free of
-        self._copies = [(storage, UntypedStorage(storage.nbytes()).copy_(storage)) for storage in kept]
+        self._copies = [(storage, UntypedStorage(storage.nbytes(), device="cpu").copy_(storage)) for storage in kept]
         for storage in state:
             storage.resize_(0)
         model.offload_grad_buffers(synchronize=hardware.has_gpu())  # also returns free memory to the device
