@@ -52,7 +52,7 @@ test-gpu: .venv/ready ## the tests that need a GPU
 test-kernels: .venv/ready .venv-kernels/ready ## the tests of the GPU's Triton kernels, in Triton's interpreter on the CPU
 	@PYTHONPATH=$(CURDIR)/.venv-kernels TRITON_INTERPRET=1 $(PYTEST) $(PARALLEL) -m kernels --durations=15 $(ARGS)
 
-NEXT := golden updates branches overlap checkpoint layouts pickles platform
+NEXT := golden updates branches overlap offload checkpoint layouts pickles platform
 test-next: .venv/ready .venv-next/ready ## the core's tests and a short run on the newest Python and Megatron-Core
 	@.venv-next/bin/python -m pytest $(NEXT:%=tests/test_%.py) tests/test_next.py -q -rs $(PARALLEL) -m "not slow" \
 		--durations=15 $(ARGS)

@@ -61,6 +61,7 @@ class Session:
         self.folder: RunFolder | None = None
         self.code = 1  # of the command, once it is known
         self._owed: dict[str, float] = {}  # what the next row tells of this one's save
+        self._offload_told = False
         self.changes: list[resumption.Change] = []
         # before anything long: SIGUSR1 would end the process
         self.stop = StopRequest(self._fenced, self._needed, self._save_due)
@@ -183,6 +184,10 @@ class Session:
         self.progress = Progress(done.step + 1, done.consumed_samples + size, done.data)
         share = size / self.config.train.global_batch_size
         metrics |= self.engine.metrics() | self._owed
+        if (away := metrics.get("engine/offloaded_bytes")) and not self._offload_told:
+            self._offload_told = True
+            what = "of gradients and optimizer state are in the host's memory during rollouts"
+            self.say(f"offload: {away / 2**20:,.1f} MiB {what}")
         self._owed = {}
         if peak := hardware.peak_flops():
             work = share * batch_flops(self.config, refine)

@@ -36,11 +36,11 @@ def train_and_kill(arguments: list[str], kill_at: int) -> runs.End:
 def test_a_run_ends_with_rollouts_of_its_own_weights(
     ranks: Zygote, tmp_path: Path, mode: str, tp: int, kill_at: int
 ) -> None:
-    """New weights at every step, with a server of tp 2; also where a server is killed under way."""
+    """New weights at every step, with a server of tp 2; also where a server is killed under way, during an offload."""
     sections: dict[str, dict[str, Any]] = {
         "run": {"timeout_minutes": 5.0},
         "train": {"steps": 4, "micro_batch_size": 4},
-        "engine": ENGINE | {"tp": tp, "sync": mode},
+        "engine": ENGINE | {"tp": tp, "sync": mode, "offload": bool(kill_at)},
     }
     path = runs.write_config(tmp_path, tmp_path / "data", **sections)
     arguments = ["--config", str(path), *runs.TP2]
@@ -48,5 +48,6 @@ def test_a_run_ends_with_rollouts_of_its_own_weights(
     assert [end.code for end in ends] == [0, 0], ends[0].err
     steps = [row for row in runs.rows(tmp_path) if "rollout/logprob_gap_max" in row]
     assert len(steps) == 4 and max(row["rollout/logprob_gap_max"] for row in steps) < lane.TOLERANCE
+    assert all((row.get("engine/offloaded_bytes", 0) > 0) == bool(kill_at) for row in steps)
     for key in ("engine/recoveries", "engine/restarts"):
         assert [row[key] for row in steps] == [int(bool(kill_at) and i + 1 >= kill_at) for i in range(4)], ends[0].out

@@ -240,6 +240,10 @@ def test_engine_nodes_follow_those_that_train(tmp_path: Path) -> None:
         (["--nodes", "3"], r"train\.global_batch_size=4 is no multiple of"),
         (["--engine-nodes", "1"], r"--engine-nodes=1: engine\.kind is native; set it to sglang"),
         (["--engine-nodes", "1", "engine.kind=sglang", "engine.urls=[http://a:1]"], "engine.urls names servers that"),
+        (
+            ["--engine-nodes", "1", "engine.kind=sglang", "engine.python=python3", "engine.offload=true"],
+            r"--engine-nodes: the servers have GPUs of their own; leave out engine\.offload",
+        ),
         (["optimizer.lrr=1"], r"optimizer\.lrr: unknown key; did you mean optimizer\.lr\?"),
     ],
 )

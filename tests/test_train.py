@@ -172,7 +172,8 @@ def test_the_run_folder_holds_all_of_the_run(whole: Any) -> None:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [row["step"] for row in rows] == [*range(7)]
     assert [row["step"] for row in rows if "eval/ntp_loss" in row] == [0, 2, 3, 4, 6]
-    other = ("engine/", "train/answer_loss", "time/answer", "perf/mfu")  # no servers, no prompts, no GPU here
+    # no servers, no prompts, no GPU here
+    other = ("engine/", "time/offload", "train/answer_loss", "time/answer", "perf/mfu")
     native = {key for key in KEYS if not key.startswith(other)}
     assert rows[6].keys() == native - {"time/checkpoint"}
     assert rows[5].keys() == {key for key in native if not key.startswith("eval/")}  # step 4 was saved

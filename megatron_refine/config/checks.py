@@ -127,6 +127,7 @@ def _engine_problems(c: Config) -> Iterator[tuple[bool, str]]:
         "engine.cuda_graphs=true: is for engine.kind=native at parallel.pp=1; leave it out",
     )
     if e.kind == "native":
+        yield e.offload, "engine.offload=true: makes room for servers, and engine.kind=native has none; leave it out"
         return
     yield (
         not c.model.served,

@@ -102,6 +102,11 @@ class Engine(Section):
     )
     bucket_mb: int = Field(0, ge=0, description="MiB of weights in a broadcast. 0: 512 with NCCL, 256 with gloo.")
     max_requests: int = Field(64, ge=1, description="Most requests in flight, per rank.")
+    offload: bool = Field(
+        False,
+        description="Hold gradients and optimizer state in the host's memory while servers write rollouts: for servers "
+        "on the trainer's GPUs. It changes no bit of a step. The bytes are `engine/offloaded_bytes`.",
+    )
     start_timeout: float = Field(600.0, gt=0, description="Seconds within which a launched server must be healthy.")
     request_timeout: float = Field(
         120.0, gt=0, description="Deadline of a request in seconds. A server that passes it counts as dead."

@@ -90,11 +90,13 @@ class SGLangEngine:
     def rollout(self, request: RolloutRequest) -> Rollouts:
         """Raises EngineError. `request.fork` is not used: servers prefill the prefixes themselves."""
         assert self.version is not None, "sync before the first rollout"
-        version, leads = self.version, self.ranks.leads_replica
+        version, leads, seconds = self.version, self.ranks.leads_replica, self.config.engine.sync_timeout
         collector = Collector(request, self.label(version), self.config.engine.max_requests) if leads else None
         while True:
             try:
                 self.control.attempt(lambda: collector.run(self._clients()) if collector else None)
+                if self.config.engine.offload:  # what servers took beside their pools goes back before the state does
+                    self._on_main(lambda fleet: fleet.each(lambda server: weight_sync.flush(server, seconds)))
                 break
             except ServerError as error:
                 self._recover(version, str(error))

@@ -28,6 +28,11 @@ Tensors = Iterator[tuple[str, Tensor]]
 def pause(server: Server, seconds: float) -> None:
     """No request is running when it returns, and no state of one is left. Raises ServerError."""
     server.client.post("/pause_generation", seconds, mode="retract")
+    flush(server, seconds)
+
+
+def flush(server: Server, seconds: float) -> None:
+    """Have an idle server forget its requests' states, and return the memory beside its pools. Raises ServerError."""
     server.client.post("/flush_cache", seconds)
 
 
@@ -56,7 +61,7 @@ def load_folder(server: Server, folder: Path, seconds: float) -> None:
 def resume(server: Server, label: str, seconds: float) -> None:
     """Announce the weights and let requests in. Raises ServerError."""
     server.client.post("/update_weight_version", seconds, new_version=label, abort_all_requests=False)
-    server.client.post("/flush_cache", seconds)
+    flush(server, seconds)
     server.client.post("/continue_generation", seconds)
 
 

@@ -44,6 +44,8 @@ class Job:
             raise ConfigError("--engine-nodes: engine.urls names servers that run already; leave out one of the two")
         if self.engine_nodes and not engine.python:
             raise ConfigError("--engine-nodes: engine.python is missing; set it to the interpreter that has SGLang")
+        if self.engine_nodes and engine.offload:
+            raise ConfigError("--engine-nodes: the servers have GPUs of their own; leave out engine.offload")
         for text in (f"run.dir={self.run_dir}", f"--name={self.name}", *map(_folder, self.points)):
             if re.search(r"[\\\n\r]", text):
                 raise ConfigError(f"{text!r}: a job cannot have a backslash or a new line in it; choose another")

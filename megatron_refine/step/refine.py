@@ -5,7 +5,8 @@ own passes are what the update differentiates (fused); without it, the update ma
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ from megatron_refine.step.reward import REWARDS
 from megatron_refine.step.select import select_positions, usable
 from megatron_refine.trainer import forward
 from megatron_refine.trainer.clock import Clock
+from megatron_refine.trainer.offload import Offload
 from megatron_refine.trainer.optimizer import Updater, UpdateResult
 from megatron_refine.trainer.parallel import Ranks, sum_over
 from megatron_refine.trainer.random import SELECTION, uniform
@@ -70,6 +72,8 @@ class RefineStep:
         self.reward = resolve("refine.reward", config.refine.reward, REWARDS)
         self.clock = Clock()
         self.last: Explored | None = None  # the first micro-batch of the last REFINE step
+        self._away: Offload | None = None
+        self._offloaded = 0  # bytes, by the last offload
 
     def __call__(self, batch: Batch, step: int, refine: bool) -> dict[str, float]:
         """One step on this rank's part of the batch (its part of each mini-batch in turn).
@@ -90,7 +94,7 @@ class RefineStep:
         elif self.config.fused:
             results = [self._update(micros, [], lambda model, item: self._fused(item, step, explored), refine=True)]
         else:
-            with torch.no_grad():
+            with torch.no_grad(), self._offload(keep_gradients=False):  # once for all: the update starts from zeros
                 waves = [micros[i : i + self.ranks.pp] for i in range(0, len(micros), self.ranks.pp)]
                 explored = [x for wave in waves for x, _ in self.explore_wave(wave, step, keep_graph=False)]
             results = [
@@ -102,6 +106,8 @@ class RefineStep:
         if refine:
             self.last = explored[0]
             metrics |= self._rollout_metrics(micros, explored, step)
+            if self.config.engine.offload:
+                metrics["engine/offloaded_bytes"] = self._offloaded
             gaps = metrics["rollout/logprob_gap_mean"], metrics["rollout/logprob_gap_max"]
             check_gap(*gaps, self.config.engine.stop_gap, step + 1)  # a fused update has its rollouts inside: after it
         return metrics | self.clock.take()
@@ -126,7 +132,7 @@ class RefineStep:
                 positions.append(self._select(batch, main.scores.entropy, step))
                 places = Places.of_each(positions[-1])
                 fork = Fork(main.states(places), main.rows.take(places.tokens - 1, places.sequences))
-            with self.clock("rollout"), torch.no_grad():
+            with torch.no_grad(), self._offload(keep_gradients=keep_graph), self.clock("rollout"):
                 rollouts = self.engine.rollout(self._request(batch, positions[-1], fork, step, temperature))
             written.append(rollouts)
             forks.append(forward.Forked(rollouts.tokens, main.rows, places, fork.states, temperature))
@@ -134,6 +140,22 @@ class RefineStep:
             branches = forward.branch_passes(self.model, forks)
         found = zip(batches, positions, forks, mains, written, branches, strict=True)
         return [self._judge(*each) for each in found]
+
+    @contextmanager
+    def _offload(self, keep_gradients: bool) -> Iterator[None]:
+        """Make room for rollouts where engine.offload says so, unless it is made already."""
+        if not self.config.engine.offload or self._away:
+            yield
+            return
+        with self.clock("offload"):
+            self._away = Offload(self.updater, keep_gradients)
+        self._offloaded = self._away.bytes
+        try:
+            yield
+        finally:
+            with self.clock("offload"):
+                self._away.restore()
+            self._away = None
 
     def _judge(
         self, batch: Batch, positions: Tensor, forked: forward.Forked, main: forward.MainPass, rollouts: Rollouts,
