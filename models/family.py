@@ -56,6 +56,17 @@ def every() -> list[Family]:
     return [of(name) for name in _folders()]
 
 
+def by_model_type(model_type: object) -> Family | None:
+    """Return the family of a config.json's model_type; a family of another package has its package's name there."""
+    for each in every():
+        if each.format.model_type == model_type:
+            return each
+    try:
+        return of(model_type) if isinstance(model_type, str) and "." in model_type else None
+    except KeyError:
+        return None
+
+
 def layers(model: ModelConfig) -> list[Layer]:
     """Return the model's layers, the first one first."""
     return of(model.family).layers(model)

@@ -1,5 +1,6 @@
 """A model is a list of layers: what each is made of, where its tensors stand, what it costs. No torch, no Megatron."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, ClassVar, Protocol, cast
@@ -64,6 +65,11 @@ class Layer:
     def mixer_class(self) -> type[Any]:
         """Import the Megatron module."""
         return cast(type[Any], named(self.mixer))
+
+
+def alike(layers: Sequence[Layer]) -> bool:
+    """Tell whether all layers have the same tensors: checkpoints then stack them under one name."""
+    return len({tuple((mapping.ours, mapping.shape) for mapping in layer.tensors) for layer in layers}) <= 1
 
 
 def named(path: str) -> Any:

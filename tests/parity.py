@@ -28,14 +28,15 @@ MODELS: dict[str, dict[str, Any]] = {
 REFINE = {"num_chunks": 4, "num_rollouts": 2, "rollout_len": 5, "margin": 6, "nsp_coef": 0.7}
 
 
-def small_config(tmp_path: Any, *overrides: str, model: str = "delta_net") -> Config:
-    """A config of a small model of MODELS; written to a file, as a user's would be."""
+def small_config(tmp_path: Any, *overrides: str, model: str | dict[str, Any] = "delta_net") -> Config:
+    """A config of a small model, of MODELS or its section; written to a file, as a user's would be."""
     import yaml
 
     path = tmp_path / "small.yaml"
+    section = MODELS[model] if isinstance(model, str) else model
     train = {"precision": "fp32", "global_batch_size": 4, "micro_batch_size": 2, "steps": 10}
     tree = {
-        "run": {"dir": str(tmp_path / "run"), "timeout_minutes": 5.0}, "model": MODELS[model], "refine": REFINE,
+        "run": {"dir": str(tmp_path / "run"), "timeout_minutes": 5.0}, "model": section, "refine": REFINE,
         "train": train, "data": {"seq_length": 192}, "optimizer": {"lr": 1e-2}, "eval": {"sequences": 0},
     }  # fmt: skip
     path.write_text(yaml.safe_dump(tree), encoding="utf-8")

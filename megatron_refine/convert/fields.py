@@ -63,12 +63,10 @@ def fresh_config(model: ModelConfig, dtype: str) -> dict[str, Any]:
 
 
 def _family(config: dict[str, Any], where: str) -> tuple[str, Format]:
-    formats = {each.name: each.format for each in family.every()}
     found = config.get("model_type")
-    for name, described in formats.items():
-        if described.model_type == found:
-            return name, described
-    known = ", ".join(sorted(f"{f.model_type} ({name})" for name, f in formats.items()))
+    if match := family.by_model_type(found):
+        return match.name, match.format
+    known = ", ".join(sorted(f"{each.format.model_type} ({each.name})" for each in family.every()))
     raise ConfigError(f"{where}: model_type={found!r}: no such family; there are {known}")
 
 

@@ -17,6 +17,8 @@ from megatron.core.transformer.module import Float16Module
 from torch import Tensor, nn
 
 from megatron_refine.config import Config
+from megatron_refine.models import family
+from megatron_refine.models.layer import alike
 from megatron_refine.platform import hardware
 from megatron_refine.trainer.gathering import Gathering
 from megatron_refine.trainer.gradients import finalize_gradients
@@ -30,10 +32,10 @@ class RefineModel(GPTModel):
 
     gathering: Gathering | None = None  # where weights are gathered in the forward pass
 
-    def __init__(self, *args: Any, real_vocab: int, **kwargs: Any):
-        """real_vocab: ids at or above it only pad the vocabulary."""
+    def __init__(self, *args: Any, real_vocab: int, stacked: bool, **kwargs: Any):
+        """real_vocab: ids at or above it only pad the vocabulary. stacked: whether all layers have the same tensors."""
         super().__init__(*args, **kwargs)
-        self.real_vocab = real_vocab
+        self.real_vocab, self.stacked = real_vocab, stacked
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """On the last stage {"rows": [S, B, hidden]}, all rows in order on every tp rank; before it, hidden states.
@@ -56,10 +58,13 @@ class RefineModel(GPTModel):
         if self.gathering:
             self.gathering.finish()
 
-    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Megatron's, complete."""
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: Any = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Megatron's, complete; a layer's tensors have its number in their names where layers differ."""
         self.complete()
-        found: dict[str, Any] = super().sharded_state_dict(*args, **kwargs)
+        own = (metadata or {}) | ({} if self.stacked else {"non_homogeneous_layers": True})
+        found: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, own)
         return found
 
     def units(self) -> list[tuple[nn.Module, list[nn.Parameter]]]:
@@ -135,6 +140,7 @@ def build_module(config: Config, ranks: Ranks, dtype: torch.dtype | None = None)
         position_embedding_type="none",
         share_embeddings_and_output_weights=config.model.tie_embeddings,
         real_vocab=config.model.vocab_size,
+        stacked=alike(family.layers(config.model)),
     )
     for layer in module.decoder.layers:  # gate above up, whoever built it
         layer.mlp.linear_fc1.weight.partition_stride = 2

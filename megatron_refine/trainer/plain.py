@@ -1,8 +1,8 @@
 """A checkpoint's weights as full tensors, one at a time, without a model and without ranks.
 
-Megatron's torch_dist format is that of torch.distributed.checkpoint: each layer's tensors are stacked under one key
-(`decoder.layers.mlp.linear_fc1.weight` [L, ...]) and stored in the pieces that the ranks held. Here they go by their
-global names (`decoder.layers.3.mlp.linear_fc1.weight`).
+Megatron's torch_dist format is that of torch.distributed.checkpoint: tensors are stored in the pieces that the ranks
+held. Where all layers have the same tensors, they are stacked under one key (`decoder.layers.mlp.linear_fc1.weight`
+[L, ...]). Here they go by their global names (`decoder.layers.3.mlp.linear_fc1.weight`), as where layers differ.
 """
 
 import re
@@ -54,6 +54,8 @@ class PlainReader:
     def __getitem__(self, name: str) -> Tensor:
         """The full tensor `name`."""
         spec, (key, layer) = self.specs[name], _stacked(name)
+        if name in self._metadata.state_dict_metadata:
+            key, layer = name, None
         full = torch.empty(spec.shape if layer is None else (1, *spec.shape), dtype=spec.dtype)
         offsets = torch.Size([layer or 0, *[0] * (full.dim() - 1)])
         chunk = ChunkStorageMetadata(offsets=offsets, sizes=full.shape)
@@ -100,8 +102,13 @@ class _OneByOne(DefaultSavePlanner):
     def __init__(self, specs: dict[str, Spec], produce: Callable[[str], Tensor]):
         super().__init__(flatten_state_dict=False)
         self.specs, self.produce = specs, produce
-        layers = [layer for name in specs if (layer := _stacked(name)[1]) is not None]
-        self.num_layers = 1 + max(layers, default=-1)
+        layers: dict[int | None, set[object]] = {}
+        for name, spec in specs.items():
+            key, layer = _stacked(name)
+            layers.setdefault(layer, set()).add((key, spec.shape))
+        layers.pop(None, None)
+        self.num_layers = len(layers)
+        self.stacked = len({frozenset(each) for each in layers.values()}) == 1
 
     def create_local_plan(self) -> SavePlan:
         self.plan = SavePlan([self._item(name, spec) for name, spec in self.specs.items()])
@@ -109,13 +116,14 @@ class _OneByOne(DefaultSavePlanner):
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
         key, offset = write_item.index.fqn, write_item.index.offset
-        name = key if not key.startswith(LAYERS) else f"{LAYERS}{offset[0]}.{key.removeprefix(LAYERS)}"  # type: ignore
+        in_stack = self.stacked and key.startswith(LAYERS)
+        name = f"{LAYERS}{offset[0]}.{key.removeprefix(LAYERS)}" if in_stack else key  # type: ignore[index]
         tensor = self.produce(name)
         assert Spec(tensor.dtype, tuple(tensor.shape)) == self.specs[name], name
-        return tensor[None] if key.startswith(LAYERS) else tensor
+        return tensor[None] if in_stack else tensor
 
     def _item(self, name: str, spec: Spec) -> WriteItem:
-        key, layer = _stacked(name)
+        key, layer = _stacked(name) if self.stacked else (name, None)
         sizes = torch.Size(spec.shape if layer is None else (1, *spec.shape))
         whole = torch.Size(spec.shape if layer is None else (self.num_layers, *spec.shape))
         chunk = ChunkStorageMetadata(torch.Size([layer or 0, *[0] * (len(sizes) - 1)]), sizes)
@@ -134,7 +142,7 @@ def _stacked(name: str) -> tuple[str, int | None]:
 
 def _unstacked(key: str, spec: Spec) -> dict[str, Spec]:
     """A key -> what stands under it, by global names."""
-    if not key.startswith(LAYERS):
+    if not key.startswith(LAYERS) or _stacked(key)[1] is not None:
         return {key: spec}
     count, *shape = spec.shape
     return {f"{LAYERS}{i}.{key.removeprefix(LAYERS)}": Spec(spec.dtype, tuple(shape)) for i in range(count)}

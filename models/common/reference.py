@@ -4,7 +4,7 @@ No layer, kernel or mapping of the trainer is used, so that agreement with the t
 `convert_checkpoint --verify` compares. A family's `reference.py` adds its mixer.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,11 +16,15 @@ Mixer = Callable[[Any, Weights, str, Tensor], Tensor]
 """mixer(model, weights, prefix of its names, x [B, T, hidden]) -> [B, T, hidden]."""
 
 
-def decoder_logits(model: Any, weights: Weights, tokens: Tensor, mixer: Mixer) -> Tensor:
-    """tokens [B, T] -> logits [B, T, vocab]: norm and mixer, norm and gated MLP, each with a residual."""
+def decoder_logits(model: Any, weights: Weights, tokens: Tensor, mixers: Mixer | Sequence[Mixer]) -> Tensor:
+    """tokens [B, T] -> logits [B, T, vocab]: norm and mixer, norm and gated MLP, each with a residual.
+
+    mixers: of all layers, or of each.
+    """
+    each = [mixers] * model.num_layers if callable(mixers) else mixers
     embeddings = weights["model.embeddings.weight"]
     x = embeddings[tokens]
-    for layer in range(model.num_layers):
+    for layer, mixer in enumerate(each):
         prefix = f"model.layers.{layer}."
         x = x + mixer(
             model, weights, prefix + "attn.", rms_norm(x, weights[prefix + "attn_norm.weight"], model.norm_eps)

@@ -9,10 +9,11 @@ from megatron_refine.models.delta_net.config import DeltaNetConfig
 
 def logits(model: DeltaNetConfig, weights: Weights, tokens: Tensor) -> Tensor:
     """tokens [B, T] -> logits [B, T, vocab]."""
-    return decoder_logits(model, weights, tokens, _mixer)
+    return decoder_logits(model, weights, tokens, mixer)
 
 
-def _mixer(model: DeltaNetConfig, weights: Weights, prefix: str, x: Tensor) -> Tensor:
+def mixer(model: DeltaNetConfig, weights: Weights, prefix: str, x: Tensor) -> Tensor:
+    """Mix normed rows x [B, T, hidden]; the layer's names begin with `prefix`."""
     q, k, v = (
         causal_conv(x @ weights[f"{prefix}{part}_proj.weight"].T, weights[f"{prefix}{part}_conv1d.weight"]).unflatten(
             -1, (model.num_heads, -1)

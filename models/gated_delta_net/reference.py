@@ -10,10 +10,11 @@ from megatron_refine.models.gated_delta_net.config import GatedDeltaNetConfig
 
 def logits(model: GatedDeltaNetConfig, weights: Weights, tokens: Tensor) -> Tensor:
     """tokens [B, T] -> logits [B, T, vocab]."""
-    return decoder_logits(model, weights, tokens, _mixer)
+    return decoder_logits(model, weights, tokens, mixer)
 
 
-def _mixer(model: GatedDeltaNetConfig, weights: Weights, prefix: str, x: Tensor) -> Tensor:
+def mixer(model: GatedDeltaNetConfig, weights: Weights, prefix: str, x: Tensor) -> Tensor:
+    """Mix normed rows x [B, T, hidden]; the layer's names begin with `prefix`."""
     def project(part: str) -> Tensor:
         return x @ weights[f"{prefix}{part}_proj.weight"].T
 
