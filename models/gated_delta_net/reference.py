@@ -15,6 +15,7 @@ def logits(model: GatedDeltaNetConfig, weights: Weights, tokens: Tensor) -> Tens
 
 def mixer(model: GatedDeltaNetConfig, weights: Weights, prefix: str, x: Tensor) -> Tensor:
     """Mix normed rows x [B, T, hidden]; the layer's names begin with `prefix`."""
+
     def project(part: str) -> Tensor:
         return x @ weights[f"{prefix}{part}_proj.weight"].T
 

@@ -5,7 +5,6 @@ from typing import Any
 from torch import Tensor
 
 from megatron_refine.models.gated_delta_net.config import GatedDeltaNetConfig
-from megatron_refine.models.gated_delta_net.rule import gate_output, gates
 from megatron_refine.models.mixers.delta.serve import (
     DeltaAttention,
     DeltaForCausalLM,
@@ -14,6 +13,7 @@ from megatron_refine.models.mixers.delta.serve import (
     column,
     sharded_parameter,
 )
+from megatron_refine.models.mixers.gated_delta.rule import gate_output, gates
 
 
 def state_shape(model: GatedDeltaNetConfig) -> StateShape:

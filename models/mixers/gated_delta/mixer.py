@@ -15,19 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron_refine.models.gated_delta_net.config import GatedDeltaNetConfig
-from megatron_refine.models.gated_delta_net.rule import gate_output, gates
 from megatron_refine.models.mixer import sharded
 from megatron_refine.models.mixers.delta.mixer import DeltaMixer
+from megatron_refine.models.mixers.gated_delta import GatedDelta
+from megatron_refine.models.mixers.gated_delta.rule import gate_output, gates
 
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4  # of the initial decay, as in Mamba2
 A_MIN, A_MAX = 1e-3, 16.0  # Mamba2 draws from 0, whose logarithm is not finite
 
 
-class GatedDeltaNetMixer(DeltaMixer):
+class GatedDeltaMixer(DeltaMixer):
     """Built by a ModuleSpec with `model` in its params."""
 
-    def __init__(self, config: Any, layer_number: int, model: GatedDeltaNetConfig, pg_collection: Any, **_: Any):
+    def __init__(self, config: Any, layer_number: int, model: GatedDelta, pg_collection: Any, **_: Any):
         self.shared = model.value_heads // model.num_heads  # value heads of a key head
         values = self.shared * model.head_dim_v
         self.beta_range = 2.0 if model.allow_neg_eigval else 1.0
