@@ -1,4 +1,4 @@
-"""Softmax attention with grouped key heads: values and every gradient of the whole matrix; memory linear in the rows."""
+"""Softmax attention with grouped key heads has the values and gradients of the whole matrix; memory linear in rows."""
 
 from collections.abc import Callable
 from typing import Any

@@ -12,8 +12,8 @@ from megatron_refine.kernels.places import Places
 from megatron_refine.platform.hardware import on_gpu
 
 Part = tuple[Tensor, Tensor]
-"""Of rows [N, R, H], what they read from some of their keys, [N, R, H, d], and the log of the sum of their exponentiated
-scores there, [N, R, H], in at least fp32."""
+"""What rows read from some of their keys, [N, R, H, d], and the log-sum-exp of their scores there, [N, R, H], in at
+least fp32."""
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
