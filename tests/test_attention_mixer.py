@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron_refine.config import Config
 from megatron_refine.kernels.places import Places
 from megatron_refine.models.mixers.attention.config import AttentionConfig
-from tests import test_branches, test_checkpoint
+from tests import test_branches, test_checkpoint, test_layouts
 from tests.lanes import short
 from tests.parity import batch, build, relative, small_config
 
@@ -75,7 +75,12 @@ SHORT = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("layer", "layout"), short(itertools.product(LAYERS, LAYOUTS), lambda *case: case in SHORT))
+EVERYWHERE = ("qwen", "olmo")  # the others where ranks are more than key heads
+CASES = [case for case in itertools.product(LAYERS, LAYOUTS) if case[0] in EVERYWHERE or case[1] in ("tp4 sp", "cp4")]
+CASES += [case for case in sorted(SHORT) if case not in CASES]
+
+
+@pytest.mark.parametrize(("layer", "layout"), short(CASES, lambda *case: case in SHORT))
 def test_branches_equal_separate_forwards(ranks: Any, reference: Any, tmp_path: Path, layer: str, layout: str) -> None:
     """Packed, and main and branch passes, at every layout: log-probabilities and every parameter's whole gradient."""
     world, overrides = LAYOUTS[layout]
@@ -242,3 +247,12 @@ def test_replicated_key_heads_are_saved_as_cut_ones(ranks: Any, tmp_path: Path) 
         tensors = ranks(1, test_checkpoint.plain, folder=source)[0]
         assert tensors.keys() == first.keys()
         assert [name for name in first if not tensors[name].equal(first[name])] == []
+
+
+def test_a_whole_step_is_the_same_at_another_layout(ranks: Any, tmp_path: Path) -> None:
+    """Rollouts, losses, gradients and parameters after Adam's step; fused and two-pass; ranks that share a key head."""
+    found = []
+    for world, overrides in ((1, []), LAYOUTS["tp2 sp cp2"]):
+        config = small_config(tmp_path, *test_layouts.SETTINGS, *overrides)
+        found.append(ranks(world, attending, layer=LAYERS["qwen"], function=test_layouts.steps, config=config))
+    test_layouts.compare(found[1], found[0][0])

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 
 
 def gpu_prefix_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
@@ -24,8 +24,9 @@ def flex_prefix_attention(
 
     mask = create_block_mask(visible, None, None, len(q), len(k), device=str(q.device))
     heads = (x.transpose(0, 1)[None] for x in (q, k, v))
-    out, weight = attend(*heads, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1], return_lse=True)
-    return out[0].transpose(0, 1), weight[0].transpose(0, 1)
+    grouped = q.shape[1] != k.shape[1]
+    out, aux = attend(*heads, block_mask=mask, enable_gqa=grouped, return_aux=AuxRequest(lse=True))
+    return out[0].transpose(0, 1), aux.lse[0].transpose(0, 1)
 
 
 @functools.cache
