@@ -6,6 +6,8 @@ its layers; what the layers derive from the places, the first one that needs it 
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -45,6 +47,25 @@ class Places:
         sequences = torch.arange(len(tokens), device=tokens.device).repeat_interleave(tokens.shape[1])
         on_host = [(sequence, count) for sequence, row in enumerate(tokens.tolist()) for count in row]
         return cls(sequences, tokens.flatten(), on_host)
+
+    def part(self, positions: slice) -> "Places":
+        """Some of them."""
+
+        def make() -> Places:
+            return Places(self.sequences[positions], self.tokens[positions], self.on_host[positions])
+
+        found: Places = self._once(("part", positions.start, positions.stop, positions.step), make)
+        return found
+
+    def runs(self) -> list[tuple[int, int, int]]:
+        """Consecutive places in one sequence: the sequence, the number of places, the most tokens before one."""
+
+        def make() -> list[tuple[int, int, int]]:
+            by_sequence = [(sequence, [t for _, t in run]) for sequence, run in groupby(self.on_host, itemgetter(0))]
+            return [(sequence, len(tokens), max(tokens)) for sequence, tokens in by_sequence]
+
+        found: list[tuple[int, int, int]] = self._once("runs", make)
+        return found
 
     def before(self, count: int) -> tuple[Tensor, Tensor]:
         """The `count` tokens before each place: their numbers [P, count], at least 0, and whether there are such."""

@@ -20,6 +20,8 @@ from megatron_refine.kernels.places import Places
 from megatron_refine.models.common.context import to_heads, to_rows
 from megatron_refine.models.layout import Branches
 
+Initialize = Callable[[Tensor, torch.Generator], Tensor]
+
 
 class State(Protocol):
     """All that a mixer knows of the tokens so far, of P sequences."""
@@ -65,7 +67,7 @@ class Mixer(MegatronModule):
     cp_group: Any
 
     def own_parameters(self) -> dict[str, nn.Parameter]:
-        """Parameters of the mixer itself, not of the layers in it; all `sharded`."""
+        """Parameters of the mixer itself, not of the layers in it, that are `sharded`."""
         raise NotImplementedError
 
     def project(self, hidden: Tensor) -> Tensor:
@@ -145,9 +147,23 @@ class Mixer(MegatronModule):
         return state | make_sharded_tensors_for_checkpoint(own, prefix, axes, sharded_offsets, **groups)
 
 
-def sharded(local: Tensor, initialize: Callable[[Tensor, torch.Generator], Tensor]) -> nn.Parameter:
-    """A parameter cut along axis 0 over tp; `initialize(full, generator)` fills the whole of it."""
+def sharded(local: Tensor, initialize: Initialize | None = None) -> nn.Parameter:
+    """A parameter cut along axis 0 over tp. `initialize(full, generator)` fills the whole of it; None: as Megatron's
+    parameters are filled."""
     parameter = nn.Parameter(local)
     set_tensor_model_parallel_attributes(parameter, True, 0, 1)
-    parameter.initialize = initialize  # type: ignore[attr-defined]
+    return _filled(parameter, initialize)
+
+
+def partial(local: Tensor, initialize: Initialize | None = None) -> nn.Parameter:
+    """A parameter that every tp rank has whole and uses for its own heads: its gradients are summed over tp, by the
+    mark (trainer/gradients.py). `initialize` as of `sharded`."""
+    parameter = nn.Parameter(local)
+    parameter.tp_partial = True  # type: ignore[attr-defined]
+    return _filled(parameter, initialize)
+
+
+def _filled(parameter: nn.Parameter, initialize: Initialize | None) -> nn.Parameter:
+    if initialize is not None:
+        parameter.initialize = initialize  # type: ignore[attr-defined]
     return parameter

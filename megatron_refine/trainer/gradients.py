@@ -56,12 +56,15 @@ def accumulate(
 
 
 def finalize_gradients(models: list[Any], *args: Any, **kwargs: Any) -> None:
-    """Megatron's reductions, then the sum over tp of gradients that it does not know to be partial (per-head norms)."""
+    """Megatron's reductions, then the sum over tp of gradients that it does not know to be partial (per-head norms,
+    replicated key heads)."""
     finalize_model_grads(models, *args, **kwargs)
     group = parallel_state.get_tensor_model_parallel_group()
     if group.size() == 1:
         return
     grads = [p.main_grad for model in models for p in model.parameters() if getattr(p, "tp_partial", False)]
+    if not grads:  # on every rank of the group
+        return
     flat = torch.cat([g.flatten() for g in grads])
     dist.all_reduce(flat, group=group)
     for grad, total in zip(grads, flat.split([g.numel() for g in grads]), strict=True):

@@ -30,8 +30,8 @@ def table(positions: Tensor, half: int, theta: float, dtype: torch.dtype) -> Tab
 
 @fused
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn x [N, T, heads, d] by a table."""
-    half = x.shape[-1] // 2
-    first, second = x.to(cos.dtype).split([half, half], -1)
+    """Turn x [N, T, heads, d] by a table: as many first dimensions as it has angles for."""
+    half = cos.shape[-1]
+    first, second, rest = x.to(cos.dtype).split([half, half, x.shape[-1] - 2 * half], -1)
     cos, sin = cos[:, :, None], sin[:, :, None]
-    return torch.cat([first * cos - second * sin, first * sin + second * cos], -1).to(x.dtype)
+    return torch.cat([first * cos - second * sin, first * sin + second * cos, rest], -1).to(x.dtype)

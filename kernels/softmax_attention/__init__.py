@@ -1,0 +1,113 @@
+"""Softmax attention with grouped key heads: of a stream, and of branches that start inside it and share its keys."""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from megatron_refine.kernels.fused import fused
+from megatron_refine.kernels.places import Places
+from megatron_refine.platform.hardware import on_gpu
+
+Part = tuple[Tensor, Tensor]
+"""What rows read from some of their keys, [N, R, H, d], and the log-sum-exp of their scores there, [N, R, H], in at
+least fp32."""
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """A token sees itself and those before. q [N, T, H, d], k, v [N, T, G, d] -> [N, T, H, d].
+
+    Query head h reads key head h // (H / G). torch's fused attention keeps no scores: memory is linear in T. Its GPU
+    kernel that knows of groups is one of half precision; otherwise the query heads of a group take turns.
+    """
+    if q.shape[2] != k.shape[2] and on_gpu(q) and q.dtype not in (torch.bfloat16, torch.float16):
+        return in_turns(q, k, v)
+    return _causal(q, k, v)
+
+
+def in_turns(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """As `causal_attention`, with one query head of each group at a time: no kernel need know of groups."""
+    turns = q.unflatten(2, (k.shape[2], -1)).unbind(3)
+    return torch.stack([_causal(turn, k, v) for turn in turns], 3).flatten(2, 3)
+
+
+def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    grouped = q.shape[2] != k.shape[2]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped).transpose(1, 2)
+
+
+def branch_attention(q: Tensor, prefix: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor], places: Places) -> Tensor:
+    """Rows of branches see the tokens of their sequence before the branch, and their branch's rows up to themselves.
+
+    Args: q [N, m, H, d], the last m of a branch's t rows; prefix k, v [B, T, G, d], of whole sequences; own k, v
+    [N, t, G, d]; P places, each where N/P consecutive branches start, none before a sequence's first token. Returns:
+    [N, m, H, d].
+
+    The prefix and the own rows are two parts, merged by their log-sum-exps (arXiv 1805.02867): so all branches of a
+    sequence read its keys where they lie. One softmax over [T | own rows] would need those side by side: a copy of all
+    keys in each layer's graph, and again for each decoded token.
+    """
+    each, rows = len(q) // len(places.on_host), q.shape[1]
+    starts = places.tokens.repeat_interleave(each * rows)
+    counts = [count * each * rows for _, count, _ in places.runs()]
+    keys, values = (x.unbind(0) for x in prefix)
+    found = [
+        _prefix(part, keys[sequence], values[sequence], start, last)
+        for part, start, (sequence, _, last) in zip(
+            q.flatten(0, 1).split(counts), starts.split(counts), places.runs(), strict=True
+        )
+    ]
+    far, weight = (torch.cat(x) if len(found) > 1 else x[0] for x in zip(*found, strict=True))
+    near = attend(q, *own, _triangle(own[0].shape[1], rows, q.device))
+    return merged((far.view_as(q), weight.view(q.shape[:3])), near).to(q.dtype)
+
+
+def _prefix(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, last: int) -> Part:
+    """Rows q [R, H, d] of one sequence's branches, its k, v [T, G, d]; row i sees the first starts[i], of which `last`
+    is the largest -> [R, H, d], [R, H]."""
+    if on_gpu(q) and q.dtype != torch.float64:
+        from megatron_refine.kernels.softmax_attention.gpu import gpu_prefix_attention
+
+        return gpu_prefix_attention(q, k, v, starts)
+    return torch_prefix_attention(q, k[:last], v[:last], starts)
+
+
+def torch_prefix_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor) -> Part:
+    """As `_prefix`. The scores exist for one sequence at a time, and again in the backward pass."""
+
+    def attended(q: Tensor, k: Tensor, v: Tensor) -> Part:
+        out, weight = attend(q[None], k[None], v[None], torch.arange(len(k), device=q.device) < starts[:, None])
+        return out[0], weight[0]
+
+    if not torch.is_grad_enabled():
+        return attended(q, k, v)
+    part: Part = checkpoint(attended, q, k, v, use_reentrant=False, preserve_rng_state=False)
+    return part
+
+
+@functools.lru_cache(maxsize=8)
+def _triangle(total: int, rows: int, device: torch.device) -> Tensor:
+    """[rows, total]: whether the last `rows` of `total` rows see each of them."""
+    return torch.ones(rows, total, dtype=torch.bool, device=device).tril(total - rows)
+
+
+@fused
+def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Part:
+    """q [N, R, H, d], k, v [N, L, G, d], visible [R, L], at least one key a row -> the part of these keys."""
+    high = torch.promote_types(q.dtype, torch.float32)
+    grouped = q.to(high).unflatten(2, (k.shape[2], -1)) * q.shape[-1] ** -0.5
+    scores = torch.einsum("nrgjd,nlgd->ngjrl", grouped, k.to(high)).masked_fill(~visible, -torch.inf)
+    weight = scores.logsumexp(-1, keepdim=True)
+    out = torch.einsum("ngjrl,nlgd->nrgjd", (scores - weight).exp(), v.to(high))
+    return out.flatten(2, 3), weight.squeeze(-1).permute(0, 3, 1, 2).flatten(2)
+
+
+@fused
+def merged(first: Part, second: Part) -> Tensor:
+    """What the keys of two parts together give, [N, R, H, d]."""
+    (a, x), (b, y) = first, second
+    total = torch.logaddexp(x, y)
+    return a * (x - total).exp()[..., None] + b * (y - total).exp()[..., None]

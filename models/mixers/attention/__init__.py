@@ -1,0 +1,1 @@
+"""Softmax attention as a mixer: grouped key heads, with or without output gate, norms of queries and keys, RoPE."""
