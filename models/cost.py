@@ -42,21 +42,21 @@ def rank_parameters(model: ModelConfig, tp: int, pp: int, stage: int) -> int:
     table = model.padded_vocab * model.hidden_size
     own_output = last and not (model.tie_embeddings and first)
     layers = stage_layers(model, pp, stage)
-    mlp = 3 * model.hidden_size * model.intermediate_size
-    cut = sum(layer.cost.sharded + mlp for layer in layers) + table * (first + own_output)
-    assert cut % tp == 0, "tp divides the heads, the MLP and the padded vocabulary"
-    whole = sum(2 * model.hidden_size + layer.cost.head_norm for layer in layers)
-    return cut // tp + whole + last * model.hidden_size
+    cut = 3 * model.hidden_size * model.intermediate_size * len(layers) + table * (first + own_output)
+    assert cut % tp == 0, "tp divides the MLP and the padded vocabulary"
+    mixers = sum(layer.cost.parameters(tp) for layer in layers)
+    return cut // tp + mixers + (2 * len(layers) + last) * model.hidden_size
 
 
-def layer_flops(model: ModelConfig, layer: Layer, length: int) -> dict[str, int]:
-    """Forward FLOPs of a layer, a token of a stream of `length` tokens, by matmul."""
-    return layer.cost.flops(length) | {"mlp": 6 * model.hidden_size * model.intermediate_size}
+def layer_flops(model: ModelConfig, layer: Layer, length: int, before: int = 0) -> dict[str, int]:
+    """Forward FLOPs of a layer, a token of a stream of `length` tokens that follows `before` others, by matmul."""
+    return layer.cost.flops(length, before) | {"mlp": 6 * model.hidden_size * model.intermediate_size}
 
 
-def stack_flops(model: ModelConfig, length: int) -> int:
-    """Forward FLOPs of all layers, a token of a stream of `length` tokens."""
-    return sum(n * sum(layer_flops(model, layer, length).values()) for layer, n in grouped(family.layers(model)))
+def stack_flops(model: ModelConfig, length: int, before: int = 0) -> int:
+    """Forward FLOPs of all layers, a token of a stream of `length` tokens that follows `before` others."""
+    layers = grouped(family.layers(model))
+    return sum(n * sum(layer_flops(model, layer, length, before).values()) for layer, n in layers)
 
 
 def head_flops(model: ModelConfig) -> int:

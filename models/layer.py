@@ -25,16 +25,14 @@ class MixerCost(Protocol):
     kernels: ClassVar[str]
     """The package of `kernels` that mixes the sequence, such as `delta_rule`."""
 
-    @property
-    def head_norm(self) -> int:
-        """Parameters that all heads share and every tensor parallel rank holds: the norm of a head's output."""
+    def parameters(self, tp: int) -> int:
+        """Parameters of each of `tp` tensor parallel ranks."""
 
-    @property
-    def sharded(self) -> int:
-        """Parameters that tensor parallel ranks share out."""
+    def partial(self, tp: int) -> int:
+        """Those of them that every rank has whole, with a part of the gradient: norms of heads."""
 
-    def flops(self, length: int) -> dict[str, int]:
-        """Forward FLOPs, a token of a stream of `length` tokens, by matmul."""
+    def flops(self, length: int, before: int = 0) -> dict[str, int]:
+        """Forward FLOPs, a token of a stream of `length` tokens that follows `before` others, by matmul."""
 
     def fork_flops(self) -> int:
         """Forward FLOPs to read the state at one position."""
@@ -42,8 +40,9 @@ class MixerCost(Protocol):
     def state_bytes(self, itemsize: int) -> int:
         """Bytes of the state at one position; `itemsize` is that of an activation."""
 
-    def exchanged_columns(self) -> tuple[int, int]:
-        """Columns of all heads that context parallel ranks exchange before the mixing of a row, and after it."""
+    def exchanged_columns(self, ranks: int) -> tuple[int, int]:
+        """Columns of all heads that context parallel ranks exchange before the mixing of a row, and after it; `ranks`
+        is tp * cp."""
 
     def handle_bytes(self, itemsize: int, length: int, gpu: bool, cp: int) -> float:
         """Bytes that a handle keeps of a pass without gradient, a row, until the states are taken."""

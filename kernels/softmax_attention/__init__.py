@@ -1,6 +1,8 @@
 """Softmax attention with grouped key heads: of a stream, and of branches that start inside it and share its keys."""
 
 import functools
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +27,11 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if q.shape[2] != k.shape[2] and on_gpu(q) and q.dtype not in (torch.bfloat16, torch.float16):
         return in_turns(q, k, v)
     return _causal(q, k, v)
+
+
+def used(costs: Sequence[Any], gpu: bool) -> str:
+    """Say what computes it on this machine."""
+    return "softmax attention: torch" + (", FlexAttention for branches" if gpu else "")
 
 
 def in_turns(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -79,14 +79,15 @@ def _forward(config: Config) -> tuple[int, int, int, int]:
     r, model = config.refine, config.model
     head, length, rollouts = cost.head_flops(model), config.data.seq_length, r.num_chunks * r.num_rollouts
 
-    def layers(rows: int, stream: int) -> int:
-        return rows * cost.stack_flops(model, stream)
+    def layers(rows: int, stream: int, before: int = 0) -> int:
+        return rows * cost.stack_flops(model, stream, before)
 
     main = layers(length, length) + length * head
     if not r.enabled:
         return main, 0, 0, 0
     later_heads = rollouts * (r.rollout_len - 1) * head  # the first token is predicted by a main row
     forks = r.num_chunks * sum(layer.cost.fork_flops() for layer in family.layers(model))
-    branch = layers(rollouts * r.rollout_len, r.rollout_len) + later_heads
-    decode = layers(rollouts * r.rollout_len, 1) + later_heads + r.num_chunks * head
+    before = length // 2  # of a branch, on average
+    branch = layers(rollouts * r.rollout_len, r.rollout_len, before) + later_heads
+    decode = layers(rollouts * r.rollout_len, 1, before) + later_heads + r.num_chunks * head
     return main, forks, branch, decode

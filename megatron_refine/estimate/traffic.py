@@ -97,7 +97,7 @@ def _of_pass(config: Config, each: Pass, stage: int) -> Iterator[Traffic]:
         yield traffic("tp", "all_reduce", 2 * ahead + inner + starts + 2 * back + last * each.backward, hidden)
     exchanges = each.forward + each.backward + each.backward * ("mixer" in recomputed(config))  # of a layer
     for layer, count in cost.grouped(own):
-        columns = sum(layer.cost.exchanged_columns()) / 2
+        columns = sum(layer.cost.exchanged_columns(p.tp * p.cp)) / 2
         yield traffic("cp", "all_to_all", 2 * exchanges * count, rows * columns // p.tp * size)
     if last:
         yield from _of_head(config, each, traffic)
@@ -148,7 +148,7 @@ def _of_update(config: Config, dp: int, stage: int, updates: int) -> Iterator[Tr
     count, own = cost.rank_parameters(model, p.tp, p.pp, stage), cost.stage_layers(model, p.pp, stage)
     yield Traffic("step", "dp", "reduce_scatter", updates, updates * count * FP32)
     yield Traffic("step", "dp", "all_gather", updates, updates * count * itemsize(config))
-    yield Traffic("step", "tp", "all_reduce", updates, updates * sum(layer.cost.head_norm for layer in own) * FP32)
+    yield Traffic("step", "tp", "all_reduce", updates, updates * sum(layer.cost.partial(p.tp) for layer in own) * FP32)
     if p.sp:
         norms = (2 * len(own) + (stage == p.pp - 1)) * model.hidden_size
         yield Traffic("step", "tp", "all_reduce", updates, updates * norms * FP32)

@@ -20,20 +20,19 @@ class LactCost:
     model: LactConfig
     kernels: ClassVar[str] = "lact"
 
-    @property
-    def head_norm(self) -> int:
-        return self.model.head_dim
-
-    @property
-    def sharded(self) -> int:
+    def parameters(self, tp: int) -> int:
         m, h = self.model, self.model.hidden_size
         heads, inner, rank = m.num_lact_heads, m.inner_dim, m.w0_w2_low_rank
         bias = self._columns - (0 if m.qkv_bias else 3 * h)
         whole = h * inner  # of one matrix, all heads
         initial = whole + 2 * (heads * rank * (inner + m.head_dim) if rank > 0 else whole)
-        return h * self._columns + bias + 4 * h + initial + h * h
+        return (h * self._columns + bias + 4 * h + initial + h * h) // tp + self.partial(tp)
 
-    def flops(self, length: int) -> dict[str, int]:
+    def partial(self, tp: int) -> int:
+        """The norm of what a head reads."""
+        return self.model.head_dim
+
+    def flops(self, length: int, before: int = 0) -> dict[str, int]:
         """Every chunk but the last is also an update; a stream shorter than a chunk (a branch) only reads."""
         m, h = self.model, self.model.hidden_size
         window = min(m.window_size, length)
@@ -61,7 +60,7 @@ class LactCost:
         """The weights that it reads, the window's keys and values."""
         return (self._matrices + 2 * (self.model.window_size - 1) * self.model.hidden_size) * itemsize
 
-    def exchanged_columns(self) -> tuple[int, int]:
+    def exchanged_columns(self, ranks: int) -> tuple[int, int]:
         return self._columns, self.model.hidden_size
 
     def handle_bytes(self, itemsize: int, length: int, gpu: bool, cp: int) -> float:

@@ -33,16 +33,15 @@ class DeltaCost:
         """Columns of the keys, as many as of the queries."""
         return (self.channels - self.heads * self.value_dim) // 2
 
-    @property
-    def head_norm(self) -> int:
+    def parameters(self, tp: int) -> int:
+        projections = self.hidden * (self.channels + self.others) + self.heads * self.value_dim * self.hidden
+        return (projections + self.channels * self.conv_size + self.vectors) // tp + self.partial(tp)
+
+    def partial(self, tp: int) -> int:
+        """The norm of a head's output."""
         return self.value_dim
 
-    @property
-    def sharded(self) -> int:
-        projections = self.hidden * (self.channels + self.others) + self.heads * self.value_dim * self.hidden
-        return projections + self.channels * self.conv_size + self.vectors
-
-    def flops(self, length: int) -> dict[str, int]:
+    def flops(self, length: int, before: int = 0) -> dict[str, int]:
         """The delta rule in the chunked form of arXiv 2406.06484 section 3: [U|W] = (I + A)^-1 [beta V | beta K],
         u = U - W S, o = q S + tril(q k^T) u, S' = S + k^T u. A stream shorter than a chunk (a branch) is one chunk.
         """
@@ -67,7 +66,7 @@ class DeltaCost:
         """S [H, K, V] in fp32 and the tail of the convolution."""
         return self.heads * self.key_dim * self.value_dim * FP32 + (self.conv_size - 1) * self.channels * itemsize
 
-    def exchanged_columns(self) -> tuple[int, int]:
+    def exchanged_columns(self, ranks: int) -> tuple[int, int]:
         """All but the gate; what the heads read."""
         outputs = self.heads * self.value_dim
         return self.channels + self.others - outputs * self.gated_output, outputs
@@ -77,7 +76,7 @@ class DeltaCost:
         GPU: in the precision of the inputs); decays."""
         size, keys = (itemsize, self.keys) if gpu else (FP32, self.heads * self.key_dim)
         rule = self.heads * (self.value_dim * (size + self.key_dim * size / CHUNK) + FP32 * self.gated_rule)
-        columns = self.exchanged_columns()[0] if cp > 1 else self.channels + self.others
+        columns = self.exchanged_columns(cp)[0] if cp > 1 else self.channels + self.others
         return columns * itemsize + keys * size + rule
 
     def saved_bytes(self, itemsize: int, length: int, gpu: bool) -> Saved:
