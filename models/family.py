@@ -59,7 +59,7 @@ def every() -> list[Family]:
 def by_model_type(model_type: object) -> Family | None:
     """Return the family of a config.json's model_type; a family of another package has its package's name there."""
     for each in every():
-        if each.format.model_type == model_type:
+        if model_type in (each.format.model_type, *each.format.also):
             return each
     try:
         return of(model_type) if isinstance(model_type, str) and "." in model_type else None

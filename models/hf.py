@@ -105,9 +105,12 @@ class Format:
     ignored: dict[str, Any]  # no part of the maths, with what we write (ABSENT: nothing)
     frame: Callable[[Any], tuple[Mapping, ...]]  # the tensors of a model around its layers
     library: str = "flash-linear-attention"  # whose files these are
-    renamed: dict[str, str] = field(default_factory=dict)  # a name in old checkpoints -> today's
+    also: tuple[str, ...] = ()  # other model types with these fields and tensors
+    read: Callable[[dict[str, Any]], dict[str, Any]] = lambda tree: tree  # config.json -> its fields, without depth
+    write: Callable[[dict[str, Any]], dict[str, Any]] = lambda fields: fields
+    renamed: dict[str, str] = field(default_factory=dict)  # a name in other checkpoints -> the one here
     not_written: tuple[str, ...] = ("quantization_config",)  # constants of some checkpoints only
-    unused: tuple[str, ...] = ()  # tensors in some checkpoints that no computation reads
+    unused: tuple[str, ...] = ()  # tensors in some checkpoints that no computation reads; * is any name
     probe: Callable[[Any], Any] = lambda model: model  # the model at a size of chunk or window that a short text fills
 
 
@@ -163,26 +166,28 @@ def mlp_width(hidden_size: int, ratio: float) -> int:
     return -(-int(hidden_size * ratio * 2 / 3) // 256) * 256
 
 
-def frame(model: Any) -> tuple[Mapping, ...]:
-    """The tensors around the layers, as flash-linear-attention names them."""
+def frame(model: Any, embedding: str = "model.embeddings.weight") -> tuple[Mapping, ...]:
+    """The tensors around the layers; the embedding's name is flash-linear-attention's."""
     vocab = model.vocab_size, model.padded_vocab, model.hidden_size
     found: list[Mapping] = [
-        Vocab("embedding.word_embeddings.weight", "model.embeddings.weight", *vocab),
+        Vocab("embedding.word_embeddings.weight", embedding, *vocab),
         Same("decoder.final_layernorm.weight", "model.norm.weight", (model.hidden_size,)),
         Vocab("output_layer.weight", "lm_head.weight", *vocab),
     ]
     return tuple(found[:-1] if model.tie_embeddings else found)
 
 
-def layer_tensors(model: Any, mixer: list[Mapping]) -> tuple[Mapping, ...]:
-    """All tensors of a layer: a family's mixer between the norms and the MLP that the families share."""
+def layer_tensors(
+    model: Any, mixer: list[Mapping], norms: tuple[str, str] = ("attn_norm", "mlp_norm")
+) -> tuple[Mapping, ...]:
+    """All tensors of a layer: a family's mixer between norms, whose names are flash-linear-attention's, and the MLP."""
     hidden, width = model.hidden_size, model.intermediate_size
     ours, theirs = "decoder.layers.{}.", "model.layers.{}."
     gate_up = theirs + "mlp.gate_proj.weight", theirs + "mlp.up_proj.weight"
     return (
-        Same(ours + "input_layernorm.weight", theirs + "attn_norm.weight", (hidden,)),
+        Same(ours + "input_layernorm.weight", f"{theirs}{norms[0]}.weight", (hidden,)),
         *mixer,
-        Same(ours + "pre_mlp_layernorm.weight", theirs + "mlp_norm.weight", (hidden,)),
+        Same(ours + "pre_mlp_layernorm.weight", f"{theirs}{norms[1]}.weight", (hidden,)),
         stack(ours + "mlp.linear_fc1.weight", gate_up, width, hidden),
         Same(ours + "mlp.linear_fc2.weight", theirs + "mlp.down_proj.weight", (hidden, width)),
     )

@@ -60,10 +60,15 @@ class Layer:
     settings: Any  # that module's `model`
     cost: MixerCost
     tensors: tuple[Mapping, ...] = field(repr=False)  # of the whole layer; {} is its number
+    norm: str = "megatron_refine.models.common.norm:RMSNorm"  # before the mixer and the MLP
 
     def mixer_class(self) -> type[Any]:
-        """Import the Megatron module."""
+        """Import the mixer's module."""
         return cast(type[Any], named(self.mixer))
+
+    def norm_class(self) -> type[Any]:
+        """Import the norms' module."""
+        return cast(type[Any], named(self.norm))
 
 
 def alike(layers: Sequence[Layer]) -> bool:

@@ -29,9 +29,11 @@ GOLDEN = Path(__file__).parent / "golden"
 # singular values up to one: it multiplies the rounding of their directions by some tens
 EXACT, MUON = (2e-5, 1e-4), (2e-4, 1e-3)
 FOLDERS = {
-    "delta_net": EXACT, "gated_delta_net": EXACT, "lact": EXACT, "lact_muon": MUON, "lact_muon_nope": MUON
+    "delta_net": EXACT, "gated_delta_net": EXACT, "lact": EXACT, "lact_muon": MUON, "lact_muon_nope": MUON,
+    "qwen3_5": EXACT,
 }  # fmt: skip
-CASES = [(name, case) for name in FOLDERS for case in (["case0", "case1"] if "lact" in name else ["case0"])]
+TWO = ("lact", "lact_muon", "lact_muon_nope", "qwen3_5")
+CASES = [(name, case) for name in FOLDERS for case in (["case0", "case1"] if name in TWO else ["case0"])]
 VOCAB = 97
 PADDED_ROWS = ("embedding.word_embeddings.weight", "output_layer.weight")
 LAYOUTS: dict[str, tuple[dict[str, Any], str]] = {  # parallel.*, train.recompute

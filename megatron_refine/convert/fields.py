@@ -33,6 +33,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 def model_of(config: dict[str, Any], where: str) -> ModelConfig:
     """The model that a config.json describes. Raises ConfigError, one line a problem, each naming the field."""
     name, described = _family(config, where)
+    config = described.read(config)
     problems = [*_unknown(config, described), *_differing(config, described)]
     section: dict[str, Any] = {"family": name, "intermediate_size": _width(config, problems)}
     for field, key in described.fields.items():
@@ -59,7 +60,7 @@ def fresh_config(model: ModelConfig, dtype: str) -> dict[str, Any]:
     tree["intermediate_size"] = model.intermediate_size
     tree |= {name: allowed[0] for name, allowed in described.constants.items() if name not in described.not_written}
     tree |= {field: value for field, value in described.ignored.items() if value is not ABSENT}
-    return tree | {"torch_dtype": dtype}
+    return described.write(tree) | {"torch_dtype": dtype}
 
 
 def _family(config: dict[str, Any], where: str) -> tuple[str, Format]:

@@ -54,4 +54,4 @@ def _some(names: list[str]) -> str:
 
 
 def _pattern(name: str) -> re.Pattern[str]:
-    return re.compile(re.escape(name).replace(r"\{\}", r"(\d+)"))
+    return re.compile(re.escape(name).replace(r"\{\}", r"(\d+)").replace(r"\*", "(.*)"))

@@ -23,7 +23,6 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_refine.config import Config, ConfigError
 from megatron_refine.models import family
-from megatron_refine.models.common.norm import RMSNorm
 from megatron_refine.models.layer import Layer
 
 _SEQUENCE_FLAGS = ("sequence_parallel", "reduce_scatter_embeddings")  # where Megatron's modules keep the choice
@@ -33,17 +32,17 @@ def block_spec(config: Config, megatron: TransformerConfig) -> TransformerBlockS
     """Describe this pipeline stage's layers to Megatron. Raises ConfigError."""
     mlp, first = get_mlp_module_spec_for_backend(provider(linears(config))), get_transformer_layer_offset(megatron)
     own = family.layers(config.model)[first : first + get_num_layers_to_build(megatron)]
-    return TransformerBlockSubmodules(layer_specs=[_layer_spec(layer, mlp) for layer in own], layer_norm=RMSNorm)
+    return TransformerBlockSubmodules([_layer_spec(layer, mlp) for layer in own], layer_norm=own[-1].norm_class())
 
 
 def _layer_spec(layer: Layer, mlp: ModuleSpec) -> ModuleSpec:
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
+            input_layernorm=layer.norm_class(),
             self_attention=ModuleSpec(module=layer.mixer_class(), params={"model": layer.settings}),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=RMSNorm,
+            pre_mlp_layernorm=layer.norm_class(),
             mlp=mlp,
             mlp_bda=get_bias_dropout_add,
         ),

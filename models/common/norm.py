@@ -25,7 +25,22 @@ class RMSNorm(nn.Module):
             # a pass over whole rows: every rank has the whole gradient, and the sum over tp is still to come
             weight = weight.view_as(weight)
             weight.register_hook(lambda grad: grad / self.config.tensor_model_parallel_size)
+        return self._normed(x, weight)
+
+    def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, weight.shape, weight, self.eps)
+
+
+class ZeroCentredNorm(RMSNorm):
+    """x / rms(x) * (1 + weight), all of it in at least fp32."""
+
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **more: Any):
+        super().__init__(config, hidden_size, eps, **more)
+        self.weight.initialize = lambda full, generator: full.zero_()  # type: ignore[attr-defined]
+
+    def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
+        high = torch.promote_types(x.dtype, torch.float32)
+        return F.rms_norm(x.to(high), weight.shape, 1 + weight.to(high), self.eps).to(x.dtype)
 
 
 class HeadNorm(RMSNorm):

@@ -29,7 +29,7 @@ def decoder_logits(model: Any, weights: Weights, tokens: Tensor, mixers: Mixer |
         x = x + mixer(
             model, weights, prefix + "attn.", rms_norm(x, weights[prefix + "attn_norm.weight"], model.norm_eps)
         )
-        x = x + _mlp(weights, prefix + "mlp.", rms_norm(x, weights[prefix + "mlp_norm.weight"], model.norm_eps))
+        x = x + gated_mlp(weights, prefix + "mlp.", rms_norm(x, weights[prefix + "mlp_norm.weight"], model.norm_eps))
     x = rms_norm(x, weights["model.norm.weight"], model.norm_eps)
     return x @ (embeddings if model.tie_embeddings else weights["lm_head.weight"]).T
 
@@ -66,6 +66,7 @@ class _Cast:
         return tensor
 
 
-def _mlp(weights: Weights, prefix: str, x: Tensor) -> Tensor:
+def gated_mlp(weights: Weights, prefix: str, x: Tensor) -> Tensor:
+    """down(SiLU(gate x) * up x), by names that begin with `prefix`."""
     gate, up = x @ weights[prefix + "gate_proj.weight"].T, x @ weights[prefix + "up_proj.weight"].T
     return (F.silu(gate) * up) @ weights[prefix + "down_proj.weight"].T
