@@ -18,6 +18,11 @@ MODELS: dict[str, dict[str, Any]] = {
     # two value heads a key head, wider eigenvalues
     "gated_delta_net variant": _COMMON | _GATED | {"num_v_heads": 8, "expand_v": 1.0, "allow_neg_eigval": True},
     "gated_delta_net no gate": _COMMON | _GATED | {"use_gate": False},
+    # one layer of each kind
+    "qwen3_5": _COMMON
+    | {"family": "qwen3_5", "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "rope_theta": 1e4}
+    | {"linear_num_key_heads": 4, "linear_num_value_heads": 8, "linear_key_head_dim": 16, "linear_value_head_dim": 16}
+    | {"layer_types": ["linear_attention", "full_attention"]},
     "lact": _COMMON | _LACT | {"w0_w2_low_rank": 8},
     "lact muon": _COMMON | _LACT | {"w0_w2_low_rank": 8, "use_muon": True, "lact_chunk_size": 32},
     "lact variant": _COMMON

@@ -63,8 +63,8 @@ def reference(ranks: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Callab
     return compute
 
 
-FAMILIES = ("delta_net", "gated_delta_net", "lact")
-SHORT = [("delta_net", a) for a in NAMES if a != "tp2"] + [("gated_delta_net", "cp2"), ("lact", "tp2sp")]
+FAMILIES = ("delta_net", "gated_delta_net", "lact", "qwen3_5")
+SHORT = [("delta_net", a) for a in NAMES if a != "tp2"] + [("gated_delta_net", "cp2"), ("lact", "tp2sp"), ("qwen3_5", "tp2sp")]
 SHORT += [("delta_net", "tp2sp pp2"), ("delta_net", "cp2 dp2")]
 
 
