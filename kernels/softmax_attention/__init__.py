@@ -56,7 +56,7 @@ def branch_attention(q: Tensor, prefix: tuple[Tensor, Tensor], own: tuple[Tensor
     read = [_prefix(x, keys[run.sequence], values[run.sequence], run) for x, run in zip(parts, runs, strict=True)]
     far, weight = (torch.cat(x) if len(read) > 1 else x[0] for x in zip(*read, strict=True))
     near = attend(q, *own, _triangle(own[0].shape[1], q.shape[1], q.device))
-    return merged((far.view_as(q), weight.view(q.shape[:3])), near).to(q.dtype)
+    return merged(far.view_as(q), weight.view(q.shape[:3]), *near).to(q.dtype)
 
 
 def _prefix(q: Tensor, k: Tensor, v: Tensor, run: Run) -> Part:
@@ -101,8 +101,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Part:
 
 
 @fused
-def merged(first: Part, second: Part) -> Tensor:
+def merged(far: Tensor, far_weight: Tensor, near: Tensor, near_weight: Tensor) -> Tensor:
     """What the keys of two parts together give, [N, R, H, d]."""
-    (a, x), (b, y) = first, second
-    total = torch.logaddexp(x, y)
-    return a * (x - total).exp()[..., None] + b * (y - total).exp()[..., None]
+    total = torch.logaddexp(far_weight, near_weight)
+    return far * (far_weight - total).exp()[..., None] + near * (near_weight - total).exp()[..., None]
