@@ -28,6 +28,16 @@ class Chunks:
 
 
 @dataclass(frozen=True)
+class Run:
+    """Rows that belong to places of one sequence."""
+
+    sequence: int
+    before: Tensor  # [R] tokens before each row's place
+    most: int  # of them
+    masks: dict[int, Any] = field(default_factory=dict, repr=False, compare=False)  # by the sequence's length
+
+
+@dataclass(frozen=True)
 class Places:
     """P places, each after a number of tokens of one sequence."""
 
@@ -57,14 +67,15 @@ class Places:
         found: Places = self._once(("part", positions.start, positions.stop, positions.step), make)
         return found
 
-    def runs(self) -> list[tuple[int, int, int]]:
-        """Consecutive places in one sequence: the sequence, the number of places, the most tokens before one."""
+    def runs(self, rows: int) -> list[Run]:
+        """Consecutive places in one sequence, with `rows` rows a place."""
 
-        def make() -> list[tuple[int, int, int]]:
+        def make() -> list[Run]:
             by_sequence = [(sequence, [t for _, t in run]) for sequence, run in groupby(self.on_host, itemgetter(0))]
-            return [(sequence, len(tokens), max(tokens)) for sequence, tokens in by_sequence]
+            before = self.tokens.repeat_interleave(rows).split([len(tokens) * rows for _, tokens in by_sequence])
+            return [Run(s, x, max(tokens)) for (s, tokens), x in zip(by_sequence, before, strict=True)]
 
-        found: list[tuple[int, int, int]] = self._once("runs", make)
+        found: list[Run] = self._once(("runs", rows), make)
         return found
 
     def before(self, count: int) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from megatron_refine.kernels.fused import fused
-from megatron_refine.kernels.places import Places
+from megatron_refine.kernels.places import Places, Run
 from megatron_refine.platform.hardware import on_gpu
 
 Part = tuple[Tensor, Tensor]
@@ -57,41 +57,36 @@ def branch_attention(q: Tensor, prefix: tuple[Tensor, Tensor], own: tuple[Tensor
     sequence read its keys where they lie. One softmax over [T | own rows] would need those side by side: a copy of all
     keys in each layer's graph, and again for each decoded token.
     """
-    each, rows = len(q) // len(places.on_host), q.shape[1]
-    starts = places.tokens.repeat_interleave(each * rows)
-    counts = [count * each * rows for _, count, _ in places.runs()]
+    runs = places.runs(len(q) // len(places.on_host) * q.shape[1])
+    parts = q.flatten(0, 1).split([len(run.before) for run in runs])
     keys, values = (x.unbind(0) for x in prefix)
-    found = [
-        _prefix(part, keys[sequence], values[sequence], start, last)
-        for part, start, (sequence, _, last) in zip(
-            q.flatten(0, 1).split(counts), starts.split(counts), places.runs(), strict=True
-        )
-    ]
-    far, weight = (torch.cat(x) if len(found) > 1 else x[0] for x in zip(*found, strict=True))
-    near = attend(q, *own, _triangle(own[0].shape[1], rows, q.device))
-    return merged((far.view_as(q), weight.view(q.shape[:3])), near).to(q.dtype)
+    read = [_prefix(x, keys[run.sequence], values[run.sequence], run) for x, run in zip(parts, runs, strict=True)]
+    far, weight = (torch.cat(x) if len(read) > 1 else x[0] for x in zip(*read, strict=True))
+    near = attend(q, *own, _triangle(own[0].shape[1], q.shape[1], q.device))
+    return merged(far.view_as(q), weight.view(q.shape[:3]), *near).to(q.dtype)
 
 
-def _prefix(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, last: int) -> Part:
-    """Rows q [R, H, d] of one sequence's branches, its k, v [T, G, d]; row i sees the first starts[i], of which `last`
-    is the largest -> [R, H, d], [R, H]."""
+def _prefix(q: Tensor, k: Tensor, v: Tensor, run: Run) -> Part:
+    """What rows [R, H, d] of one sequence's branches read from the tokens before these, k, v [T, G, d]: [R, H, d],
+    [R, H]."""
     if on_gpu(q) and q.dtype != torch.float64:
         from megatron_refine.kernels.softmax_attention.gpu import gpu_prefix_attention
 
-        return gpu_prefix_attention(q, k, v, starts)
-    return torch_prefix_attention(q, k[:last], v[:last], starts)
+        return gpu_prefix_attention(q, k, v, run)
+    return torch_prefix_attention(q, k, v, run)
 
 
-def torch_prefix_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor) -> Part:
+def torch_prefix_attention(q: Tensor, k: Tensor, v: Tensor, run: Run) -> Part:
     """As `_prefix`. The scores exist for one sequence at a time, and again in the backward pass."""
 
     def attended(q: Tensor, k: Tensor, v: Tensor) -> Part:
-        out, weight = attend(q[None], k[None], v[None], torch.arange(len(k), device=q.device) < starts[:, None])
+        out, weight = attend(q[None], k[None], v[None], torch.arange(len(k), device=q.device) < run.before[:, None])
         return out[0], weight[0]
 
+    given = q, k[: run.most], v[: run.most]
     if not torch.is_grad_enabled():
-        return attended(q, k, v)
-    part: Part = checkpoint(attended, q, k, v, use_reentrant=False, preserve_rng_state=False)
+        return attended(*given)
+    part: Part = checkpoint(attended, *given, use_reentrant=False, preserve_rng_state=False)
     return part
 
 
@@ -113,8 +108,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Part:
 
 
 @fused
-def merged(first: Part, second: Part) -> Tensor:
+def merged(far: Tensor, far_weight: Tensor, near: Tensor, near_weight: Tensor) -> Tensor:
     """What the keys of two parts together give, [N, R, H, d]."""
-    (a, x), (b, y) = first, second
-    total = torch.logaddexp(x, y)
-    return a * (x - total).exp()[..., None] + b * (y - total).exp()[..., None]
+    total = torch.logaddexp(far_weight, near_weight)
+    return far * (far_weight - total).exp()[..., None] + near * (near_weight - total).exp()[..., None]
