@@ -56,7 +56,8 @@ def explain(key: str, schema: type[BaseModel] = Config) -> str:
 
 def _section(prefix: str, schema: Any) -> str:
     """The text of a section, and a row for each key that it adds to those of its base."""
-    rows = [_row(f"{prefix}.{name}", schema.model_fields[name]) for name in inspect.get_annotations(schema) if name in schema.model_fields]
+    own, fields = inspect.get_annotations(schema), schema.model_fields
+    rows = [_row(f"{prefix}.{name}", fields[name]) for name in own if name in fields]
     return f"{_linked(inspect.cleandoc(schema.__doc__ or ''))}\n\n{_HEAD}" + "\n".join(rows)
 
 
