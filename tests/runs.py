@@ -155,7 +155,7 @@ def first_line(end: End) -> str:
 FAILURES = {
     "prepare": (0, "megatron_refine.trainer.checkpoint.Checkpoints._clear"),
     "gather": (1, "megatron_refine.platform.megatron.streams.rng_state"),
-    "common file": (0, "megatron.core.dist_checkpointing.strategies.common.TorchCommonSaveStrategy.save_common"),
+    "format file": (0, "megatron.core.dist_checkpointing.serialization.save_config"),
     "weights": (1, ""),
     "hash": (1, "megatron_refine.trainer.checkpoint.hashes"),
     "complete": (0, "megatron_refine.trainer.checkpoint.seal"),
