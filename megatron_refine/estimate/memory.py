@@ -17,7 +17,7 @@ class RankMemory:
     stage: int
     weights: int
     gradients: int  # fp32 in either precision
-    optimizer: int  # Adam's moments and, in bf16, fp32 weights: this rank's share of the distributed optimizer
+    optimizer: int  # moments and, in bf16, fp32 weights: of Adam this rank's share, of Muon all
     activations: int  # kept for the backward pass, or by the handles of a score pass, whichever is more
     head: int  # logits of a chunk of rows and their gradient; in fp32, the sum of the weight's over several chunks
     states: int  # forked at the selected positions, and the rollouts' own while they decode
@@ -44,11 +44,23 @@ def rank_memory(config: Config, dp: int, stage: int, gpu: bool = True) -> RankMe
         stage=stage,
         weights=count * itemsize(config),
         gradients=count * FP32,
-        optimizer=count * (12 if bf16 else 8) // (dp * p.cp),
+        optimizer=_optimizer(config, count * (12 if bf16 else 8), dp),
         activations=max(_activations(config, dp, stage, gpu), handles(config, dp, gpu)),
         head=_head(config, gpu) if last else 0,
         states=_states(config) if config.refine.enabled else 0,
     )
+
+
+def _optimizer(config: Config, adam: int, dp: int) -> int:
+    """Bytes of moments and fp32 weights, of which Adam would need `adam`. Muon has one moment of the matrices of linear
+    layers, Adam two."""
+    p, model = config.parallel, config.model
+    if config.optimizer.distributed:
+        return adam // (dp * p.cp)
+    tensors = family.hf_format(model.family).tensors(model)
+    matrices = [x.shape for x in tensors if x.ours.startswith("decoder.layers.") and x.ours.endswith(".weight")]
+    weights = sum(rows * columns for rows, columns in (shape for shape in matrices if len(shape) == 2))
+    return adam - FP32 * weights * model.num_layers // (p.pp * p.tp)
 
 
 def itemsize(config: Config) -> int:

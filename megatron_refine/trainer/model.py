@@ -129,7 +129,8 @@ def build_model(config: Config, ranks: Ranks, dtype: torch.dtype | None = None) 
     wanted = config.train.overlap == "true" or (config.train.overlap == "auto" and hardware.has_gpu())
     overlaps = wanted and ranks.replica_group.size() > 1
     ddp = DistributedDataParallelConfig(
-        use_distributed_optimizer=True, grad_reduce_in_fp32=megatron.bf16, overlap_grad_reduce=overlaps,
+        use_distributed_optimizer=config.optimizer.distributed, grad_reduce_in_fp32=megatron.bf16,
+        overlap_grad_reduce=overlaps,
         bucket_size=max(1, int(config.train.bucket_millions * 1e6)),
     )  # fmt: skip
     model = DistributedDataParallel(megatron, ddp, whole)
