@@ -16,7 +16,7 @@ from megatron_refine.estimate.memory import rank_memory
 from megatron_refine.platform.megatron.version import since
 from tests import runs
 from tests.parity import build, full_parameters, relative, small_config
-from tests.test_calibration import held
+from tests.test_calibration import check_collectives, held
 from tests.test_checkpoint import part, start
 from tests.test_updates import LAYOUTS
 
@@ -181,3 +181,9 @@ def test_the_estimate_is_what_a_rank_holds(ranks: Any, tmp_path: Path, model: st
     for rank, (_, state) in enumerate(ranks(2, held, config=config)):
         stage = rank if config.parallel.pp > 1 else 0
         assert state == rank_memory(config, 2 // config.parallel.model_size, stage).optimizer
+
+
+@needed
+@pytest.mark.parametrize("overrides", [["parallel.tp=2", "parallel.sp=true"], []], ids=["tp2 sp", "dp2"])
+def test_the_estimate_knows_what_ranks_exchange(ranks: Any, tmp_path: Path, overrides: list[str]) -> None:
+    check_collectives(ranks, 2, small_config(tmp_path, *MUON, *overrides, "refine.num_rollouts=16"))

@@ -1,9 +1,11 @@
 """The bytes a rank holds at the peak of a step, by component; without fragmentation and communication buffers."""
 
+import math
 from dataclasses import dataclass
 
 from megatron_refine.config import Config
 from megatron_refine.models import family
+from megatron_refine.models.hf import Heads
 
 # logits that exist at a time (trainer/head.py): in chunks of rows; on a GPU all of them, up to the second number
 HEAD_ELEMENTS, GPU_HEAD_ELEMENTS = 1 << 22, (1 << 26, 1 << 29)
@@ -54,13 +56,19 @@ def rank_memory(config: Config, dp: int, stage: int, gpu: bool = True) -> RankMe
 def _optimizer(config: Config, adam: int, dp: int) -> int:
     """Bytes of moments and fp32 weights, of which Adam would need `adam`. Muon has one moment of the matrices of linear
     layers, Adam two."""
-    p, model = config.parallel, config.model
+    p = config.parallel
     if config.optimizer.distributed:
         return adam // (dp * p.cp)
-    tensors = family.hf_format(model.family).tensors(model)
-    matrices = [x.shape for x in tensors if x.ours.startswith("decoder.layers.") and x.ours.endswith(".weight")]
-    weights = sum(rows * columns for rows, columns in (shape for shape in matrices if len(shape) == 2))
-    return adam - FP32 * weights * model.num_layers // (p.pp * p.tp)
+    _, weights = muon_matrices(config)
+    return adam - FP32 * weights * config.model.num_layers // (p.pp * p.tp)
+
+
+def muon_matrices(config: Config) -> tuple[int, int]:
+    """Return what Muon updates of a layer: matrices, and weights in them, over all ranks."""
+    tensors = family.hf_format(config.model.family).tensors(config.model)
+    layer = [x for x in tensors if x.ours.startswith("decoder.layers.") and x.ours.endswith(".weight")]
+    found = [x for x in layer if len(x.shape) == 2]
+    return sum(len(x.parts) if isinstance(x, Heads) else 1 for x in found), sum(math.prod(x.shape) for x in found)
 
 
 def itemsize(config: Config) -> int:

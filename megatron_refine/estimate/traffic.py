@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_refine.config import Config
-from megatron_refine.estimate.memory import itemsize, recomputed
+from megatron_refine.estimate.memory import itemsize, muon_matrices, recomputed
 from megatron_refine.models import family
 
 FP32, INT64, BOOL = 4, 8, 1
@@ -145,8 +145,13 @@ def _of_update(config: Config, dp: int, stage: int, updates: int) -> Iterator[Tr
     p, model = config.parallel, config.model
     cost = family.flops(model.family)
     count, layers = cost.rank_parameters(model, p.tp, p.pp, stage), model.num_layers // p.pp
-    yield Traffic("step", "dp", "reduce_scatter", updates, updates * count * FP32)
-    yield Traffic("step", "dp", "all_gather", updates, updates * count * itemsize(config))
+    if config.optimizer.distributed:
+        yield Traffic("step", "dp", "reduce_scatter", updates, updates * count * FP32)
+        yield Traffic("step", "dp", "all_gather", updates, updates * count * itemsize(config))
+    else:  # and each matrix whole
+        matrices, weights = muon_matrices(config)
+        yield Traffic("step", "dp", "all_reduce", updates, updates * count * FP32)
+        yield Traffic("step", "tp", "all_gather", updates * layers * matrices, updates * layers * weights * FP32)
     yield Traffic("step", "tp", "all_reduce", updates, updates * layers * cost.head_norm_width(model) * FP32)
     if p.sp:
         norms = (2 * layers + (stage == p.pp - 1)) * model.hidden_size

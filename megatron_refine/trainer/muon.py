@@ -44,8 +44,8 @@ def mark(model: nn.Module, config: Config) -> None:
             parameter.is_embedding_or_output_parameter = True  # type: ignore[attr-defined]
         elif found:
             parameter.is_qkv = True  # type: ignore[attr-defined]
-            whole = found.heads == 1  # of all ranks: each has its share of every part
-            parameter.qkv_split_shapes = [rows // (tp if whole else 1) for _, rows in found.parts]  # type: ignore[attr-defined]
+            cut = tp if found.heads == 1 else 1  # else a head's rows are all on one rank
+            parameter.qkv_split_shapes = [rows // cut for _, rows in found.parts]  # type: ignore[attr-defined]
 
 
 def number_steps(states: Any, parts: list[Any]) -> None:
