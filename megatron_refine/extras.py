@@ -12,7 +12,8 @@ from pathlib import Path
 
 from packaging.specifiers import SpecifierSet
 
-from megatron_refine.config import ConfigError
+from megatron_refine.config import Config, ConfigError
+from megatron_refine.platform.megatron.version import VERSION, since
 
 FLA = "0.6.0"  # as setup.py: the tables of kernels/tuning are of its kernels
 TE = SpecifierSet(">=2.9,<2.12")  # that Megatron-Core 0.16.1 takes
@@ -59,6 +60,19 @@ def _has(found: dict[str, str], part: str, library: str) -> bool:
 def _refused(what: str, found: dict[str, str]) -> ConfigError:
     remedy = TE_REMEDY.format(packages=" ".join(found) or "transformer-engine")
     return ConfigError(f"Transformer Engine: {what}: {remedy}")
+
+
+def check_optimizer(config: Config) -> None:
+    """Raise ConfigError where Muon is asked for and Megatron-Core is too old for it, or the package is missing."""
+    if config.optimizer.kind != "muon":
+        return
+    if not since(0, 19):
+        missing = f"needs Megatron-Core 0.19, not {VERSION}: run on Python 3.12 or later"
+    elif importlib.util.find_spec("emerging_optimizers") is None:
+        missing = "needs NVIDIA's package emerging_optimizers: install it from its repository (docs/compatibility.md)"
+    else:
+        return
+    raise ConfigError(f"optimizer.kind=muon: {missing}, or choose adam")
 
 
 def check_fla() -> None:

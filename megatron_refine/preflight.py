@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_refine import extras
 from megatron_refine.config import Config, ConfigError
 from megatron_refine.data.corpus import find_corpus
 from megatron_refine.data.examples import Columns, read_examples
@@ -39,7 +40,8 @@ def check(config: Config, in_image: bool = False) -> None:
     where the interpreter of its servers is.
     """
     found = list[Exception]()
-    questions = (_run, _data, _tokenizer, _model, _hooks, _tasks, tracking.check, *(() if in_image else (engine,)))
+    servers = () if in_image else (engine,)
+    questions = (extras.check_optimizer, _run, _data, _tokenizer, _model, _hooks, _tasks, tracking.check, *servers)
     for question in questions:
         try:
             question(config)

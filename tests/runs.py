@@ -64,13 +64,15 @@ def reward(tokens: Any, truth: Any, h_pred: Any, h_true: Any) -> Any:
     """`cosine`, unless this is the time of the fault: between rollout and update."""
     from megatron_refine.step.reward import cosine
 
+    global _fault
     rewards = cosine(tokens, truth, h_pred, h_true)
     if not _fault or not _fault.step <= _step <= _fault.until:
         return rewards
     if not _fault.signal:
         return rewards * float("nan")
     if int(os.environ["RANK"]) == _fault.rank:
-        os.kill(os.getpid(), _fault.signal)
+        number, _fault = _fault.signal, None  # in one micro-batch alone: a second Ctrl-C would end the run at once
+        os.kill(os.getpid(), number)
     return rewards
 
 
@@ -155,7 +157,7 @@ def first_line(end: End) -> str:
 FAILURES = {
     "prepare": (0, "megatron_refine.trainer.checkpoint.Checkpoints._clear"),
     "gather": (1, "megatron_refine.platform.megatron.streams.rng_state"),
-    "common file": (0, "megatron.core.dist_checkpointing.strategies.common.TorchCommonSaveStrategy.save_common"),
+    "format file": (0, "megatron.core.dist_checkpointing.serialization.save_config"),
     "weights": (1, ""),
     "hash": (1, "megatron_refine.trainer.checkpoint.hashes"),
     "complete": (0, "megatron_refine.trainer.checkpoint.seal"),

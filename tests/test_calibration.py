@@ -245,6 +245,7 @@ OPERATIONS = {
     "allreduce_": "all_reduce", "_allgather_base_": "all_gather", "_reduce_scatter_base_": "reduce_scatter",
     "alltoall_base_": "all_to_all", "send": "send", "broadcast_": "broadcast",
     "reduce_scatter_tensor_coalesced_": "reduce_scatter", "allgather_into_tensor_coalesced_": "all_gather",
+    "allgather_": "all_gather", "allreduce_coalesced_": "all_reduce",
 }  # fmt: skip
 SCALARS = 256  # bytes of sums of losses and norms, which the estimate leaves out
 
@@ -309,6 +310,10 @@ def test_collectives(ranks: Zygote, tmp_path: Path, layout: str, mode: str, mode
     world, overrides = (LAYOUTS | MORE)[layout]
     # a size at which no message but sums of losses is small
     config = small_config(tmp_path, *overrides, f"update.mode={mode}", "refine.num_rollouts=16", model=model)
+    check_collectives(ranks, world, config)
+
+
+def check_collectives(ranks: Zygote, world: int, config: Config) -> None:
     for rank, real in enumerate(ranks(world, collectives, config=config)):
         for refine, counted in real.items():
             expected: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0, 0])

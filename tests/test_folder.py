@@ -1,5 +1,6 @@
 """The run folder: what each attempt was, and Weights & Biases, the real package without a network."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -17,6 +18,9 @@ from tests.parity import small_config
 
 ROOT = Path(__file__).parents[1]
 ROW = {"step": 1, "train/loss": 2.0, "perf/tokens_per_sec": 10.0, "time/step": 1.0}
+needs_wandb = pytest.mark.skipif(
+    importlib.util.find_spec("wandb") is None, reason="needs wandb: pip install megatron-refine[wandb]"
+)
 # Two attempts at a run of a user without a name, as in a container; in the second wandb's own process is killed.
 ATTEMPTS = """
 import os, pwd, signal, sys
@@ -42,6 +46,7 @@ for attempt in range(2):
 """
 
 
+@needs_wandb
 def test_wandb_offline_without_a_home_and_without_its_process(tmp_path: Path) -> None:
     """Whole files in the run's folder, one identity for all attempts; its end is one line and the run's rows go on."""
     small_config(tmp_path)
@@ -60,6 +65,7 @@ def test_wandb_offline_without_a_home_and_without_its_process(tmp_path: Path) ->
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "small.yaml"]
 
 
+@needs_wandb
 def test_wandb_online_without_a_key_is_refused_before_anything_long(ranks: Any, tmp_path: Path) -> None:
     config = runs.write_config(tmp_path, tmp_path / "data")
     end = ranks(1, without_key, config=str(config), home=str(tmp_path))[0]

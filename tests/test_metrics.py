@@ -131,7 +131,7 @@ def test_code_similarity(prediction, reference, expected):
 def test_likeness_is_that_of_fuzzywuzzy_without_levenshtein(monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it asks for python-Levenshtein, which would give other numbers
-        from fuzzywuzzy import fuzz
+        fuzz = pytest.importorskip("fuzzywuzzy.fuzz", reason="needs fuzzywuzzy: pip install megatron-refine[dev]")
     monkeypatch.setattr(fuzz, "SequenceMatcher", difflib.SequenceMatcher)
     rng = random.Random(0)
     texts = ["", " ", "é😀"] + ["".join(rng.choices("ab (){}=", k=rng.randrange(1, 300))) for _ in range(40)]

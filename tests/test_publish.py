@@ -46,8 +46,7 @@ def asked(arguments: list[str]) -> End:
 
 @pytest.mark.parametrize("model", short(["delta_net", "gated_delta_net", "lact"], lambda model: model == "delta_net"))
 def test_an_export_is_a_model(ranks: Zygote, tmp_path: Path, model: str) -> None:
-    from transformers import AutoConfig, AutoTokenizer
-
+    transformers = pytest.importorskip("transformers", reason="needs transformers: pip install megatron-refine[eval]")
     from megatron_refine.data.tokenizer import load_tokenizer
 
     run, hf = trained(ranks, tmp_path, model), tmp_path / "hf"
@@ -62,11 +61,11 @@ def test_an_export_is_a_model(ranks: Zygote, tmp_path: Path, model: str) -> None
     card = (hf / "README.md").read_text(encoding="utf-8")
     assert "argparse.py, ast.py" in card and "| steps | 1 |" in card and "next-token prediction only" in card
 
-    theirs = AutoTokenizer.from_pretrained(hf)
+    theirs = transformers.AutoTokenizer.from_pretrained(hf)
     assert theirs(TEXT, add_special_tokens=False)["input_ids"] == own.encode([TEXT])[0]
     assert theirs.decode(own.encode([TEXT])[0]) == TEXT
     assert (theirs.bos_token_id, theirs.eos_token_id) == (0, 1)
-    loaded = AutoConfig.from_pretrained(hf, trust_remote_code=True)
+    loaded = transformers.AutoConfig.from_pretrained(hf, trust_remote_code=True)
     assert {key: getattr(loaded, key) for key in config if key != "torch_dtype"} == {
         key: value for key, value in config.items() if key != "torch_dtype"
     }

@@ -36,8 +36,15 @@ class Parallel(Section):
 
 
 class Optimizer(Section):
-    """Adam, with Megatron's distributed optimizer: data-parallel ranks share out the moments and fp32 weights."""
+    """Adam, with Megatron's distributed optimizer: data-parallel ranks share out the moments and fp32 weights.
 
+    Or Muon for the matrices of linear layers, and Adam for all else, on every data-parallel rank: see
+    docs/compatibility.md. Both have the same rates and weight decay.
+    """
+
+    kind: Literal["adam", "muon"] = Field(
+        "adam", description="`muon` needs Megatron-Core 0.19 and NVIDIA's package emerging_optimizers."
+    )
     lr: float = Field(1e-6, gt=0, description="Peak learning rate.")
     min_lr: float = Field(0.0, ge=0, description="Learning rate at the end of the cosine and linear schedules.")
     schedule: Literal["constant", "cosine", "linear"] = Field(
@@ -49,8 +56,31 @@ class Optimizer(Section):
     beta1: float = Field(0.9, ge=0, lt=1, description="Decay rate of Adam's first moment.")
     beta2: float = Field(0.999, ge=0, lt=1, description="Decay rate of Adam's second moment.")
     eps: float = Field(1e-8, gt=0, description="Adam's epsilon.")
+    muon_momentum: float = Field(0.95, ge=0, lt=1, description="Decay rate of Muon's momentum.")
+    muon_steps: int = Field(
+        5,
+        ge=5,
+        multiple_of=5,
+        description="Newton-Schulz iterations of Muon's update, in fives: it has five sets of coefficients.",
+    )
+    muon_scale_mode: Literal["spectral", "shape_scaling", "unit_rms_norm"] = Field(
+        "spectral",
+        description="Length of Muon's update of a matrix [out, in], as a factor: sqrt(max(out, in)), "
+        "sqrt(max(1, out/in)) or sqrt(out/in).",
+    )
+    muon_scale: float = Field(
+        0.2,
+        gt=0,
+        description="One more factor. With `spectral`, 0.2 makes the update about as long as Adam's (arXiv "
+        "2502.16982), so that one `optimizer.lr` suits both.",
+    )
     weight_decay: float = Field(0.01, ge=0, description="Weight decay. Norms and other vectors have none.")
     clip_grad: float = Field(1.0, gt=0, description="Global norm to which gradients are clipped.")
+
+    @property
+    def distributed(self) -> bool:
+        """Tell whether data-parallel ranks share out what the optimizer holds. Muon needs whole matrices."""
+        return self.kind == "adam"
 
 
 class Train(Section):

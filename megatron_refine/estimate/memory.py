@@ -1,9 +1,12 @@
 """The bytes a rank holds at the peak of a step, by component; without fragmentation and communication buffers."""
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from megatron_refine.config import Config
-from megatron_refine.models import cost
+from megatron_refine.models import cost, family
+from megatron_refine.models.hf import Heads
 from megatron_refine.models.layer import Layer
 
 # logits that exist at a time (trainer/head.py): in chunks of rows; on a GPU all of them, up to the second number
@@ -18,7 +21,7 @@ class RankMemory:
     stage: int
     weights: int
     gradients: int  # fp32 in either precision
-    optimizer: int  # Adam's moments and, in bf16, fp32 weights: this rank's share of the distributed optimizer
+    optimizer: int  # moments and, in bf16, fp32 weights: of Adam this rank's share, of Muon all
     activations: int  # kept for the backward pass, or by the handles of a score pass, whichever is more
     head: int  # logits of a chunk of rows and their gradient; in fp32, the sum of the weight's over several chunks
     states: int  # forked at the selected positions, and the rollouts' own while they decode
@@ -45,11 +48,27 @@ def rank_memory(config: Config, dp: int, stage: int, gpu: bool = True) -> RankMe
         stage=stage,
         weights=count * itemsize(config),
         gradients=count * FP32,
-        optimizer=count * (12 if bf16 else 8) // (dp * p.cp),
+        optimizer=_optimizer(config, count * (12 if bf16 else 8), dp),
         activations=max(_activations(config, dp, stage, gpu), handles(config, dp, stage, gpu)),
         head=_head(config, gpu) if last else 0,
         states=_states(config, stage) if config.refine.enabled else 0,
     )
+
+
+def _optimizer(config: Config, adam: int, dp: int) -> int:
+    """Bytes of moments and fp32 weights, of which Adam would need `adam`. Muon has one moment of the matrices of linear
+    layers, Adam two."""
+    p = config.parallel
+    if config.optimizer.distributed:
+        return adam // (dp * p.cp)
+    _, weights = muon_matrices(family.layers(config.model))
+    return adam - FP32 * weights // (p.pp * p.tp)
+
+
+def muon_matrices(layers: Iterable[Layer]) -> tuple[int, int]:
+    """Return what Muon updates of these layers: matrices, and weights in them, over all ranks."""
+    found = [x for layer in layers for x in layer.tensors if x.ours.endswith(".weight") and len(x.shape) == 2]
+    return sum(len(x.parts) if isinstance(x, Heads) else 1 for x in found), sum(math.prod(x.shape) for x in found)
 
 
 def itemsize(config: Config) -> int:

@@ -24,14 +24,15 @@ def _layout(e: Estimate) -> str:
 
 def _memory(e: Estimate) -> list[str]:
     c, m = e.config, e.memory
-    adam = "Adam's moments" + (", fp32 weights" if c.train.precision == "bf16" else "")
+    share = f", 1/{e.dp * c.parallel.cp}" if c.optimizer.distributed else ""
+    moments = f"{c.optimizer.kind.title()}'s moments" + (", fp32 weights" if c.train.precision == "bf16" else "")
     tokens = f"{c.train.micro_batch_size} x {c.data.seq_length} tokens"
     branches = f" + {c.train.micro_batch_size} x {c.branch_rows}" if c.refine.enabled else ""
     recompute = {"none": "", "selective": f", {' and '.join(recomputed(c))} recomputed", "full": ", recomputed"}
     rows = [
         (f"weights, {c.train.precision}", m.weights),
         ("gradients, fp32", m.gradients),
-        (f"{adam}, 1/{e.dp * c.parallel.cp}", m.optimizer),
+        (moments + share, m.optimizer),
         (f"activations, {tokens}{branches}{recompute[c.train.recompute]}", m.activations),
         ("logits and their gradient", m.head),
         ("forked states", m.states),

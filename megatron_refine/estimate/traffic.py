@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_refine.config import Config
-from megatron_refine.estimate.memory import itemsize, recomputed
+from megatron_refine.estimate.memory import itemsize, muon_matrices, recomputed
 from megatron_refine.models import cost
 
 FP32, INT64, BOOL = 4, 8, 1
@@ -146,8 +146,13 @@ def _of_update(config: Config, dp: int, stage: int, updates: int) -> Iterator[Tr
     """Once an optimizer step: gradients in fp32, the new weights, norms' gradients that tp ranks hold parts of."""
     p, model = config.parallel, config.model
     count, own = cost.rank_parameters(model, p.tp, p.pp, stage), cost.stage_layers(model, p.pp, stage)
-    yield Traffic("step", "dp", "reduce_scatter", updates, updates * count * FP32)
-    yield Traffic("step", "dp", "all_gather", updates, updates * count * itemsize(config))
+    if config.optimizer.distributed:
+        yield Traffic("step", "dp", "reduce_scatter", updates, updates * count * FP32)
+        yield Traffic("step", "dp", "all_gather", updates, updates * count * itemsize(config))
+    else:  # and each matrix whole
+        matrices, weights = muon_matrices(own)
+        yield Traffic("step", "dp", "all_reduce", updates, updates * count * FP32)
+        yield Traffic("step", "tp", "all_gather", updates * matrices, updates * weights * FP32)
     yield Traffic("step", "tp", "all_reduce", updates, updates * sum(layer.cost.partial(p.tp) for layer in own) * FP32)
     if p.sp:
         norms = (2 * len(own) + (stage == p.pp - 1)) * model.hidden_size

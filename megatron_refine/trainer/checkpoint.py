@@ -20,6 +20,7 @@ from megatron_refine.convert.source import HFSource
 from megatron_refine.exchange import everyone
 from megatron_refine.platform.megatron import streams
 from megatron_refine.platform.megatron.saves import shield_saves
+from megatron_refine.trainer import muon
 from megatron_refine.trainer.errors import CheckpointError, DamagedError, FencedError, lost_rank
 from megatron_refine.trainer.manifest import (
     ORIGIN,
@@ -49,7 +50,7 @@ from megatron_refine.trainer.source import Source, differences
 
 _KINDS: tuple[type[CheckpointError], ...] = (DamagedError, FencedError)  # told apart across ranks
 # the one format of the distributed optimizer that loads at any tp, pp, cp and dp
-_OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
+_OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
 @dataclass(frozen=True)
@@ -200,6 +201,8 @@ class Checkpoints:
             if loading and not part.optimizer.state:  # a fused Adam has no state to load into before its first step
                 part._init_optimizer_states_with_dummy_values()
         optimizer = updater.optimizer.sharded_state_dict(model, is_loading=loading, metadata=_OPTIMIZER_FORMAT)
+        if self.config.optimizer.kind == "muon":
+            muon.number_steps(optimizer, updater.parts)
         state = {"model": model, "optimizer": optimizer, "scheduler": updater.scheduler.state_dict()}
         if rng:
             place = (self.ranks.world,), (self.ranks.rank,)
@@ -211,7 +214,8 @@ class Checkpoints:
         return [self.ranks.tp, self.ranks.pp, self.ranks.dp, self.ranks.cp]
 
     def _bytes(self, updater: Updater) -> int:
-        """Bytes of a checkpoint: each weight in its own precision; in fp32 the weight again and Adam's two moments."""
+        """Bytes of a checkpoint: each weight in its own precision; in fp32 the weight again and Adam's two moments. (Of
+        Muon's it has one.)"""
         local = sum(p.numel() * (p.element_size() + 12) for p in unwrap(updater.model).parameters())
         return sum(everyone(local)) // (self.ranks.dp * self.ranks.cp)
 

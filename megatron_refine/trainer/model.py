@@ -157,14 +157,16 @@ def build_model(config: Config, ranks: Ranks, dtype: torch.dtype | None = None) 
     wanted = config.train.overlap == "true" or (config.train.overlap == "auto" and hardware.has_gpu())
     overlaps = wanted and ranks.replica_group.size() > 1
     ddp = DistributedDataParallelConfig(
-        use_distributed_optimizer=True, grad_reduce_in_fp32=megatron.bf16, overlap_grad_reduce=overlaps,
-        overlap_param_gather=overlaps, bucket_size=max(1, int(config.train.bucket_millions * 1e6)),
+        use_distributed_optimizer=config.optimizer.distributed, grad_reduce_in_fp32=megatron.bf16,
+        overlap_grad_reduce=overlaps, overlap_param_gather=overlaps and config.optimizer.distributed,
+        bucket_size=max(1, int(config.train.bucket_millions * 1e6)),
     )  # fmt: skip
     model = DistributedDataParallel(megatron, ddp, whole)
     model.broadcast_params()
     if overlaps:
         megatron.no_sync_func = model.no_sync  # of several micro-batches the last one reduces
-        module.gathering = Gathering(model, module.units())
+        if config.optimizer.distributed:
+            module.gathering = Gathering(model, module.units())
     megatron.finalize_model_grads_func = finalize_gradients
     return model
 

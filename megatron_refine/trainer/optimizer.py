@@ -17,6 +17,7 @@ from megatron_refine.config import Config
 from megatron_refine.estimate.flops import total_steps
 from megatron_refine.platform import hardware
 from megatron_refine.platform.megatron.optimizer import norm_gradients
+from megatron_refine.trainer import muon
 from megatron_refine.trainer.errors import NonFiniteError
 from megatron_refine.trainer.gradients import Forward, Loss, accumulate
 from megatron_refine.trainer.model import unwrap
@@ -38,7 +39,7 @@ class Updater:
         self.optimizer = _build_optimizer(config, model)
         self.scheduler = _build_scheduler(config, self.optimizer)
         self.skipped_in_a_row = 0
-        self._start_adam()
+        self._start_states()
         model.config.grad_scale_func = self.optimizer.scale_loss
 
     @property
@@ -46,12 +47,14 @@ class Updater:
         """Megatron's optimizers, one a set of parameters."""
         return getattr(self.optimizer, "chained_optimizers", [self.optimizer])
 
-    def _start_adam(self) -> None:
-        """Give torch's Adam the state of its first step now: if that step is skipped, a checkpoint needs it."""
-        for adam in self._torch_adams():
-            for parameter in (p for group in adam.param_groups for p in group["params"]):
-                zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-                adam.state[parameter] = {"step": torch.tensor(0.0)} | zeros
+    def _start_states(self) -> None:
+        """Give torch's Adam, and Muon, the state of their first step now: if it is skipped, a checkpoint needs that."""
+        for part in self.parts:
+            adam = isinstance(part.optimizer, torch.optim.Adam)
+            if adam or self.config.optimizer.kind == "muon":
+                part.init_state_fn(part.optimizer, part.config)
+            for state in part.optimizer.state.values() if adam else ():
+                state.setdefault("step", torch.tensor(0.0))
 
     def _torch_adams(self) -> list[torch.optim.Adam]:
         """Those of torch, of which AdamW is one; fused Adams of others keep their own state."""
@@ -96,7 +99,7 @@ class Updater:
 
     @torch.no_grad()
     def _step(self, norm: float) -> None:
-        """Clip gradients of this norm to optimizer.clip_grad, then Adam."""
+        """Clip gradients of this norm to optimizer.clip_grad, then make the step."""
         limit = self.config.optimizer.clip_grad
         scale = limit / (norm + 1e-6)
         if 0 < limit and scale < 1:
@@ -118,7 +121,7 @@ class Updater:
 
     @torch.no_grad()
     def restart(self, weights: list[Tensor]) -> None:
-        """Return to `weights` as before any step: bit by bit, Adam's moments and count of steps at zero."""
+        """Return to `weights` as before any step: bit by bit, moments and counts of steps at zero."""
         unwrap(self.model).complete()
         for parameter, value in zip(self.model.parameters(), weights, strict=True):
             parameter.copy_(value)
@@ -150,9 +153,12 @@ def fuse(adam: torch.optim.Adam) -> None:
 
 
 def _build_optimizer(config: Config, model: DistributedDataParallel) -> Any:
-    settings = config.optimizer
+    settings, own = config.optimizer, {}
+    if settings.kind == "muon":
+        muon.mark(model, config)
+        own = muon.settings(config)
     optimizer_config = OptimizerConfig(
-        optimizer="adam",
+        optimizer=settings.kind,
         lr=settings.lr,
         min_lr=settings.min_lr,
         weight_decay=settings.weight_decay,
@@ -162,7 +168,8 @@ def _build_optimizer(config: Config, model: DistributedDataParallel) -> Any:
         clip_grad=settings.clip_grad,
         bf16=model.config.bf16,
         params_dtype=model.config.params_dtype,
-        use_distributed_optimizer=True,
+        use_distributed_optimizer=settings.distributed,
+        **own,
     )
     overrides = get_standard_config_overrides(optimizer_config)
     return get_megatron_optimizer(optimizer_config, [model], config_overrides=overrides)

@@ -54,6 +54,7 @@ def join(config: Config) -> None:
     """Join the default group if there is none. Raises ConfigError where the ranks do not fit the layout, or a GPU lacks
     its kernels."""
     install()
+    extras.check_optimizer(config)
     if hardware.architecture() and "delta_rule" in operations(config.model):
         extras.check_fla()
     tuning.configure(config.train.autotune)

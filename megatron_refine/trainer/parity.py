@@ -110,7 +110,8 @@ def full_gradients(model: Any, ranks: Ranks) -> dict[str, Tensor]:
 
     For comparisons: gathers all of them.
     """
-    for buffer in model.buffers:  # the distributed optimizer leaves each rank its shard of the summed gradient
+    shares = model.ddp_config.use_distributed_optimizer  # it leaves each rank its shard of the summed gradient
+    for buffer in model.buffers if shares else ():
         for bucket in buffer.buckets:
             replicas, place = ranks.replica_group.size(), ranks.replica_group.rank()
             size = bucket.grad_data.numel() // replicas

@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # what changed in a configuration is known without torch
     from megatron_refine.trainer.optimizer import Updater
 
 # what a run is: another value makes another run
-FIXED = ("run.seed", "train.phase", "train.precision", "ttt.reset")
+FIXED = ("run.seed", "train.phase", "train.precision", "ttt.reset", "optimizer.kind")
 # what rows of documents are; paths may change where the rows stay the same, which their fingerprint tells
 ROWS = ("data.seq_length", "data.min_length", "data.split_documents", "data.add_bos", "data.text_column")
 # what else may decide the rows: told where the fingerprint differs
@@ -145,10 +145,11 @@ def _flat(tree: Any) -> dict[str, Any]:
 
 
 def _changes(past: Past, now: Mapping[str, Any]) -> list[Change]:
-    """Of all keys that both have. A length of 0 means that of a row."""
+    """Of all keys that both have. A length of 0 means that of a row. Versions without Muon had Adam."""
     shortest = "data.min_length"
-    old, new = ({**x, shortest: x.get(shortest) or x.get("data.seq_length")} for x in (past.values, now))
-    return [Change(key, now[key], past.values[key]) for key in now if key in past.values and old[key] != new[key]]
+    was = {"optimizer.kind": "adam", **past.values}
+    old, new = ({**x, shortest: x.get(shortest) or x.get("data.seq_length")} for x in (was, now))
+    return [Change(key, now[key], was[key]) for key in now if key in was and old[key] != new[key]]
 
 
 def _number(value: Any) -> str:

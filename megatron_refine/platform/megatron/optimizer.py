@@ -1,4 +1,4 @@
-"""Defects of Megatron-Core's distributed optimizer."""
+"""Defects of Megatron-Core's optimizers."""
 
 from typing import Any
 
@@ -6,7 +6,8 @@ import torch
 
 
 def repair() -> None:
-    """Mend both defects, for every optimizer that is built from now on."""
+    """Mend all defects, for every optimizer that is built from now on."""
+    _repair_groups()
     _repair_buckets()
     _repair_steps()
 
@@ -16,6 +17,17 @@ def norm_gradients(part: Any) -> list[torch.Tensor]:
     get = "get_grads_for_grad_norm" if hasattr(part, "get_grads_for_grad_norm") else "get_main_grads_for_grad_norm"
     found: list[torch.Tensor] = getattr(part, get)()  # the second is its name up to 0.16
     return found
+
+
+def _repair_groups() -> None:
+    """Have the groups of a checkpoint found by what makes them groups.
+
+    Megatron-Core 0.19.2 compares their rates too, so that a run could not go on with another one.
+    """
+    from megatron.core.optimizer import distrib_optimizer, optimizer
+
+    for module in (distrib_optimizer, optimizer):
+        module.param_group_identifier_keys = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")
 
 
 def _repair_buckets() -> None:

@@ -1,4 +1,5 @@
-"""The process that Megatron's saves collect their results in: it outlives signals to a job, and not its rank.
+"""The process that Megatron's saves collect their results in: it outlives signals to a job, and not its rank. And what
+they tell of a failure.
 
 It is spawned anew, so this module imports nothing heavy.
 """
@@ -9,6 +10,7 @@ import multiprocessing
 import signal
 from multiprocessing import resource_tracker
 from multiprocessing.managers import SyncManager
+from typing import Any
 
 from megatron_refine.platform.megatron.version import since
 
@@ -35,6 +37,22 @@ def shield_saves() -> None:
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     filesystem_async._results_queue = manager.Queue()
+    if since(0, 17):
+        _tell_causes(filesystem_async.FileSystemWriterAsync)
+
+
+def _tell_causes(writer: Any) -> None:
+    """Have a failed write of Megatron's tell its message: since 0.17 it tells the class of the error alone."""
+    original = writer.write_preloaded_data
+
+    @functools.wraps(original)
+    def write(*args: Any, **kwargs: Any) -> Any:
+        found = original(*args, **kwargs)
+        if found and isinstance(found[1], Exception):  # in the calling thread; others put theirs into a queue
+            raise found[1]
+        return found
+
+    writer.write_preloaded_data = staticmethod(write)
 
 
 def forget() -> None:
