@@ -164,19 +164,17 @@ def against_official(config: Config, shape: AttentionConfig, dtype: torch.dtype)
     come back unchanged, and their number."""
     from megatron_refine.convert.mapping import Converter
     from megatron_refine.models import family
-    from megatron_refine.models.hf import Format
     from megatron_refine.models.layout import Branches
     from megatron_refine.models.mixers.attention.hf import tensors
     from megatron_refine.trainer.model import unwrap
 
-    form = Format("", "", {}, {}, {}, lambda model: tensors(shape, "{}.", ""))
-    family.hf_format = lambda name: form
-    converter, generator = Converter(config.model), torch.Generator().manual_seed(2)
-    hf = {
-        name: 0.2 * torch.randn(size, generator=generator, dtype=torch.float64)
-        for name, size in converter.hf_shapes.items()
-    }
     mixer = unwrap(build(config, dtype)[0]).decoder.layers[0].self_attention
+    own = tuple(tensors(shape, "{}.", ""))
+    first = replace(family.layers(config.model)[0], tensors=own)
+    family.layers = lambda model: [first]
+    converter, generator = Converter(config.model), torch.Generator().manual_seed(2)
+    sizes = {name: size for mapping in own for name, size in mapping.sources().items()}
+    hf = {name: 0.2 * torch.randn(size, generator=generator, dtype=torch.float64) for name, size in sizes.items()}
     parameters = dict(mixer.named_parameters())
     with torch.no_grad():
         for name, parameter in parameters.items():
