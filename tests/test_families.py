@@ -110,6 +110,11 @@ def test_a_toy_is_planned(ranks: Zygote, tmp_path: Path) -> None:
     assert "tests.toy, " in plan(config, 2, Hardware())
 
 
+def test_the_page_shows_the_toy() -> None:
+    page = (ROOT / "docs/families.md").read_text(encoding="utf-8")
+    assert (ROOT / "tests/toy/__init__.py").read_text(encoding="utf-8") in page
+
+
 def test_an_unknown_model_is_refused_by_name() -> None:
     with pytest.raises(ConfigError, match="model_type='tests.nowhere': no such family"):
         model_of({"model_type": "tests.nowhere"}, "config.json")

@@ -63,11 +63,13 @@ class AttentionCost:
         return 2 * self.layer.kv_heads * self.layer.head_dim * itemsize
 
     def saved_bytes(self, itemsize: int, length: int, gpu: bool) -> Saved:
-        """The projected rows; queries, keys and values as they are multiplied, what was read and its log-sum-exp, and
-        the gated output. Counted in the sources."""
-        c = self.layer
-        columns = c.heads * c.query_width + 2 * c.kv_heads * c.head_dim
-        read = c.heads * c.head_dim
-        attended = 2 * read + 2 * c.kv_heads * c.head_dim
-        mixer = columns + attended + read * c.gate
-        return Saved(mixer * itemsize + c.heads * FP32)
+        """The projected rows; queries, keys and values as they are multiplied; what was read, its log-sum-exp, and what
+        the output layer takes; once the weights side by side. On a CPU also what each step between has made, held to
+        measurements by tests; on a GPU compiled chains keep their inputs, which is counted in the sources."""
+        c, normed = self.layer, self.layer.qk_norm != "none"
+        read, keys = c.heads * c.head_dim, c.kv_heads * c.head_dim
+        columns = c.heads * c.query_width + 2 * keys
+        mixer = columns + 2 * keys + (2 + c.gate if gpu else 3 + 2 * normed + c.gate) * read
+        if not gpu:
+            mixer += normed * keys
+        return Saved(mixer * itemsize + c.heads * FP32, fixed=columns * c.hidden * itemsize)

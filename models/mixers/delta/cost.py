@@ -95,6 +95,7 @@ class DeltaCost:
         mixer = columns + 3 * self.channels  # with the tail in front, before SiLU, after it
         mixer += heads * v * (1 + 2 * self.gated_output)  # what out_proj reads; SiLU of the gate, the norm's output
         rule = heads * (rule_elements(k, v, self.gated_rule) + 2 * v + 4)  # o, x / rms(x); beta and lengths
+        rule += 2 * self.keys * (heads * k > self.keys)  # queries and keys before they are repeated
         return Saved(
             mixer * itemsize + rule * FP32, travelled, position=forked, rollout=heads * k * v * FP32 * self.gated_rule
         )
