@@ -99,7 +99,7 @@ KINDS = {"ntp": ("fused", False), "fused": ("fused", True), "two-pass": ("two_pa
 
 def steps(config: Config, refine: bool) -> list[Any]:
     """On a rank: metrics, draws and every gradient of a step on the torch path, then on fla's kernels."""
-    from megatron_refine.models.common import delta
+    from megatron_refine.models.mixers.delta import mixer as delta
     from tests.test_step import make_step
 
     found = []

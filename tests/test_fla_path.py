@@ -29,7 +29,7 @@ def recurrent(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, s
 def steps(config: Config) -> list[Any]:
     """On a rank: metrics, gradients and draws of a step on the torch path, then on fla's."""
     from megatron_refine.kernels.delta_rule import fla
-    from megatron_refine.models.common import delta
+    from megatron_refine.models.mixers.delta import mixer as delta
 
     found = [gradients_of_a_step(config)]
     parts = mock.patch.multiple(fla, _parts=fla_parts.parts, _recurrent=recurrent)

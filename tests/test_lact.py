@@ -17,8 +17,8 @@ from megatron_refine.kernels.window_attention import branch_attention, window_at
 from megatron_refine.kernels.window_attention.gpu import flex_window_attention
 from megatron_refine.kernels.window_attention.reference import full_window_attention
 from megatron_refine.models.family import FAMILIES
-from megatron_refine.models.lact import flops
 from megatron_refine.models.lact.config import LactConfig
+from megatron_refine.models.lact.cost import LactCost
 from megatron_refine.platform import hardware
 from tests.lanes import short
 from tests.parity import batch, build, small_config
@@ -210,6 +210,6 @@ def test_fast_weight_flops_equal_those_torch_counts(muon: bool) -> None:
     initial = stacked(torch.randn(2, 72, 48), torch.randn(2, 48, 72), torch.randn(2, 72, 48))
     with FlopCounterMode(display=False) as counter:
         chunk_lact(initial, q, Tokens.of(k, v, torch.rand(*rows, 3), torch.rand(*rows)), Rule(32, muon=muon))
-    matmuls = flops.layer_flops(model, length)
+    matmuls = LactCost(model).flops(length)
     counted = sum(matmuls[name] for name in ("read", "update", "muon"))
     assert counter.get_total_flops() == pytest.approx(length * counted, rel=1e-3)  # a token's share is rounded

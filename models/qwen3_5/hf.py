@@ -90,7 +90,7 @@ FORMAT = Format(
     } | {
         # where the kinds of layers and the angles are said again, and what the text model does not read
         "full_attention_interval": ABSENT, "partial_rotary_factor": ABSENT,
-        f"{ROPE}.mrope_section": ABSENT, f"{ROPE}.mrope_interleaved": ABSENT,
+        f"{ROPE}.mrope_section": [11, 11, 10], f"{ROPE}.mrope_interleaved": True,
         "mamba_ssm_dtype": "float32", "mtp_num_hidden_layers": ABSENT,
         "mtp_use_dedicated_embeddings": ABSENT, "output_gate_type": ABSENT,
     },
