@@ -86,8 +86,8 @@ def saved(config: Config) -> dict[str, int]:
     ),
 )
 def test_activations(ranks: Zygote, tmp_path: Path, model: str, layout: str) -> None:
-    """Within 4 %: small things are left out, and branch rows of LaCT count as main rows do. Within 7 % where the rows of
-    a hybrid travel between context parallel ranks: the estimate has more."""
+    """Within 4 %: small things are left out, and branch rows of LaCT count as main rows do. Within 7 % where rows of a
+    hybrid travel between context parallel ranks: the estimate has more."""
     limit = 0.07 if (model, layout) == ("qwen3_5", "cp2") else 0.04
     world, overrides = LAYOUTS[layout]
     config = wide(tmp_path, model, *overrides)
