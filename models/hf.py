@@ -178,16 +178,18 @@ def frame(model: Any, embedding: str = "model.embeddings.weight") -> tuple[Mappi
 
 
 def layer_tensors(
-    model: Any, mixer: list[Mapping], norms: tuple[str, str] = ("attn_norm", "mlp_norm")
+    model: Any, mixer: list[Mapping], norms: tuple[str, str] = ("attn_norm", "mlp_norm"), behind: bool = False
 ) -> tuple[Mapping, ...]:
-    """All tensors of a layer: a family's mixer between norms, whose names are flash-linear-attention's, and the MLP."""
+    """All tensors of a layer: a family's mixer, the MLP and their norms, whose names are flash-linear-attention's.
+    behind: as in `Layer`."""
     hidden, width = model.hidden_size, model.intermediate_size
     ours, theirs = "decoder.layers.{}.", "model.layers.{}."
+    own = ("self_attention.post_norm", "mlp.post_norm") if behind else ("input_layernorm", "pre_mlp_layernorm")
     gate_up = theirs + "mlp.gate_proj.weight", theirs + "mlp.up_proj.weight"
     return (
-        Same(ours + "input_layernorm.weight", f"{theirs}{norms[0]}.weight", (hidden,)),
+        Same(f"{ours}{own[0]}.weight", f"{theirs}{norms[0]}.weight", (hidden,)),
         *mixer,
-        Same(ours + "pre_mlp_layernorm.weight", f"{theirs}{norms[1]}.weight", (hidden,)),
+        Same(f"{ours}{own[1]}.weight", f"{theirs}{norms[1]}.weight", (hidden,)),
         stack(ours + "mlp.linear_fc1.weight", gate_up, width, hidden),
         Same(ours + "mlp.linear_fc2.weight", theirs + "mlp.down_proj.weight", (hidden, width)),
     )

@@ -61,6 +61,7 @@ class Layer:
     cost: MixerCost
     tensors: tuple[Mapping, ...] = field(repr=False)  # of the whole layer; {} is its number
     norm: str = "megatron_refine.models.common.norm:RMSNorm"  # before the mixer and the MLP
+    behind: bool = False  # or of what they return, before it is added to the rows
 
     def mixer_class(self) -> type[Any]:
         """Import the mixer's module."""

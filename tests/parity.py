@@ -23,6 +23,11 @@ MODELS: dict[str, dict[str, Any]] = {
     | {"family": "qwen3_5", "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "rope_theta": 1e4}
     | {"linear_num_key_heads": 4, "linear_num_value_heads": 8, "linear_key_head_dim": 16, "linear_value_head_dim": 16}
     | {"layer_types": ["linear_attention", "full_attention"]},
+    # with positions; attention layers normed behind
+    "olmo_hybrid": _COMMON
+    | {"family": "olmo_hybrid", "num_attention_heads": 4, "num_key_value_heads": 2, "rope_theta": 1e4}
+    | {"linear_num_key_heads": 4, "linear_num_value_heads": 4, "linear_key_head_dim": 12, "linear_value_head_dim": 24}
+    | {"layer_types": ["linear_attention", "full_attention"]},
     "lact": _COMMON | _LACT | {"w0_w2_low_rank": 8},
     "lact muon": _COMMON | _LACT | {"w0_w2_low_rank": 8, "use_muon": True, "lact_chunk_size": 32},
     "lact variant": _COMMON

@@ -30,9 +30,9 @@ GOLDEN = Path(__file__).parent / "golden"
 EXACT, MUON = (2e-5, 1e-4), (2e-4, 1e-3)
 FOLDERS = {
     "delta_net": EXACT, "gated_delta_net": EXACT, "lact": EXACT, "lact_muon": MUON, "lact_muon_nope": MUON,
-    "qwen3_5": EXACT,
+    "qwen3_5": EXACT, "olmo_hybrid": EXACT,
 }  # fmt: skip
-TWO = ("lact", "lact_muon", "lact_muon_nope", "qwen3_5")
+TWO = ("lact", "lact_muon", "lact_muon_nope", "qwen3_5", "olmo_hybrid")
 CASES = [(name, case) for name in FOLDERS for case in (["case0", "case1"] if name in TWO else ["case0"])]
 VOCAB = 97
 PADDED_ROWS = ("embedding.word_embeddings.weight", "output_layer.weight")

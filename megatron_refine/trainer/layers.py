@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
@@ -11,6 +12,7 @@ from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import (
@@ -18,6 +20,7 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayerSubmodules,
     get_transformer_layer_offset,
 )
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -36,17 +39,45 @@ def block_spec(config: Config, megatron: TransformerConfig) -> TransformerBlockS
 
 
 def _layer_spec(layer: Layer, mlp: ModuleSpec) -> ModuleSpec:
+    mixer, norm, before = layer.mixer_class(), layer.norm_class(), layer.norm_class()
+    if layer.behind:
+        mixer, mlp, before = normed(mixer, norm), replace(mlp, module=normed(mlp.module, norm)), IdentityOp
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=layer.norm_class(),
-            self_attention=ModuleSpec(module=layer.mixer_class(), params={"model": layer.settings}),
+            input_layernorm=before,
+            self_attention=ModuleSpec(module=mixer, params={"model": layer.settings}),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=layer.norm_class(),
+            pre_mlp_layernorm=before,
             mlp=mlp,
             mlp_bda=get_bias_dropout_add,
         ),
     )
+
+
+def normed(module: Any, norm: type[Any]) -> type[Any]:
+    """Return the class of modules like these whose output, of which there is a bias beside, is normed: `post_norm`."""
+
+    class Norm(norm):
+        def sharded_state_dict(
+            self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None
+        ) -> dict[str, Any]:
+            """Declare it replicated: Megatron's MLP asks each of its modules."""
+            groups = {"dp_cp_group": (metadata or {}).get("dp_cp_group")}
+            own = self.state_dict(keep_vars=True)
+            found: dict[str, Any] = make_sharded_tensors_for_checkpoint(own, prefix, {}, sharded_offsets, **groups)
+            return found
+
+    class Normed(module):
+        def __init__(self, *args: Any, config: TransformerConfig, **kwargs: Any):
+            super().__init__(*args, config=config, **kwargs)
+            self.post_norm = Norm(config, config.hidden_size, config.layernorm_epsilon)
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            out, bias = super().forward(*args, **kwargs)
+            return self.post_norm(out), bias
+
+    return Normed
 
 
 def linears(config: Config) -> str:

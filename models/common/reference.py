@@ -44,6 +44,17 @@ def unit(x: Tensor, eps: float = 1e-6) -> Tensor:
     return x / (x.pow(2).sum(-1, keepdim=True) + eps).sqrt()
 
 
+def turned(x: Tensor, dims: int, theta: float) -> Tensor:
+    """RoPE on the first `dims` dimensions of heads [B, T, heads, d], their two halves paired."""
+    half = dims // 2
+    angles = torch.arange(x.shape[1], dtype=torch.float64)[:, None] * theta ** (
+        -torch.arange(half, dtype=torch.float64) / half
+    )
+    cos, sin = (f(angles).to(x)[:, None] for f in (torch.cos, torch.sin))
+    a, b, rest = x.split([half, half, x.shape[-1] - dims], -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1)
+
+
 def causal_conv(x: Tensor, weight: Tensor) -> Tensor:
     """SiLU of a causal depthwise convolution: x [B, T, D], weight [D, 1, W] -> [B, T, D]."""
     rows = F.pad(x.transpose(1, 2), (weight.shape[-1] - 1, 0))

@@ -1,11 +1,11 @@
 """Qwen3.5 evaluated from tensors in Hugging Face's format: slow, obvious, in plain torch (transformers 5.24)."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_refine.kernels.delta_rule.reference import recurrent_delta_rule
-from megatron_refine.models.common.reference import Weights, causal_conv, gated_mlp, rms_norm, unit
+from megatron_refine.kernels.softmax_attention.reference import full_attention
+from megatron_refine.models.common.reference import Weights, causal_conv, gated_mlp, rms_norm, turned, unit
 from megatron_refine.models.qwen3_5.config import Qwen35Config
 
 
@@ -42,21 +42,6 @@ def _attention(model: Qwen35Config, weights: Weights, layer: str, x: Tensor) -> 
     q, gate = (x @ weights[prefix + "q_proj.weight"].T).unflatten(-1, (heads, -1)).chunk(2, -1)
     k, v = ((x @ weights[f"{prefix}{name}_proj.weight"].T).unflatten(-1, (keys, -1)) for name in "kv")
     q, k = (rms_norm(z, 1 + weights[f"{prefix}{n}_norm.weight"], model.norm_eps) for z, n in ((q, "q"), (k, "k")))
-    q, k = (_turned(z, model) for z in (q, k))
-    k, v = (z.repeat_interleave(heads // keys, -2) for z in (k, v))
-    scores = torch.einsum("bihd,bjhd->bhij", q, k) * model.head_dim**-0.5
-    future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
-    weight = scores.masked_fill(future, -torch.inf).softmax(-1)
-    read = torch.einsum("bhij,bjhd->bihd", weight, v) * gate.sigmoid()
+    q, k = (turned(z, model.rotary_dims, model.rope_theta) for z in (q, k))
+    read = full_attention(q, k, v) * gate.sigmoid()
     return read.flatten(-2) @ weights[prefix + "o_proj.weight"].T
-
-
-def _turned(x: Tensor, model: Qwen35Config) -> Tensor:
-    """RoPE on the first dimensions of heads [B, T, heads, d], their two halves paired."""
-    half = model.rotary_dims // 2
-    angles = torch.arange(x.shape[1], dtype=torch.float64)[:, None] * model.rope_theta ** (
-        -torch.arange(half, dtype=torch.float64) / half
-    )
-    cos, sin = (f(angles).to(x.dtype)[:, None] for f in (torch.cos, torch.sin))
-    a, b, rest = x.split([half, half, x.shape[-1] - 2 * half], -1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1)

@@ -15,6 +15,7 @@ from megatron_refine.platform.rendezvous import local_rank
 # what they deprecate and what they miss is no news to users: warnings, and since 0.17 lines of the log
 QUIET = (r"torch\.distributed", r"megatron\.core")
 SILENT = (
+    "transformer.transformer_layer",  # that a subclass of its MLP is unknown to it
     "models.gpt.gpt_model", "distributed.distributed_data_parallel", "dist_checkpointing.strategies.common",
     "dist_checkpointing.strategies.torch",
 )  # fmt: skip

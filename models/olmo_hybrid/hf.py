@@ -1,0 +1,103 @@
+"""Olmo-Hybrid in Hugging Face's format, as its released checkpoints are written."""
+
+from typing import Any
+
+from megatron_refine.models.hf import ABSENT, IGNORED, Format, Heads, Key, Mapping, Same, frame
+from megatron_refine.models.olmo_hybrid.config import OlmoHybridConfig
+
+OURS, THEIRS = "decoder.layers.{}.self_attention.", "model.layers.{}.linear_attn."
+EMBEDDING = "model.embed_tokens.weight"
+NORMS = {  # of a layer's mixer and MLP: before them in linear layers, behind them in attention layers
+    "linear_attention": ("attention_layer_norm", "feedforward_layer_norm"),
+    "full_attention": ("post_attention_layernorm", "post_feedforward_layernorm"),
+}
+THETA = 10000.0  # what the class takes where config.json names none
+
+
+def linear_tensors(model: OlmoHybridConfig) -> list[Mapping]:
+    """List those of a linear layer's mixer. Ours are head-major by key head."""
+    hidden, heads, key = model.hidden_size, model.linear_num_key_heads, model.linear_key_head_dim
+    group = model.linear_num_value_heads // heads
+    value = group * model.linear_value_head_dim
+    widths = {"q": key, "k": key, "v": value}
+    rows = widths | {"g": value, "a": group, "b": group}
+    projections = tuple((f"{THEIRS}{name}_proj.weight", count) for name, count in rows.items())
+    convolutions = tuple((f"{THEIRS}{name}_conv1d.weight", count) for name, count in widths.items())
+    return [
+        Heads(OURS + "in_proj.weight", projections, heads, (hidden,)),
+        Heads(OURS + "conv", convolutions, heads, (1, model.linear_conv_kernel_dim)),
+        Same(OURS + "A_log", THEIRS + "A_log", (heads * group,)),
+        Same(OURS + "dt_bias", THEIRS + "dt_bias", (heads * group,)),
+        Same(OURS + "o_norm.weight", THEIRS + "o_norm.weight", (model.linear_value_head_dim,)),
+        Same(OURS + "out_proj.weight", THEIRS + "o_proj.weight", (hidden, heads * value)),
+    ]
+
+
+def read(tree: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields with `rope_theta`, null where there are no positions, and the kinds of layers."""
+    found = {name: value for name, value in tree.items() if name not in ("rope_parameters", "rope_theta")}
+    rope = tree.get("rope_parameters")
+    if isinstance(rope, dict):
+        found |= {f"rope_parameters.{name}": value for name, value in rope.items() if name != "rope_theta"}
+        found["rope_theta"] = rope.get("rope_theta")
+    else:
+        found["rope_theta"] = tree.get("rope_theta", THETA)
+    heads, count = tree.get("num_attention_heads"), tree.get("num_hidden_layers") or 0
+    for name in ("num_key_value_heads", "linear_num_key_heads", "linear_num_value_heads"):
+        if found.get(name) is None:
+            found[name] = heads
+    keys, hidden = found["linear_num_key_heads"], tree.get("hidden_size")
+    if found.get("linear_key_head_dim") is None and keys and hidden:
+        found["linear_key_head_dim"] = int(0.75 * hidden / keys)
+    if found.get("linear_value_head_dim") is None and found.get("linear_key_head_dim"):
+        found["linear_value_head_dim"] = 2 * found["linear_key_head_dim"]
+    if not found.get("layer_types"):
+        kinds = ["full_attention" if i % 4 == 3 else "linear_attention" for i in range(count)]
+        found["layer_types"] = kinds if "full_attention" in kinds else [*kinds[:-1], "full_attention"]
+    return found
+
+
+def write(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return config.json: the inverse of `read`."""
+    found = {name: value for name, value in fields.items() if not name.startswith("rope_")}
+    return found | {"rope_parameters": {"rope_type": "default", "rope_theta": fields["rope_theta"]}}
+
+
+FORMAT = Format(
+    model_type="olmo_hybrid",
+    architecture="OlmoHybridForCausalLM",
+    library="transformers",
+    fields={
+        "vocab_size": Key("vocab_size"),
+        "hidden_size": Key("hidden_size"),
+        "num_hidden_layers": Key("num_layers"),
+        "rms_norm_eps": Key("norm_eps", 1e-6),
+        "initializer_range": Key("init_std", 0.02),
+        "tie_word_embeddings": Key("tie_embeddings", False),
+        "num_attention_heads": Key("num_attention_heads"),
+        "num_key_value_heads": Key("num_key_value_heads"),
+        "rope_theta": Key("rope_theta", THETA, null=0.0),
+        "linear_num_key_heads": Key("linear_num_key_heads"),
+        "linear_num_value_heads": Key("linear_num_value_heads"),
+        "linear_key_head_dim": Key("linear_key_head_dim"),
+        "linear_value_head_dim": Key("linear_value_head_dim"),
+        "linear_conv_kernel_dim": Key("linear_conv_kernel_dim", 4),
+        "linear_allow_neg_eigval": Key("linear_allow_neg_eigval", True),
+        "layer_types": Key("layer_types"),
+    },
+    constants={
+        "hidden_act": ("silu",),
+        "attention_bias": (False,),
+        "attention_dropout": (0.0,),
+        "rope_parameters.rope_type": ("default",),
+        "quantization_config": (None,),
+    },
+    ignored={
+        name: value for name, value in IGNORED.items() if not name.startswith("fuse_")
+    } | dict.fromkeys(  # initialisation
+        ("linear_a_log_min", "linear_a_log_max", "linear_dt_min", "linear_dt_max", "linear_dt_init_floor"), ABSENT
+    ),
+    frame=lambda model: frame(model, EMBEDDING),
+    read=read,
+    write=write,
+)  # fmt: skip
