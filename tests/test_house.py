@@ -246,3 +246,10 @@ def test_transformers_is_not_misled_by_our_folder() -> None:
 def test_links_into_the_package(name: str) -> None:
     link = ROOT / "megatron_refine" / name
     assert link.is_symlink() and os.readlink(link) == f"../{name}", f"{link.relative_to(ROOT)} must link to ../{name}"
+
+
+def test_the_drawing_is_that_of_the_imports() -> None:
+    """docs/architecture.md; python -m tests.rooms writes it anew."""
+    from tests.rooms import PAGE, drawing
+
+    assert drawing() in PAGE.read_text(encoding="utf-8")
