@@ -38,10 +38,10 @@ def block_spec(config: Config, megatron: TransformerConfig) -> TransformerBlockS
     return TransformerBlockSubmodules([_layer_spec(layer, mlp) for layer in own], layer_norm=own[-1].norm_class())
 
 
-def _layer_spec(layer: Layer, mlp: ModuleSpec) -> ModuleSpec:
+def _layer_spec(layer: Layer, mlp: Any) -> ModuleSpec:
     mixer, norm, before = layer.mixer_class(), layer.norm_class(), layer.norm_class()
     if layer.behind:
-        mixer, mlp, before = normed(mixer, norm), replace(mlp, module=normed(mlp.module, norm)), IdentityOp
+        mixer, mlp, before = normed(mixer, norm), _normed_mlp(mlp, norm), IdentityOp
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -53,6 +53,13 @@ def _layer_spec(layer: Layer, mlp: ModuleSpec) -> ModuleSpec:
             mlp_bda=get_bias_dropout_add,
         ),
     )
+
+
+def _normed_mlp(mlp: Any, norm: type[Any]) -> Any:
+    """Megatron's description of an MLP, with a norm behind it. Up to 0.16 it is a ModuleSpec, since then a function."""
+    if isinstance(mlp, ModuleSpec):
+        return replace(mlp, module=normed(mlp.module, norm))
+    return partial(normed(mlp.func.__self__, norm).as_mlp_submodule, **mlp.keywords)
 
 
 def normed(module: Any, norm: type[Any]) -> type[Any]:
