@@ -75,7 +75,7 @@ SHORT = {
 }  # fmt: skip
 
 
-EVERYWHERE = ("qwen", "olmo")  # the others where ranks are more than key heads
+EVERYWHERE = ("qwen",)  # the others where ranks are more than key heads
 CASES = [case for case in itertools.product(LAYERS, LAYOUTS) if case[0] in EVERYWHERE or case[1] in ("tp4 sp", "cp4")]
 CASES += [case for case in sorted(SHORT) if case not in CASES]
 
