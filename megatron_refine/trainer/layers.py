@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, cast
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
@@ -70,7 +71,8 @@ def normed(module: Any, norm: type[Any]) -> type[Any]:
             self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None
         ) -> dict[str, Any]:
             """Declare it replicated: Megatron's MLP asks each of its modules."""
-            groups = {"dp_cp_group": (metadata or {}).get("dp_cp_group")}
+            tp = parallel_state.get_tensor_model_parallel_group()
+            groups = {"tp_group": tp, "dp_cp_group": (metadata or {}).get("dp_cp_group")}
             own = self.state_dict(keep_vars=True)
             found: dict[str, Any] = make_sharded_tensors_for_checkpoint(own, prefix, {}, sharded_offsets, **groups)
             return found

@@ -59,8 +59,11 @@ def read(tree: dict[str, Any]) -> dict[str, Any]:
 
 def write(fields: dict[str, Any]) -> dict[str, Any]:
     """Return config.json: the inverse of `read`."""
+    theta = fields["rope_theta"]
     found = {name: value for name, value in fields.items() if not name.startswith("rope_")}
-    return found | {"rope_parameters": {"rope_type": "default", "rope_theta": fields["rope_theta"]}}
+    if theta is None:
+        return found | {"rope_parameters": None, "rope_theta": None}
+    return found | {"rope_parameters": {"rope_type": "default", "rope_theta": theta}}
 
 
 FORMAT = Format(
