@@ -13,7 +13,6 @@ from pathlib import Path
 from packaging.specifiers import SpecifierSet
 
 from megatron_refine.config import Config, ConfigError
-from megatron_refine.platform.megatron.version import VERSION, since
 
 FLA = "0.6.0"  # as setup.py: the tables of kernels/tuning are of its kernels
 TE = SpecifierSet(">=2.9,<2.12")  # that Megatron-Core 0.16.1 takes
@@ -64,6 +63,8 @@ def _refused(what: str, found: dict[str, str]) -> ConfigError:
 
 def check_optimizer(config: Config) -> None:
     """Raise ConfigError where Muon is asked for and Megatron-Core is too old for it, or the package is missing."""
+    from megatron_refine.platform.megatron.version import VERSION, since  # servers have no Megatron-Core
+
     if config.optimizer.kind != "muon":
         return
     if not since(0, 19):

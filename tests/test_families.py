@@ -1,6 +1,8 @@
 """A family is one object: nothing else names one, and one of another package does all that ours do."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -118,3 +120,19 @@ def test_the_page_shows_the_toy() -> None:
 def test_an_unknown_model_is_refused_by_name() -> None:
     with pytest.raises(ConfigError, match="model_type='tests.nowhere': no such family"):
         model_of({"model_type": "tests.nowhere"}, "config.json")
+
+
+def test_servers_need_no_megatron() -> None:
+    """What SGLang's processes import of the project, where no Megatron-Core is installed."""
+    code = """
+import importlib.metadata as metadata, sys
+found = metadata.version
+def version(name):
+    if name == "megatron-core":
+        raise metadata.PackageNotFoundError(name)
+    return found(name)
+metadata.version = version
+import megatron_refine.kernels.delta_rule, megatron_refine.models.family as family, megatron_refine.convert.mapping
+family.every()
+sys.exit("megatron.core" in sys.modules)"""
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
