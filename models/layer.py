@@ -29,7 +29,7 @@ class MixerCost(Protocol):
         """Parameters of each of `tp` tensor parallel ranks."""
 
     def partial(self, tp: int) -> int:
-        """Those of them that every rank has whole, with a part of the gradient: norms of heads."""
+        """Count those that every rank has whole, with a part of the gradient: norms of heads."""
 
     def flops(self, length: int, before: int = 0) -> dict[str, int]:
         """Forward FLOPs, a token of a stream of `length` tokens that follows `before` others, by matmul."""

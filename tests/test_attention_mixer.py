@@ -219,7 +219,7 @@ def kept(config: Config) -> list[int]:
 
 @pytest.mark.parametrize("layer", ["qwen", "olmo"])
 def test_memory_is_linear_in_the_rows(ranks: Any, tmp_path: Path, layer: str) -> None:
-    """Of main rows and of branch rows, without a product of both."""
+    """Memory grows with main rows and with branch rows, without a product of both."""
     job = {"function": kept, "config": small_config(tmp_path)}
     base, longer, longest, more, wider, both = ranks(1, attending, layer=LAYERS[layer], **job)[0]
     assert longest - longer == longer - base > 0

@@ -12,12 +12,14 @@ import pkgutil
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from megatron_refine.config.base import Section
 from megatron_refine.config.paths import is_path
 from megatron_refine.config.schema import Config, ModelConfig
 from megatron_refine.config.words import spell
@@ -55,9 +57,10 @@ def explain(key: str, schema: type[BaseModel] = Config) -> str:
 
 
 def _section(prefix: str, schema: Any) -> str:
-    """The text of a section, and a row for each key that it adds to those of its base."""
-    own, fields = inspect.get_annotations(schema), schema.model_fields
-    rows = [_row(f"{prefix}.{name}", fields[name]) for name in own if name in fields]
+    """The text of a section, and a row for each key that it, or a base without a text of its own here, adds."""
+    bases = takewhile(lambda base: base not in (ModelConfig, Section), schema.__mro__[1:])
+    own = {name for each in (schema, *bases) for name in inspect.get_annotations(each)}
+    rows = [_row(f"{prefix}.{name}", field) for name, field in schema.model_fields.items() if name in own]
     return f"{_linked(inspect.cleandoc(schema.__doc__ or ''))}\n\n{_HEAD}" + "\n".join(rows)
 
 

@@ -145,7 +145,7 @@ def _flat(tree: Any) -> dict[str, Any]:
 
 
 def _changes(past: Past, now: Mapping[str, Any]) -> list[Change]:
-    """Of all keys that both have. A length of 0 means that of a row. Versions without Muon had Adam."""
+    """Compare all keys that both have. A length of 0 means that of a row. Versions without Muon had Adam."""
     shortest = "data.min_length"
     was = {"optimizer.kind": "adam", **past.values}
     old, new = ({**x, shortest: x.get(shortest) or x.get("data.seq_length")} for x in (was, now))

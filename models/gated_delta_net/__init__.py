@@ -2,10 +2,11 @@
 
 from megatron_refine.models.family import Family, Serving
 from megatron_refine.models.gated_delta_net.config import GatedDeltaNetConfig
-from megatron_refine.models.gated_delta_net.hf import FORMAT, mixer_tensors
+from megatron_refine.models.gated_delta_net.hf import FORMAT
 from megatron_refine.models.hf import layer_tensors
 from megatron_refine.models.layer import Layer
 from megatron_refine.models.mixers.gated_delta import MIXER, GatedDelta
+from megatron_refine.models.mixers.gated_delta.hf import tensors
 
 
 def layers(model: GatedDeltaNetConfig) -> list[Layer]:
@@ -14,7 +15,8 @@ def layers(model: GatedDeltaNetConfig) -> list[Layer]:
         model.hidden_size, model.num_heads, model.head_dim, model.value_heads, model.head_dim_v, model.conv_size,
         model.norm_eps, model.use_gate, model.allow_neg_eigval,
     )  # fmt: skip
-    return [Layer(MIXER, mixer, mixer.cost, layer_tensors(model, mixer_tensors(model)))] * model.num_layers
+    own = tensors(mixer, "decoder.layers.{}.self_attention.", "model.layers.{}.attn.")
+    return [Layer(MIXER, mixer, mixer.cost, layer_tensors(model, own))] * model.num_layers
 
 
 FAMILY = Family(

@@ -1,27 +1,6 @@
 """Gated DeltaNet in Hugging Face's format, as flash-linear-attention writes it."""
 
-from megatron_refine.models.gated_delta_net.config import GatedDeltaNetConfig
-from megatron_refine.models.hf import ABSENT, CONSTANTS, FIELDS, IGNORED, Format, Heads, Key, Mapping, Same, frame
-
-
-def mixer_tensors(model: GatedDeltaNetConfig) -> list[Mapping]:
-    """List those of a layer's mixer. Ours are head-major by key head, with the rows of the value heads it has."""
-    hidden, heads, k, v = model.hidden_size, model.num_heads, model.head_dim, model.head_dim_v
-    ours, theirs = "decoder.layers.{}.self_attention.", "model.layers.{}.attn."
-    group = model.value_heads // heads
-    widths = {"q": k, "k": k, "v": group * v}
-    rows = widths | ({"g": group * v} if model.use_gate else {}) | {"a": group, "b": group}
-    projections = tuple((f"{theirs}{part}_proj.weight", count) for part, count in rows.items())
-    convolutions = tuple((f"{theirs}{part}_conv1d.weight", count) for part, count in widths.items())
-    return [
-        Heads(ours + "in_proj.weight", projections, heads, (hidden,)),
-        Heads(ours + "conv", convolutions, heads, (1, model.conv_size)),
-        Same(ours + "A_log", theirs + "A_log", (model.value_heads,)),
-        Same(ours + "dt_bias", theirs + "dt_bias", (model.value_heads,)),
-        Same(ours + "o_norm.weight", theirs + "o_norm.weight", (v,)),
-        Same(ours + "out_proj.weight", theirs + "o_proj.weight", (hidden, model.value_heads * v)),
-    ]
-
+from megatron_refine.models.hf import ABSENT, CONSTANTS, FIELDS, IGNORED, Format, Key, frame
 
 FORMAT = Format(
     model_type="gated_deltanet",

@@ -1,58 +1,52 @@
 """The shape of an Olmo-Hybrid. No torch, no Megatron: a configuration error is instant."""
 
-import math
 from typing import Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from megatron_refine.config import ModelConfig
+from megatron_refine.models.common.hybrid import HybridConfig
+from megatron_refine.models.mixers.attention.config import AttentionConfig
+from megatron_refine.models.mixers.gated_delta import GatedDelta
 
-Kind = Literal["linear_attention", "full_attention"]
+HEAD_EPS = 1e-5  # of the norm of a linear head's output, whatever the others' is
 
 
-class OlmoHybridConfig(ModelConfig):
+class OlmoHybridConfig(HybridConfig):
     """Gated DeltaNet layers, and softmax attention layers among them. Names and defaults follow config.json."""
 
     family: Literal["olmo_hybrid"] = Field(description="Olmo-Hybrid.")
     num_attention_heads: int = Field(
         ge=1, validate_default=True, description="Query heads of the attention layers. They divide `model.hidden_size`."
     )
-    num_key_value_heads: int = Field(
-        ge=1, validate_default=True, description="Key heads of the attention layers. They divide the query heads."
-    )
     rope_theta: float = Field(
         0.0, ge=0, description="Base of the rotary position embedding of the attention layers. 0: no positions."
     )
-    linear_num_key_heads: int = Field(ge=1, description="Heads of the queries and keys of the linear layers.")
-    linear_num_value_heads: int = Field(
-        ge=1, validate_default=True, description="Heads of their values, a multiple of the key heads."
-    )
-    linear_key_head_dim: int = Field(ge=1, description="Width of their key heads.")
-    linear_value_head_dim: int = Field(ge=1, description="Width of their value heads.")
-    linear_conv_kernel_dim: int = Field(4, ge=2, description="Taps of their short convolution.")
     linear_allow_neg_eigval: bool = Field(
         True, description="Let beta, the write strength, lie in (0, 2). false: in (0, 1)."
     )
-    layer_types: list[Kind] = Field(
-        default_factory=list,
-        validate_default=True,
-        description="The kind of each layer. Empty: every fourth is a full attention layer.",
-    )
-
-    @property
-    def kinds(self) -> list[Kind]:
-        """The kind of each layer."""
-        every: list[Kind] = ["full_attention" if i % 4 == 3 else "linear_attention" for i in range(self.num_layers)]
-        return self.layer_types or every
 
     @property
     def head_dim(self) -> int:
         """Width of a head of the attention layers."""
         return self.hidden_size // self.num_attention_heads
 
-    def tp_limit(self) -> int:
-        """Number of shards that both kinds of layers can be cut into."""
-        return math.gcd(self.linear_num_key_heads, self.num_attention_heads)
+    @property
+    def linear(self) -> GatedDelta:
+        """The mixer of a linear layer."""
+        return GatedDelta(
+            self.hidden_size, self.linear_num_key_heads, self.linear_key_head_dim, self.linear_num_value_heads,
+            self.linear_value_head_dim, self.linear_conv_kernel_dim, HEAD_EPS,
+            allow_neg_eigval=self.linear_allow_neg_eigval,
+        )  # fmt: skip
+
+    @property
+    def full(self) -> AttentionConfig:
+        """The mixer of a softmax attention layer."""
+        rotary = self.head_dim if self.rope_theta else 0
+        return AttentionConfig(
+            self.hidden_size, self.num_attention_heads, self.num_key_value_heads, self.head_dim, qk_norm="projection",
+            rotary_dims=rotary, rope_theta=self.rope_theta or 1.0, eps=self.norm_eps,
+        )  # fmt: skip
 
     @field_validator("num_attention_heads")
     @classmethod
@@ -61,27 +55,3 @@ class OlmoHybridConfig(ModelConfig):
         if hidden is not None and hidden % heads:
             raise ValueError(f"must divide model.hidden_size={hidden}; change either")
         return heads
-
-    @field_validator("num_key_value_heads")
-    @classmethod
-    def _whole_groups(cls, count: int, info: ValidationInfo) -> int:
-        heads = info.data.get("num_attention_heads")
-        if heads is not None and heads % count:
-            raise ValueError(f"must divide model.num_attention_heads={heads}; change either")
-        return count
-
-    @field_validator("linear_num_value_heads")
-    @classmethod
-    def _whole_value_groups(cls, count: int, info: ValidationInfo) -> int:
-        heads = info.data.get("linear_num_key_heads")
-        if heads is not None and count % heads:
-            raise ValueError(f"must be a multiple of model.linear_num_key_heads={heads}; change either")
-        return count
-
-    @field_validator("layer_types")
-    @classmethod
-    def _one_a_layer(cls, kinds: list[Kind], info: ValidationInfo) -> list[Kind]:
-        layers = info.data.get("num_layers")
-        if kinds and layers is not None and len(kinds) != layers:
-            raise ValueError(f"names {len(kinds)} layers, model.num_layers={layers}; change either")
-        return kinds

@@ -2,8 +2,7 @@
 
 from typing import Any
 
-from megatron_refine.models.hf import ABSENT, IGNORED, Format, Heads, Key, Mapping, Same, frame
-from megatron_refine.models.olmo_hybrid.config import OlmoHybridConfig
+from megatron_refine.models.hf import ABSENT, IGNORED, Format, Key, frame
 
 OURS, THEIRS = "decoder.layers.{}.self_attention.", "model.layers.{}.linear_attn."
 EMBEDDING = "model.embed_tokens.weight"
@@ -12,25 +11,6 @@ NORMS = {  # of a layer's mixer and MLP: before them in linear layers, behind th
     "full_attention": ("post_attention_layernorm", "post_feedforward_layernorm"),
 }
 THETA = 10000.0  # what the class takes where config.json names none
-
-
-def linear_tensors(model: OlmoHybridConfig) -> list[Mapping]:
-    """List those of a linear layer's mixer. Ours are head-major by key head."""
-    hidden, heads, key = model.hidden_size, model.linear_num_key_heads, model.linear_key_head_dim
-    group = model.linear_num_value_heads // heads
-    value = group * model.linear_value_head_dim
-    widths = {"q": key, "k": key, "v": value}
-    rows = widths | {"g": value, "a": group, "b": group}
-    projections = tuple((f"{THEIRS}{name}_proj.weight", count) for name, count in rows.items())
-    convolutions = tuple((f"{THEIRS}{name}_conv1d.weight", count) for name, count in widths.items())
-    return [
-        Heads(OURS + "in_proj.weight", projections, heads, (hidden,)),
-        Heads(OURS + "conv", convolutions, heads, (1, model.linear_conv_kernel_dim)),
-        Same(OURS + "A_log", THEIRS + "A_log", (heads * group,)),
-        Same(OURS + "dt_bias", THEIRS + "dt_bias", (heads * group,)),
-        Same(OURS + "o_norm.weight", THEIRS + "o_norm.weight", (model.linear_value_head_dim,)),
-        Same(OURS + "out_proj.weight", THEIRS + "o_proj.weight", (hidden, heads * value)),
-    ]
 
 
 def read(tree: dict[str, Any]) -> dict[str, Any]:

@@ -1,23 +1,18 @@
 """The shape of a Qwen3.5 text model. No torch, no Megatron: a configuration error is instant."""
 
-import math
 from typing import Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field
 
-from megatron_refine.config import ModelConfig
+from megatron_refine.models.common.hybrid import HybridConfig
+from megatron_refine.models.mixers.attention.config import AttentionConfig
+from megatron_refine.models.mixers.gated_delta import GatedDelta
 
-Kind = Literal["linear_attention", "full_attention"]
 
-
-class Qwen35Config(ModelConfig):
+class Qwen35Config(HybridConfig):
     """Gated DeltaNet layers, and softmax attention layers among them. Names and defaults follow config.json."""
 
     family: Literal["qwen3_5"] = Field(description="Qwen3.5, the dense text models.")
-    num_attention_heads: int = Field(ge=1, description="Query heads of the attention layers.")
-    num_key_value_heads: int = Field(
-        ge=1, validate_default=True, description="Key heads of the attention layers. They divide the query heads."
-    )
     head_dim: int = Field(256, ge=1, description="Width of a head of the attention layers.")
     partial_rotary_factor: float = Field(
         0.25, gt=0, le=1, description="Share of an attention head that the rotary position embedding turns."
@@ -29,48 +24,25 @@ class Qwen35Config(ModelConfig):
     )
     linear_key_head_dim: int = Field(128, ge=1, description="Width of their key heads.")
     linear_value_head_dim: int = Field(128, ge=1, description="Width of their value heads.")
-    linear_conv_kernel_dim: int = Field(4, ge=2, description="Taps of their short convolution.")
-    layer_types: list[Kind] = Field(
-        default_factory=list,
-        validate_default=True,
-        description="The kind of each layer. Empty: every fourth is a full attention layer.",
-    )
-
-    @property
-    def kinds(self) -> list[Kind]:
-        """The kind of each layer."""
-        every: list[Kind] = ["full_attention" if i % 4 == 3 else "linear_attention" for i in range(self.num_layers)]
-        return self.layer_types or every
 
     @property
     def rotary_dims(self) -> int:
         """Dimensions of an attention head that are turned."""
         return int(self.head_dim * self.partial_rotary_factor)
 
-    def tp_limit(self) -> int:
-        """Number of shards that both kinds of layers can be cut into."""
-        return math.gcd(self.linear_num_key_heads, self.num_attention_heads)
+    @property
+    def linear(self) -> GatedDelta:
+        """The mixer of a linear layer."""
+        return GatedDelta(
+            self.hidden_size, self.linear_num_key_heads, self.linear_key_head_dim, self.linear_num_value_heads,
+            self.linear_value_head_dim, self.linear_conv_kernel_dim, self.norm_eps,
+        )  # fmt: skip
 
-    @field_validator("num_key_value_heads")
-    @classmethod
-    def _whole_groups(cls, count: int, info: ValidationInfo) -> int:
-        heads = info.data.get("num_attention_heads")
-        if heads is not None and heads % count:
-            raise ValueError(f"must divide model.num_attention_heads={heads}; change either")
-        return count
-
-    @field_validator("linear_num_value_heads")
-    @classmethod
-    def _whole_value_groups(cls, count: int, info: ValidationInfo) -> int:
-        heads = info.data.get("linear_num_key_heads")
-        if heads is not None and count % heads:
-            raise ValueError(f"must be a multiple of model.linear_num_key_heads={heads}; change either")
-        return count
-
-    @field_validator("layer_types")
-    @classmethod
-    def _one_a_layer(cls, kinds: list[Kind], info: ValidationInfo) -> list[Kind]:
-        layers = info.data.get("num_layers")
-        if kinds and layers is not None and len(kinds) != layers:
-            raise ValueError(f"names {len(kinds)} layers, model.num_layers={layers}; change either")
-        return kinds
+    @property
+    def full(self) -> AttentionConfig:
+        """The mixer of a softmax attention layer."""
+        return AttentionConfig(
+            self.hidden_size, self.num_attention_heads, self.num_key_value_heads, self.head_dim, gate=True,
+            qk_norm="head", zero_centred=True, rotary_dims=self.rotary_dims, rope_theta=self.rope_theta,
+            eps=self.norm_eps,
+        )  # fmt: skip

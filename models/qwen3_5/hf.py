@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from megatron_refine.models.hf import ABSENT, IGNORED, Format, Heads, Key, Mapping, Same, frame
+from megatron_refine.models.hf import ABSENT, IGNORED, Format, Key, Mapping, frame
+from megatron_refine.models.mixers.gated_delta import hf as gated_delta
 from megatron_refine.models.qwen3_5.config import Qwen35Config
 
 OURS, THEIRS = "decoder.layers.{}.self_attention.", "model.layers.{}.linear_attn."
@@ -13,22 +14,9 @@ AROUND = ("vision_config", "image_token_id", "video_token_id", "vision_start_tok
 
 
 def linear_tensors(model: Qwen35Config) -> list[Mapping]:
-    """List those of a linear layer's mixer. Ours are head-major by key head, theirs one kind below the other."""
-    hidden, heads, key = model.hidden_size, model.linear_num_key_heads, model.linear_key_head_dim
-    group = model.linear_num_value_heads // heads
-    value = group * model.linear_value_head_dim
-    qkv = (("in_proj_qkv", key), ("in_proj_qkv", key), ("in_proj_qkv", value))
-    rows = (*qkv, ("in_proj_z", value), ("in_proj_a", group), ("in_proj_b", group))
-    projections = tuple((f"{THEIRS}{name}.weight", count) for name, count in rows)
-    convolutions = tuple((f"{THEIRS}conv1d.weight", count) for _, count in qkv)
-    return [
-        Heads(OURS + "in_proj.weight", projections, heads, (hidden,)),
-        Heads(OURS + "conv", convolutions, heads, (1, model.linear_conv_kernel_dim)),
-        Same(OURS + "A_log", THEIRS + "A_log", (heads * group,)),
-        Same(OURS + "dt_bias", THEIRS + "dt_bias", (heads * group,)),
-        Same(OURS + "o_norm.weight", THEIRS + "norm.weight", (model.linear_value_head_dim,)),
-        Same(OURS + "out_proj.weight", THEIRS + "out_proj.weight", (hidden, heads * value)),
-    ]
+    """List those of a linear layer's mixer: q, k and v fused."""
+    names = dict.fromkeys("qkv", "in_proj_qkv") | {"g": "in_proj_z", "a": "in_proj_a", "b": "in_proj_b"}
+    return gated_delta.tensors(model.linear, OURS, THEIRS, names, dict.fromkeys("qkv", "conv1d"), "norm", "out_proj")
 
 
 def read(tree: dict[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from megatron_refine.models.common.reference import Weights, decoder_logits
 from megatron_refine.models.delta_net.reference import mixer as plain_mixer
-from megatron_refine.models.gated_delta_net.reference import mixer as gated_mixer
+from megatron_refine.models.mixers.gated_delta.reference import mixer as gated_mixer
 from tests.toy import ToyConfig
 
 

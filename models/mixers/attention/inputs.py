@@ -14,7 +14,7 @@ from megatron_refine.models.common.rope import Table, rope
 
 
 class Norms(NamedTuple):
-    """Of each head."""
+    """What norms queries and keys, each head by itself."""
 
     q: Tensor  # [d]
     k: Tensor

@@ -30,7 +30,7 @@ class AttentionState:
         return replace(self, keys=self.keys.detach(), values=self.values.detach(), own=own)
 
     def part(self, positions: slice) -> "AttentionState":
-        """Those of some of the P places, before any branch token."""
+        """Take some of the P places, before any branch token."""
         assert self.own is None
         return replace(self, places=self.places.part(positions))
 
