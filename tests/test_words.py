@@ -81,6 +81,13 @@ def test_lists_of_text(path: Path, written: str, found: list[str]) -> None:
     assert read(path, f"engine.args={spell(found)}").engine.args == found
 
 
+def test_lists_of_numbers(path: Path) -> None:
+    assert read(path, "eval.lengths=[512, 1024]").eval.lengths == [512, 1024]
+    assert read(path, f"parallel.stages={spell([2])}").parallel.stages == [2]
+    assert "eval.lengths.1=010: YAML reads this as 8" in problem(path, "eval.lengths=[512, 010]")
+    assert "eval.lengths.0='512'" in problem(path, "eval.lengths=['512']")
+
+
 @pytest.mark.parametrize("written", ["[a,,b]", "[,a]", "['a]", "['a' b]", "[a[1], b]", "[[a]]", "[{a: b}]"])
 def test_a_list_that_cannot_be_read_is_refused(path: Path, written: str) -> None:
     message = problem(path, f"engine.args={written}")

@@ -143,7 +143,7 @@ def _collection(text: Said, form: type, key: str, problems: list[str]) -> Any:
         if not found or not (QUOTED.fullmatch(found[1]) or BARE.fullmatch(found[1])):
             problems.append(f"{key}={text}: cannot be read from {inner[at:].strip()!r} on; put the item into quotes")
             return []
-        items.append(_unquoted(found[1]))
+        items.append(_unquoted(found[1]) if QUOTED.fullmatch(found[1]) else Word(found[1]))
         at = found.end()
     return items
 
