@@ -47,13 +47,14 @@ class Heads:
     """Several of their tensors in one of ours, head by head: for each head its rows of every part in turn.
 
     A name that stands several times is one tensor with those parts one below the other, each with all heads, as a
-    fused [q | k | v].
+    fused [q | k | v]. Or its parts are `interleaved`: it has them head by head too.
     """
 
     ours: str
     parts: tuple[tuple[str, int], ...]  # their name, rows a head
     heads: int
     rest: Shape  # dimensions after the rows
+    interleaved: tuple[tuple[int, ...], ...] = ()  # of each such tensor the numbers of its parts, in its order
 
     @property
     def shape(self) -> Shape:

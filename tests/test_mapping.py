@@ -50,6 +50,15 @@ def test_a_fused_tensor_is_split_third_by_third() -> None:
     assert order(full) == [0, 1, 4, 5, 8, 9, 20, 2, 3, 6, 7, 10, 11, 21]
 
 
+def test_interleaved_parts_lie_head_by_head_in_an_order_of_their_own() -> None:
+    mapping = Heads(
+        "o", (("qk", 2), ("qk", 1), ("ba", 1), ("ba", 1), ("z", 1)), heads=2, rest=(2,), interleaved=((3, 2),)
+    )
+    assert mapping.sources() == {"qk": (6, 2), "ba": (4, 2), "z": (2, 2)}
+    full = to_megatron(mapping, rows(1, 2, 3, 4, 5, 6), rows(20, 10, 21, 11), rows(30, 31))
+    assert order(full) == [1, 2, 5, 10, 20, 30, 3, 4, 6, 11, 21, 31]
+
+
 def test_layers() -> None:
     mapping = at_layer(Heads("a.{}", (("b.{}", 1), ("c.{}.d", 2)), 1, ()), 7)
     assert mapping == Heads("a.7", (("b.7", 1), ("c.7.d", 2)), 1, ())

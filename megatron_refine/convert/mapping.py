@@ -85,9 +85,14 @@ def _views(mapping: Mapping, full: Tensor, parts: dict[str, Tensor]) -> Iterator
         case Vocab():
             yield full[: mapping.rows], parts[mapping.theirs]
         case Heads():
-            blocks = full.unflatten(0, (mapping.heads, -1)).split([rows for _, rows in mapping.parts], 1)
+            heads, widths = mapping.heads, [rows for _, rows in mapping.parts]
+            blocks = full.unflatten(0, (heads, -1)).split(widths, 1)
+            for numbers in mapping.interleaved:
+                whole = parts[mapping.parts[numbers[0]][0]].unflatten(0, (heads, -1))
+                yield from zip([blocks[i] for i in numbers], whole.split([widths[i] for i in numbers], 1), strict=True)
             used = dict.fromkeys(parts, 0)
-            for block, (name, rows) in zip(blocks, mapping.parts, strict=True):
-                theirs = parts[name].narrow(0, used[name], mapping.heads * rows)
-                yield block, theirs.unflatten(0, (mapping.heads, rows))
-                used[name] += mapping.heads * rows
+            for i, (block, (name, rows)) in enumerate(zip(blocks, mapping.parts, strict=True)):
+                if any(i in numbers for numbers in mapping.interleaved):
+                    continue
+                yield block, parts[name].narrow(0, used[name], heads * rows).unflatten(0, (heads, rows))
+                used[name] += heads * rows

@@ -1,47 +1,17 @@
 """Qwen3.5 evaluated from tensors in Hugging Face's format: slow, obvious, in plain torch (transformers 5.24)."""
 
-import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_refine.kernels.delta_rule.reference import recurrent_delta_rule
-from megatron_refine.kernels.softmax_attention.reference import full_attention
-from megatron_refine.models.common.reference import Weights, causal_conv, gated_mlp, rms_norm, turned, unit
+from megatron_refine.models.common.qwen import reference as qwen
+from megatron_refine.models.common.qwen.config import QwenConfig
+from megatron_refine.models.common.reference import Weights
 from megatron_refine.models.qwen3_5.config import Qwen35Config
 
 
 def logits(model: Qwen35Config, weights: Weights, tokens: Tensor) -> Tensor:
-    """tokens [B, T] -> logits [B, T, vocab]. Norms of the residual stream and of q and k multiply by 1 + weight."""
-    embeddings, eps = weights["model.embed_tokens.weight"], model.norm_eps
-    x = embeddings[tokens]
-    for i, kind in enumerate(model.kinds):
-        prefix = f"model.layers.{i}."
-        mixed = rms_norm(x, 1 + weights[prefix + "input_layernorm.weight"], eps)
-        x = x + (_linear if kind == "linear_attention" else _attention)(model, weights, prefix, mixed)
-        normed = rms_norm(x, 1 + weights[prefix + "post_attention_layernorm.weight"], eps)
-        x = x + gated_mlp(weights, prefix + "mlp.", normed)
-    x = rms_norm(x, 1 + weights["model.norm.weight"], eps)
-    return x @ (embeddings if model.tie_embeddings else weights["lm_head.weight"]).T
+    """tokens [B, T] -> logits [B, T, vocab]."""
+    return qwen.logits(model, weights, tokens, _project)
 
 
-def _linear(model: Qwen35Config, weights: Weights, layer: str, x: Tensor) -> Tensor:
-    prefix, heads, values = layer + "linear_attn.", model.linear_num_key_heads, model.linear_num_value_heads
-    wide = heads * model.linear_key_head_dim
-    mixed = causal_conv(x @ weights[prefix + "in_proj_qkv.weight"].T, weights[prefix + "conv1d.weight"])
-    q, k, v = mixed.split([wide, wide, values * model.linear_value_head_dim], -1)
-    q, k = (unit(part.unflatten(-1, (heads, -1))).repeat_interleave(values // heads, -2) for part in (q, k))
-    a, b = (x @ weights[f"{prefix}in_proj_{name}.weight"].T for name in "ab")
-    g = -weights[prefix + "A_log"].exp() * F.softplus(a + weights[prefix + "dt_bias"])
-    o, _ = recurrent_delta_rule(q, k, v.unflatten(-1, (values, -1)), b.sigmoid(), g)
-    gate = (x @ weights[prefix + "in_proj_z.weight"].T).unflatten(-1, (values, -1))
-    o = rms_norm(o, weights[prefix + "norm.weight"], model.norm_eps) * F.silu(gate)
-    return o.flatten(-2) @ weights[prefix + "out_proj.weight"].T
-
-
-def _attention(model: Qwen35Config, weights: Weights, layer: str, x: Tensor) -> Tensor:
-    prefix, heads, keys = layer + "self_attn.", model.num_attention_heads, model.num_key_value_heads
-    q, gate = (x @ weights[prefix + "q_proj.weight"].T).unflatten(-1, (heads, -1)).chunk(2, -1)
-    k, v = ((x @ weights[f"{prefix}{name}_proj.weight"].T).unflatten(-1, (keys, -1)) for name in "kv")
-    q, k = (rms_norm(z, 1 + weights[f"{prefix}{n}_norm.weight"], model.norm_eps) for z, n in ((q, "q"), (k, "k")))
-    q, k = (turned(z, model.rotary_dims, model.rope_theta) for z in (q, k))
-    read = full_attention(q, k, v) * gate.sigmoid()
-    return read.flatten(-2) @ weights[prefix + "o_proj.weight"].T
+def _project(model: QwenConfig, weights: Weights, prefix: str, x: Tensor) -> list[Tensor]:
+    return [x @ weights[f"{prefix}in_proj_{name}.weight"].T for name in ("qkv", "z", "b", "a")]
