@@ -25,7 +25,14 @@ EXTRAS = {
     "docs": ["mkdocs-material"],  # the site; `make docs` installs it in an environment of its own
     # fuzzywuzzy: a test holds our likeness of code to it.
     "dev": [
-        *HARNESS, "wandb", "fuzzywuzzy==0.18.0", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "mypy",
+        *HARNESS,
+        "wandb",
+        "fuzzywuzzy==0.18.0",
+        "pytest",
+        "pytest-timeout",
+        "pytest-xdist",
+        "ruff",
+        "mypy",
         "types-PyYAML",
     ],  # fmt: skip
 }

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 
 from megatron_refine import __version__
+from megatron_refine.checkpoint.conversion import megatron_to_hf
+from megatron_refine.checkpoint.manifest import ORIGIN, read_manifest
+from megatron_refine.checkpoint.source import Source
 from megatron_refine.convert.fields import CONFIG
 from megatron_refine.data.special_tokens import KEPT
 from megatron_refine.data.tokenizer import FILES, Tokenizer, load_tokenizer
 from megatron_refine.files import copy, read_json, write, write_json
 from megatron_refine.models import cost
-from megatron_refine.trainer.conversion import megatron_to_hf
-from megatron_refine.trainer.manifest import ORIGIN, read_manifest
-from megatron_refine.trainer.source import Source
 
 CARD, GENERATION, TOKENIZER_CONFIG = "README.md", "generation_config.json", "tokenizer_config.json"
 _DECLARED = (TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", GENERATION)

@@ -73,6 +73,15 @@ class RolloutRequest:
     fork: Fork | None  # None: the engine prefills the prefixes itself
 
 
+@dataclass(frozen=True)
+class Output:
+    """What a pass in Megatron's schedules leaves on a pipeline stage."""
+
+    main: Tensor | None = None  # [B, T-1], log-probabilities of the main stream; None before the last stage
+    branches: Tensor | None = None  # [B, c, n, k], those of the branches, where the pass has any
+    hidden: Tensor | None = None  # rows for the next stage; None on the last
+
+
 class RolloutEngine(Protocol):
     """Writes k tokens at each position. The stages know engines by this alone."""
 

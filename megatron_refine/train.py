@@ -14,12 +14,13 @@ import contextlib
 import sys
 from typing import TYPE_CHECKING, Any
 
-from megatron_refine import interrupt, launcher, usage
+from megatron_refine import launcher, usage
 from megatron_refine.files import speak_utf8
+from megatron_refine.run import interrupt
 
 if TYPE_CHECKING:
     from megatron_refine import config as configuration
-    from megatron_refine.session import Session
+    from megatron_refine.run.session import Session
 
 EXIT_CONFIG, EXIT_CHECKPOINT, EXIT_REQUEUE = 2, 4, 75
 
@@ -77,9 +78,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--gpus", type=int, help="world size of the dry run (default: that of the environment)")
     options = parser.parse_intermixed_args(arguments)
     from megatron_refine import config as configuration  # late, as all that takes long: Ctrl-C is one line
-    from megatron_refine import extras, preflight
+    from megatron_refine import extras
+    from megatron_refine.errors import CheckpointError
     from megatron_refine.models.family import FAMILIES
-    from megatron_refine.trainer.errors import CheckpointError
+    from megatron_refine.run import preflight
 
     try:
         config = configuration.load(options.config, options.overrides, FAMILIES)
@@ -127,9 +129,9 @@ def _run(config: "configuration.Config", checked: bool) -> int:
     install()
     import torch.distributed as dist
 
-    from megatron_refine.exits import ending_of
-    from megatron_refine.session import Session
-    from megatron_refine.trainer.watchdog import Watchdog
+    from megatron_refine.run.exits import ending_of
+    from megatron_refine.run.session import Session
+    from megatron_refine.run.watchdog import Watchdog
 
     watch = Watchdog(config.run.phase_minutes)
     ending, session = contextlib.ExitStack(), None

@@ -6,16 +6,16 @@ A multiply-add counts 2 FLOPs. Norms, activations and short convolutions are no 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from megatron_refine.config import ModelConfig
+from megatron_refine.config import ModelConfig, Parallel
 from megatron_refine.models import family
 from megatron_refine.models.layer import Layer, MixerCost
 
 
-def stage_layers(model: ModelConfig, pp: int, stage: int) -> list[Layer]:
+def stage_layers(model: ModelConfig, parallel: Parallel, stage: int) -> list[Layer]:
     """Return the layers of one pipeline stage."""
-    assert 0 <= stage < pp and model.num_layers % pp == 0
-    count = model.num_layers // pp
-    return family.layers(model)[stage * count : (stage + 1) * count]
+    counts = parallel.layers(model.num_layers)
+    first = sum(counts[:stage])
+    return family.layers(model)[first : first + counts[stage]]
 
 
 def grouped(layers: Iterable[Layer]) -> list[tuple[Layer, int]]:
@@ -28,20 +28,21 @@ def grouped(layers: Iterable[Layer]) -> list[tuple[Layer, int]]:
 
 def parameters(model: ModelConfig) -> int:
     """Count the trained parameters of the whole model, vocabulary padding included."""
-    return rank_parameters(model, tp=1, pp=1, stage=0)
+    return rank_parameters(model, Parallel(), stage=0)
 
 
-def rank_parameters(model: ModelConfig, tp: int, pp: int, stage: int) -> int:
+def rank_parameters(model: ModelConfig, parallel: Parallel, stage: int) -> int:
     """Count the trained parameters of each tensor parallel rank of one pipeline stage.
 
     The vocabulary is sharded, norms are whole on every rank. The first stage has the embedding, the last one the final
     norm and the output layer (tied: a copy of the embedding, unless it has that already).
     """
+    tp = parallel.tp
     assert model.tp_limit() % tp == 0
-    first, last = stage == 0, stage == pp - 1
+    first, last = stage == 0, stage == parallel.pp - 1
     table = model.padded_vocab * model.hidden_size
     own_output = last and not (model.tie_embeddings and first)
-    layers = stage_layers(model, pp, stage)
+    layers = stage_layers(model, parallel, stage)
     cut = 3 * model.hidden_size * model.intermediate_size * len(layers) + table * (first + own_output)
     assert cut % tp == 0, "tp divides the MLP and the padded vocabulary"
     mixers = sum(layer.cost.parameters(tp) for layer in layers)

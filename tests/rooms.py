@@ -7,7 +7,7 @@ from tests.test_house import ORDER, PACKAGE, ROOT, files, imports, module_of
 
 PAGE = ROOT / "docs/architecture.md"
 BLOCK = re.compile(r"```mermaid\n.*?```", re.DOTALL)
-LEFT_OUT = {"files", "launcher", "progress", "ranks", "usage", "records", "interrupt", "exchange", "extras", "__main__"}
+LEFT_OUT = {"files", "launcher", "progress", "ranks", "usage", "records", "errors", "exchange", "extras", "__main__"}
 
 
 def room(parts: list[str]) -> str:

@@ -97,7 +97,7 @@ def command(
     """
     global _fault
     from megatron_refine.report import figures
-    from megatron_refine.session import Session
+    from megatron_refine.run.session import Session
     from megatron_refine.step.refine import RefineStep
     from megatron_refine.train import main
 
@@ -155,12 +155,12 @@ def first_line(end: End) -> str:
 
 # what fails in a save, on one rank alone: (rank, the function that raises there; "": its files get too large)
 FAILURES = {
-    "prepare": (0, "megatron_refine.trainer.checkpoint.Checkpoints._clear"),
+    "prepare": (0, "megatron_refine.checkpoint.checkpoints.Checkpoints._clear"),
     "gather": (1, "megatron_refine.platform.megatron.streams.rng_state"),
     "format file": (0, "megatron.core.dist_checkpointing.serialization.save_config"),
     "weights": (1, ""),
-    "hash": (1, "megatron_refine.trainer.checkpoint.hashes"),
-    "complete": (0, "megatron_refine.trainer.checkpoint.seal"),
+    "hash": (1, "megatron_refine.checkpoint.checkpoints.hashes"),
+    "complete": (0, "megatron_refine.checkpoint.checkpoints.seal"),
 }
 FULL = OSError(28, "No space left on device")
 

@@ -31,7 +31,7 @@ def configured(folder: Path, *overrides: str, model: str = "delta_net") -> Confi
 
 def one_step(config: Config) -> Any:
     """On a rank: (progress, step, checkpoints) after a step."""
-    from megatron_refine.trainer.checkpoint import Progress
+    from megatron_refine.checkpoint.checkpoints import Progress
 
     step, checkpoints = start(config)
     step(part(0, step), 0, refine=True)
@@ -40,7 +40,7 @@ def one_step(config: Config) -> Any:
 
 def held(folder: str, seconds: float = 60.0) -> Any:
     """Keep the writers in `folder` from writing until it has a file `go`. They are forked after this."""
-    import megatron_refine.trainer.pending as pending
+    import megatron_refine.checkpoint.pending as pending
 
     original = pending._write
 
@@ -95,8 +95,8 @@ def test_it_is_the_state_when_the_save_began(ranks: Zygote, tmp_path: Path, worl
 
 def failed_writers(config: Config) -> Any:
     """On a rank: a writer that is killed, a disk that gets full; what is said, and that the run can save again."""
-    from megatron_refine.trainer.checkpoint import Progress
-    from megatron_refine.trainer.errors import CheckpointError
+    from megatron_refine.checkpoint.checkpoints import Progress
+    from megatron_refine.errors import CheckpointError
 
     progress, step, checkpoints = one_step(config)
     checkpoints.save(progress, step.updater)

@@ -217,8 +217,8 @@ def messages_of_damage(config: Config, folder: Path) -> list[tuple[str, str, str
     """On a rank: (damage, file, the CheckpointError of loading it)."""
     import torch.distributed as dist
 
-    from megatron_refine.trainer.checkpoint import Checkpoints
-    from megatron_refine.trainer.errors import CheckpointError
+    from megatron_refine.checkpoint.checkpoints import Checkpoints
+    from megatron_refine.errors import CheckpointError
     from megatron_refine.trainer.parallel import init_parallel
 
     checkpoints = Checkpoints(folder.parent, config, init_parallel(config))

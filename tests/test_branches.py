@@ -56,7 +56,8 @@ def separate(model: Any, b: Any, e: Any, temperature: float = 1.0) -> tuple[Any,
 def packed(model: Any, b: Any, e: Any, temperature: float = 1.0) -> tuple[Any, Any]:
     from megatron_refine.trainer import forward
 
-    return forward.packed_pass(model, b.tokens, e.tokens, Places.of_each(e.positions), temperature)  # type: ignore[return-value]
+    output = forward.packed_pass(model, b.tokens, e.tokens, Places.of_each(e.positions), temperature)
+    return output.main, output.branches
 
 
 def fused(model: Any, b: Any, e: Any, temperature: float = 1.0) -> tuple[Any, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from megatron_refine.trainer.manifest import TEMPORARY
+from megatron_refine.checkpoint.manifest import TEMPORARY
 from tests import runs
 from tests.rank_report import RankError
 

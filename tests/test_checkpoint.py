@@ -23,7 +23,7 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {  # world size, overrides
 
 def start(config: Config) -> Any:
     """On a rank: (step, checkpoints) of a new model."""
-    from megatron_refine.trainer.checkpoint import Checkpoints
+    from megatron_refine.checkpoint.checkpoints import Checkpoints
 
     step = make_step(config, torch.bfloat16 if config.train.precision == "bf16" else torch.float32, optimizer=True)
     return step, Checkpoints(Path(config.run.dir) / "checkpoints", config, step.ranks)
@@ -42,7 +42,7 @@ def adam_steps(step: Any) -> set[float]:
 
 def two_steps_saved(config: Config) -> Any:
     """On a rank: two steps, a checkpoint, a third step on next tokens; its metrics and Adam's counters."""
-    from megatron_refine.trainer.checkpoint import Progress
+    from megatron_refine.checkpoint.checkpoints import Progress
 
     step, checkpoints = start(config)
     for i in range(2):
@@ -71,7 +71,7 @@ def without_cp(folder: Path) -> None:
 
 def reseal(folder: Path, change: Callable[[Any], object]) -> None:
     """Change a checkpoint's manifest, which then is a valid one again."""
-    from megatron_refine.trainer.manifest import complete, hashes, read_manifest
+    from megatron_refine.checkpoint.manifest import complete, hashes, read_manifest
 
     manifest = read_manifest(folder) | {"files": hashes(folder)}
     change(manifest)
@@ -174,8 +174,8 @@ def test_every_family_reshards(ranks: Any, tmp_path: Path, model: str) -> None:
 
 def new_run(config: Config, source: Path) -> Any:
     """On a rank: a step from a checkpoint's weights; weights before and after, Adam's state, learning rate's step."""
+    from megatron_refine.checkpoint.source import find
     from megatron_refine.trainer.model import unwrap
-    from megatron_refine.trainer.source import find
 
     step, checkpoints = start(config)
     checkpoints.load_weights(find(source), step.updater)
@@ -230,18 +230,18 @@ def test_norms_and_other_vectors_do_not_decay(ranks: Any, tmp_path: Path, model:
 
 def faked_saves(config: Config, steps: list[int]) -> list[str]:
     """On a rank: checkpoints whose payload is the step and nothing else; the folders there in the end."""
-    from megatron_refine.trainer import checkpoint
+    from megatron_refine.checkpoint import checkpoints as module
 
     def write(state: Any, folder: str) -> None:
         Path(folder, "payload").write_text(
             f"{state['progress']['step']} of {state['progress']['data']}", encoding="utf-8"
         )
 
-    checkpoint.dist_checkpointing.save = write
+    module.dist_checkpointing.save = write
     step, checkpoints = start(config)
     step(part(0, step), 0, refine=False)
     for i, number in enumerate(steps):
-        checkpoints.save(checkpoint.Progress(number, 0, f"save {i}"), step.updater)
+        checkpoints.save(module.Progress(number, 0, f"save {i}"), step.updater)
     found = sorted(checkpoints.root.iterdir())
     return [f"{p.name}: {(p / 'payload' if p.is_dir() else p).read_text('utf-8')}" for p in found]
 
@@ -300,10 +300,10 @@ def kept_and_measured(config: Config, source: Path) -> Any:
 
     (files of hf/ after each, the error without the model, estimated and real bytes)
     """
-    from megatron_refine.trainer.checkpoint import Checkpoints, Progress
-    from megatron_refine.trainer.errors import CheckpointError
-    from megatron_refine.trainer.manifest import ORIGIN, payload, read_manifest
-    from megatron_refine.trainer.source import find
+    from megatron_refine.checkpoint.checkpoints import Checkpoints, Progress
+    from megatron_refine.checkpoint.manifest import ORIGIN, payload, read_manifest
+    from megatron_refine.checkpoint.source import find
+    from megatron_refine.errors import CheckpointError
 
     step, checkpoints = start(config)
     checkpoints.load_weights(find(source), step.updater)
@@ -326,7 +326,7 @@ def kept_and_measured(config: Config, source: Path) -> Any:
 def test_what_a_model_came_with_survives_and_the_estimate_is_that_of_the_files(
     ranks: Any, tmp_path: Path, layout: str, precision: str
 ) -> None:
-    from megatron_refine.trainer.conversion import hf_to_megatron
+    from megatron_refine.checkpoint.conversion import hf_to_megatron
 
     write_random(tmp_path / "hf", config_at("tp1", tmp_path / "own").model)
     (tmp_path / "hf/tokenizer.json").write_text("{}", encoding="utf-8")

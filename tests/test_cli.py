@@ -63,9 +63,7 @@ def test_the_code_of_a_rank_is_passed_on(ranks: Zygote, tmp_path: Path) -> None:
     assert "step_0000001/__0_0.distcp: truncated" in done.stderr
 
 
-@pytest.mark.parametrize(
-    ("ranks", "message"), [("-1", "--ranks=-1: must be 1 or more"), ("3", "world size 3 is no")]
-)
+@pytest.mark.parametrize(("ranks", "message"), [("-1", "--ranks=-1: must be 1 or more"), ("3", "world size 3 is no")])
 def test_ranks_that_cannot_be(tmp_path: Path, ranks: str, message: str) -> None:
     config = runs.write_config(tmp_path, tmp_path / "cache")
     done = called("-m", "megatron_refine", "train", "--config", str(config), "--ranks", ranks, *runs.TP2)

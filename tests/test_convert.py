@@ -163,12 +163,12 @@ def started(config: Config, source: Path | None, hf: Path | None = None, steps: 
 
     Returns the names of weights that differ, and sums of squares of the weights and of the optimizer's copy.
     """
-    from megatron_refine.trainer.checkpoint import Checkpoints, Progress
+    from megatron_refine.checkpoint.checkpoints import Checkpoints, Progress
+    from megatron_refine.checkpoint.source import find
     from megatron_refine.trainer.model import build_model, global_parameters
     from megatron_refine.trainer.optimizer import Updater
     from megatron_refine.trainer.parallel import init_parallel
     from megatron_refine.trainer.shards import shard
-    from megatron_refine.trainer.source import find
 
     ranks = init_parallel(config)
     updater = Updater(config, build_model(config, ranks), ranks)
@@ -197,7 +197,7 @@ def ntp_step(updater: Any, seed: int) -> None:
     items = [Item(batch(2, 64, seed=2 * seed + i)) for i in range(2)]
 
     def loss(output: Any, item: Any) -> Any:
-        value = -output["logprobs"].mean() / 2
+        value = -output.main.mean() / 2
         return value, value.detach()[None]
 
     updater.update(items, lambda model, item: ntp_pass(model, item.batch.tokens), loss, 64, 1)
@@ -249,7 +249,7 @@ def test_a_run_starts_from_a_conversion_and_its_checkpoint_goes_back(
 
 def logits_at(config: Config, folder: Path, tokens: Tensor) -> Tensor:
     """On a rank: of the model of a checkpoint; gathered over tp."""
-    from megatron_refine.trainer.checkpoint import load_weights
+    from megatron_refine.checkpoint.checkpoints import load_weights
     from megatron_refine.trainer.forward import main_pass
     from megatron_refine.trainer.model import build_model, unwrap
     from megatron_refine.trainer.parallel import init_parallel
@@ -283,7 +283,7 @@ def test_a_checkpoint_of_a_run_at_tp2_pp2_becomes_a_complete_model(ranks: Any, t
 
 def refused_load(config: Config, source: Path) -> str:
     """On a rank: the error of a run that starts from a conversion of another model."""
-    from megatron_refine.trainer.errors import CheckpointError
+    from megatron_refine.errors import CheckpointError
 
     with pytest.raises(CheckpointError) as error:
         started(config, source)
@@ -305,7 +305,7 @@ MEASURED = """
     from megatron_refine.platform.megatron.install import install
     install()
     import torch
-    from megatron_refine.trainer import conversion
+    from megatron_refine.checkpoint import conversion
     def peak():  # ru_maxrss would begin with that of the parent process
         return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) // 1024
     torch.save(torch.ones(2), sys.argv[1] + "/warm")  # what torch itself keeps for a first file

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_refine.checkpoint.source import refuse_existing
 from megatron_refine.config import ConfigError
 from megatron_refine.convert.errors import ConversionError
 from megatron_refine.convert.source import HFSource
 from megatron_refine.files import fingerprint
-from megatron_refine.trainer.source import refuse_existing
 from tests.conversions import GOLDEN, TEXTS, convert, hf_folder, rewrite, shard_in_two, tensors, to_hf, to_megatron
 from tests.runs import End
 
@@ -206,8 +206,8 @@ def test_what_a_killed_conversion_left_is_not_in_the_way(ranks: Any, tmp_path: P
 
 def rewritten(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
     """On a rank: the checkpoint with other tensors, sealed anew."""
-    from megatron_refine.trainer import manifest
-    from megatron_refine.trainer.plain import PlainReader, Spec, write_plain
+    from megatron_refine.checkpoint import manifest
+    from megatron_refine.checkpoint.plain import PlainReader, Spec, write_plain
 
     reader = PlainReader(folder)
     found: dict[str, Any] = {name: reader[name] for name in reader.specs}
@@ -301,7 +301,7 @@ def test_values_beyond_the_range_of_a_cast(ranks: Any, tmp_path: Path) -> None:
 
 def resumed(config: Any, source: Path) -> str:
     """On a rank: what a run says whose newest checkpoint holds weights alone."""
-    from megatron_refine.trainer.errors import CheckpointError
+    from megatron_refine.errors import CheckpointError
     from tests.test_checkpoint import start
 
     step, checkpoints = start(config)

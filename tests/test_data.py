@@ -21,7 +21,7 @@ from megatron_refine.data import corpus as corpus_module
 from megatron_refine.data import prepare as prepare_module
 from megatron_refine.data.corpus import find_corpus
 from megatron_refine.data.order import sample_rows
-from megatron_refine.data.packed import Rows
+from megatron_refine.data.packed import PackedRows
 from megatron_refine.data.packing import RowRule, pack
 from megatron_refine.data.prepare import prepare
 from megatron_refine.data.split import share, threshold_of
@@ -67,7 +67,7 @@ def settings(tmp_path, tokenizer_path):
     return make
 
 
-def contents(rows: Rows) -> list[list[int]]:
+def contents(rows: PackedRows) -> list[list[int]]:
     return [rows.row(i).tolist() for i in range(len(rows))]
 
 
@@ -138,10 +138,10 @@ def test_dropped_documents_are_counted(tmp_path, settings):
 def test_token_ids_against_the_vocabulary(tmp_path):
     ids = np.array([5, 70000, 1 << 16])
     pack([("train", ids), ("valid", ids)], tmp_path, RowRule(8, 2, False, None), 1 << 17, "f")
-    rows = Rows(tmp_path / "train", 70001)
+    rows = PackedRows(tmp_path / "train", 70001)
     assert rows.row(0).dtype == np.int32 and rows.row(0).tolist() == ids.tolist()
     with pytest.raises(ConfigError, match=r"train\.bin: holds token id 70000, but model\.vocab_size=70000 allows"):
-        Rows(tmp_path / "train", 70000)
+        PackedRows(tmp_path / "train", 70000)
 
 
 def test_batch_is_padded_right(settings):

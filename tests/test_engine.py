@@ -23,7 +23,7 @@ from megatron_refine.engine.client import Client
 from megatron_refine.engine.errors import EngineError, ServerError
 from megatron_refine.engine.fleet import Fleet
 from megatron_refine.engine.launch import command, environment, reserve_port
-from megatron_refine.engine.server import MOVES, Server, State
+from megatron_refine.engine.server import MOVES, Condition, Server
 from megatron_refine.models.family import Serving
 from tests import sglang_lane as lane
 from tests.conftest import Answer
@@ -33,10 +33,13 @@ from tests.zygote import Zygote
 
 def test_only_a_sync_makes_a_server_healthy() -> None:
     """From DEAD there is no way to HEALTHY that misses STALE, which a sync alone leaves."""
-    assert MOVES[State.DEAD] == {State.DEAD, State.STARTING} and State.HEALTHY not in MOVES[State.STARTING]
+    assert (
+        MOVES[Condition.DEAD] == {Condition.DEAD, Condition.STARTING}
+        and Condition.HEALTHY not in MOVES[Condition.STARTING]
+    )
     server = Server(Client("http://127.0.0.1:1", 1.0), 1, Path())
     with pytest.raises(AssertionError, match="dead -> healthy"):
-        server.move(State.HEALTHY)
+        server.move(Condition.HEALTHY)
 
 
 @pytest.mark.parametrize(
@@ -283,7 +286,7 @@ def test_a_launched_program_that_ends_is_reported_with_its_error(said: list[str]
     fleet = Fleet(small_config(tmp_path, "engine.kind=sglang", f"engine.python={python}"), tmp_path / "logs")
     with pytest.raises(ServerError, match=rf"ended while starting: {shown} \(.*sglang_0.1.log\)"):
         fleet.start(tmp_path)
-    assert fleet.servers[0].state is State.DEAD and fleet.restarts == 0
+    assert fleet.servers[0].condition is Condition.DEAD and fleet.restarts == 0
     with pytest.raises(ServerError, match="ended while starting"):
         fleet.start(tmp_path)
     assert fleet.restarts == 1

@@ -143,7 +143,7 @@ def parameters_of(config: Config) -> int:
 def test_rank_parameters_are_those_of_the_model(ranks: Any, tmp_path: Path, model: str) -> None:
     for tp in (1, 2):
         config = small_config(tmp_path, f"parallel.tp={tp}", model=model)
-        assert ranks(tp, parameters_of, config=config) == [cost.rank_parameters(config.model, tp, 1, 0)] * tp
+        assert ranks(tp, parameters_of, config=config) == [cost.rank_parameters(config.model, Parallel(tp=tp), 0)] * tp
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -152,8 +152,8 @@ def test_rank_parameters_add_up(tied: bool) -> None:
     whole = cost.parameters(model)
     table, norms = 32000 * 2048, 24 * (2 * 2048 + 128) + 2048
     assert whole == cost.parameters(LARGE) - tied * table
-    assert 4 * cost.rank_parameters(model, tp=4, pp=1, stage=0) == whole + 3 * norms
-    stages = [cost.rank_parameters(model, tp=1, pp=3, stage=stage) for stage in range(3)]
+    assert 4 * cost.rank_parameters(model, Parallel(tp=4), stage=0) == whole + 3 * norms
+    stages = [cost.rank_parameters(model, Parallel(pp=3), stage=stage) for stage in range(3)]
     assert sum(stages) == whole + tied * table  # the last stage has its own copy of a tied embedding
     assert stages[0] - stages[1] == table and stages[2] - stages[1] == table + 2048
 
@@ -161,7 +161,7 @@ def test_rank_parameters_add_up(tied: bool) -> None:
 def test_memory_follows_precision_and_layout() -> None:
     config = Config(model=LARGE, parallel=Parallel(tp=2, sp=True))
     ours = estimate(config, world_size=8)
-    count = cost.rank_parameters(LARGE, tp=2, pp=1, stage=0)
+    count = cost.rank_parameters(LARGE, Parallel(tp=2), stage=0)
     assert (ours.dp, ours.parameters) == (4, 1_365_677_056)
     assert (ours.memory.weights, ours.memory.gradients, ours.memory.optimizer) == (2 * count, 4 * count, 3 * count)
     rows = config.data.seq_length + 8 * 5

@@ -102,9 +102,9 @@ def script(kind: str, task: str, references: tuple[str, ...], place: int) -> tup
 
 def scripted(kind: str, command: list[str], tasks: list[str], length: int, rows: int | None) -> tuple[End, Any]:
     """On a rank: the command with answers of a script in place of the model's; the means that they are worth."""
+    from megatron_refine.checkpoint.source import find
     from megatron_refine.eval import load, suite
     from megatron_refine.eval.answers import Answerer, Question
-    from megatron_refine.trainer.source import find
 
     wanted = suite.Request(tasks, [length], ROWS, rows, 1, command[command.index("--data") + 1])
     parts = suite.collect(wanted, load.text(find(Path(command[0]))).count)
@@ -166,10 +166,10 @@ def test_every_row_of_the_papers_files_is_evaluated(model: Path, ranks: Zygote, 
 
 def slow_heldout(model: Path, ids: list[list[int]]) -> list[tuple[float, int]]:
     """On a rank: -log-probability and hits of each document by itself, unpadded, with a plain softmax in fp64."""
+    from megatron_refine.checkpoint.source import find
     from megatron_refine.eval import load
     from megatron_refine.trainer import forward
     from megatron_refine.trainer.model import unwrap
-    from megatron_refine.trainer.source import find
 
     source = find(model)
     loaded = load.load(source, load.layout(source), load.text(source))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_refine.config import Config, ConfigError
+from megatron_refine.config import Config, ConfigError, Parallel
 from megatron_refine.convert.fields import model_of
 from megatron_refine.models import cost, family
 from megatron_refine.models.layer import alike
@@ -65,13 +65,15 @@ def test_a_toy_trains_and_evaluates(ranks: Zygote, tmp_path: Path) -> None:
     assert len(rows) == 7 and "rollout/reward_mean" in rows[-1] and rows[-1]["eval/ntp_loss"] < rows[0]["eval/ntp_loss"]
 
 
-@pytest.mark.parametrize("layout", ["tp2 sp", "pp2"])
+@pytest.mark.parametrize("layout", ["tp2 sp", "pp2 of 3 and 1"])
 def test_a_toy_reshards(ranks: Zygote, tmp_path: Path, layout: str) -> None:
     """Saved on one rank after two steps, the third step elsewhere is the one here; and so are all tensors."""
     first = configured(tmp_path / "one")
     assert not alike(family.layers(first.model))
     expected = ranks(1, two_steps_saved, config=first)[0][0]
-    overrides = ["parallel.tp=2", "parallel.sp=true"] if layout == "tp2 sp" else ["parallel.pp=2"]
+    overrides = (
+        ["parallel.tp=2", "parallel.sp=true"] if layout == "tp2 sp" else ["parallel.pp=2", "parallel.stages=[3,1]"]
+    )
     other = configured(tmp_path / "other", *overrides)
     saved = Path(first.run.dir) / "checkpoints/step_0000002"
     for metrics, counters, _ in ranks(2, loaded_saved_continued, config=other, source=saved):
@@ -106,7 +108,7 @@ def test_a_toy_is_planned(ranks: Zygote, tmp_path: Path) -> None:
     from megatron_refine.estimate.plan import plan
 
     config = configured(tmp_path / "toy", "parallel.tp=2")
-    assert ranks(2, parameters_of, config=config) == [cost.rank_parameters(config.model, 2, 1, 0)] * 2
+    assert ranks(2, parameters_of, config=config) == [cost.rank_parameters(config.model, Parallel(tp=2), 0)] * 2
     shapes = cost.operations(config.model)["delta_rule"]
     assert [shape.gated_rule for shape in shapes] == [False, True]  # type: ignore[attr-defined]
     assert "tests.toy, " in plan(config, 2, Hardware())

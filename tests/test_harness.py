@@ -110,10 +110,10 @@ def tasks(model: Path, expected: dict[str, Any]) -> Path:
 
 def loaded(model: Path, tp: int = 1, bos: bool = False) -> Any:
     """On a rank: the model in fp32."""
+    from megatron_refine.checkpoint.source import find
     from megatron_refine.eval import load
     from megatron_refine.platform import rendezvous
     from megatron_refine.platform.megatron.install import install
-    from megatron_refine.trainer.source import find
 
     install()
     source = find(model)

@@ -41,12 +41,12 @@ def answer(prompt: str, number: int) -> str:
 
 def scripted(model: Path) -> Any:
     """On a rank: the adapter, whose answers are those above."""
+    from megatron_refine.checkpoint.source import find
     from megatron_refine.eval import load
     from megatron_refine.eval.answers import Question
     from megatron_refine.eval.harness import HarnessLM
     from megatron_refine.eval.tasks import TASKS
     from megatron_refine.platform.megatron.install import install
-    from megatron_refine.trainer.source import find
 
     install()
     source, said = find(model), list[str]()
@@ -78,8 +78,8 @@ def scores(model: Path) -> dict[str, Any]:
     """On a rank: mean scores of the harness and of ours, of its prompts and of ours."""
     from lm_eval.tasks.ruler import common_utils
 
+    from megatron_refine.checkpoint.source import find
     from megatron_refine.eval import load, ruler, tasks
-    from megatron_refine.trainer.source import find
 
     found, text, pairs = harness_results(model), load.text(find(model)), dict[str, Any]()
     for name in OFFLINE:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from megatron_refine.session import Session
+from megatron_refine.run.session import Session
 from tests import runs
 from tests.zygote import DEADLINE
 
@@ -61,7 +61,7 @@ def test_every_tool_ends_so() -> None:
 SAME = 3.0  # seconds: a busy machine may deliver the second of two signals late
 LISTENER = """
 import hashlib, multiprocessing, os, sys, time
-from megatron_refine import interrupt
+from megatron_refine.run import interrupt
 interrupt.SAME = float(sys.argv[2])
 interrupt.listen()
 def helper():
@@ -146,7 +146,7 @@ def test_under_torchrun_both_ranks_save_before_they_end(tmp_path: Path) -> None:
 
 def verdicts() -> list[int]:
     """On a rank: what two ranks agree on after a step, when the clock is due on the first and the second is told to."""
-    from megatron_refine.trainer.signals import StopRequest
+    from megatron_refine.run.signals import StopRequest
 
     first, found = os.environ["RANK"] == "0", []
     for due, name in ((False, ""), (True, ""), (True, "SIGINT")):
@@ -157,7 +157,7 @@ def verdicts() -> list[int]:
 
 
 def test_the_ranks_agree_on_a_save_and_on_an_end(ranks: Any) -> None:
-    from megatron_refine.trainer.signals import Verdict
+    from megatron_refine.run.signals import Verdict
 
     assert ranks(2, verdicts) == [[Verdict.GO_ON, Verdict.SAVE, Verdict.STOP]] * 2
 

@@ -38,9 +38,7 @@ def child(*line: str) -> Any:
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize(
-    ("overrides", "ntp", "ratios"), short(BUDGETS, lambda overrides, ntp, ratios: not overrides)
-)
+@pytest.mark.parametrize(("overrides", "ntp", "ratios"), short(BUDGETS, lambda overrides, ntp, ratios: not overrides))
 def test_a_step_stays_within_its_budget(overrides: list[str], ntp: Any, ratios: Any) -> None:
     """And the host waits at most four times for the device: for positions, for an update's sums, for metrics."""
     found = counted(*overrides)

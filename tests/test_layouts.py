@@ -77,6 +77,23 @@ def test_a_step_is_the_same_at_every_layout(
     compare(ranks(world, steps, config=config), reference(model))
 
 
+@pytest.mark.parametrize(
+    ("model", "overrides"),
+    [
+        ("delta_net", ["model.num_layers=3"]),
+        ("qwen3_5", ["model.num_layers=3", "model.layer_types=[linear_attention,full_attention,linear_attention]"]),
+    ],
+)
+def test_stages_hold_different_numbers_of_layers(
+    ranks: Zygote, tmp_path: Path, model: str, overrides: list[str]
+) -> None:
+    """Where all layers are alike, and where each has its own."""
+    own = [*SETTINGS, *overrides]
+    expected = ranks(1, steps, config=small_config(tmp_path, *own, model=model))[0]
+    staged = small_config(tmp_path, *own, "parallel.pp=2", "parallel.stages=[2,1]", model=model)
+    compare(ranks(2, steps, config=staged), expected)
+
+
 def test_more_branch_rows_than_main_rows(ranks: Zygote, tmp_path: Path) -> None:
     """One context parallel rank has the whole main stream, the other nothing but branch rows."""
     many = [*SETTINGS, "refine.num_rollouts=16"]

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from megatron_refine.config import Config
+from megatron_refine.errors import MismatchError
 from megatron_refine.records import Batch, RolloutRequest, Rollouts
 from megatron_refine.step.mismatch import check_gap, logprob_gap, token_weights
-from megatron_refine.trainer.errors import MismatchError
 from tests import runs
 from tests.lanes import short
 from tests.parity import batch, build, full_gradients, relative, small_config

@@ -123,7 +123,7 @@ def test_an_update_is_orthogonal_and_the_same_at_every_layout(ranks: Any, tmp_pa
 
 def trained(config: Config, steps: range, source: Path | None = None) -> Any:
     """On a rank: metrics of these steps, of a new run or of one that goes on; every parameter; the checkpoint."""
-    from megatron_refine.trainer.checkpoint import Progress
+    from megatron_refine.checkpoint.checkpoints import Progress
 
     step, checkpoints = start(config)
     if source:

@@ -73,7 +73,7 @@ def trained(config: Config, fails_at: int = 0) -> dict[str, Any]:
 
     A step that the engine fails is made again. Checkpoints of `config.run.dir` are resumed; one is saved in the end.
     """
-    from megatron_refine.trainer.checkpoint import Progress
+    from megatron_refine.checkpoint.checkpoints import Progress
 
     step, checkpoints = start(config)
     before = {name: bytes_of(tensors) for name, tensors in kinds(step.updater).items()}
@@ -142,7 +142,7 @@ def test_the_trainer_goes_on_after_failed_rollouts(ranks: Zygote, tmp_path: Path
 
 def run_beside(arguments: list[str]) -> runs.End:
     """On a rank: the training command, with native rollouts where servers would write them."""
-    with mock.patch("megatron_refine.session._engine", lambda config, model, ranks, say: NativeEngine(model)):
+    with mock.patch("megatron_refine.run.session._engine", lambda config, model, ranks, say: NativeEngine(model)):
         return runs.command(arguments, saves=False)
 
 

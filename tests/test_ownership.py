@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from megatron_refine.trainer import ownership
-from megatron_refine.trainer.errors import FencedError
-from megatron_refine.trainer.manifest import complete_folders
-from megatron_refine.trainer.ownership import Ownership, attempt_token
+from megatron_refine.checkpoint import ownership
+from megatron_refine.checkpoint.manifest import complete_folders
+from megatron_refine.checkpoint.ownership import Ownership, attempt_token
+from megatron_refine.errors import FencedError
 from tests import runs
 from tests.rank_report import RankError
 from tests.zygote import DEADLINE
@@ -140,7 +140,7 @@ def test_without_its_mark_an_attempt_does_not_write(tmp_path: Path) -> None:
 def test_a_claim_waits_for_a_writer(tmp_path: Path) -> None:
     """Another process holds the folder for half a second: what it does is done before the claim."""
     code = (
-        "import sys, time; from pathlib import Path; from megatron_refine.trainer.ownership import *\n"
+        "import sys, time; from pathlib import Path; from megatron_refine.checkpoint.ownership import *\n"
         "folder = Path(sys.argv[1]); owner = Ownership(folder, attempt_token()); owner.claim()\n"
         "with owner.held():\n"
         "    print('held', flush=True); time.sleep(0.5); (folder / 'written').write_text('')\n"
@@ -164,7 +164,7 @@ def test_a_run_that_another_attempt_takes_over_writes_nothing_more(ranks: Any, t
 
 def taken_over(config: str, folder: str) -> Any:
     """On a rank: a run whose folder another attempt claims in step 2, after the step's work."""
-    from megatron_refine.session import Session
+    from megatron_refine.run.session import Session
 
     train_step = Session.train_step
 
@@ -206,7 +206,7 @@ def free_port() -> int:
 def hanging(config: str) -> int:
     """On a rank: the training command, in which rank 1 sleeps in step 2; its deadline is then three seconds."""
     from megatron_refine import train
-    from megatron_refine.session import Session
+    from megatron_refine.run.session import Session
 
     step = Session.train_step
 

@@ -118,9 +118,9 @@ def test_a_killed_test_time_run_goes_on_as_if_nothing_had_happened(
 
 def learned(path: Path) -> list[bool]:
     """On a rank: whether each weight is bit by bit what it was before the run, after each batch."""
-    from megatron_refine.session import Session
+    from megatron_refine.run.session import Session
+    from megatron_refine.run.watchdog import Watchdog
     from megatron_refine.train import train
-    from megatron_refine.trainer.watchdog import Watchdog
 
     with Session(load(str(path), [], FAMILIES), Watchdog(60)) as session:
         model, same = session.updater.model, []

@@ -27,9 +27,9 @@ def prompts() -> Any:
 def answer_gradients(config: Config, slow: bool) -> Any:
     """On a rank: loss and every gradient of the step on the answers of one batch; or, slowly, of one sequence after
     the other, with a plain softmax."""
+    from megatron_refine.checkpoint.checkpoints import Progress
     from megatron_refine.phases.posttrain import PostTraining
     from megatron_refine.trainer import forward
-    from megatron_refine.trainer.checkpoint import Progress
     from megatron_refine.trainer.gradients import finalize_gradients
     from megatron_refine.trainer.model import unwrap
 

@@ -16,10 +16,10 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import Metadata
 
+from megatron_refine.checkpoint import pickles
+from megatron_refine.checkpoint.pickles import IN_METADATA, IN_SAVED, check_pickle, check_pickles, check_saved
 from megatron_refine.config import Config
-from megatron_refine.trainer import pickles
-from megatron_refine.trainer.errors import CheckpointError
-from megatron_refine.trainer.pickles import IN_METADATA, IN_SAVED, check_pickle, check_pickles, check_saved
+from megatron_refine.errors import CheckpointError
 from tests.conversions import hf_folder
 from tests.parity import small_config
 from tests.test_checkpoint import part, reseal, start
@@ -155,7 +155,7 @@ def test_a_second_pickle_in_the_zip_does_not_hide_the_first() -> None:
 
 def one_saved(config: Config) -> None:
     """On a rank: a step and a checkpoint."""
-    from megatron_refine.trainer.checkpoint import Progress
+    from megatron_refine.checkpoint.checkpoints import Progress
 
     step, checkpoints = start(config)
     step(part(0, step), 0, refine=False)
@@ -176,7 +176,7 @@ def real(ranks: Any, tmp_path_factory: Any) -> Iterator[dict[str, Path]]:
         ranks(world, one_saved, config=config)
         found[name] = folder / "run/checkpoints/step_0000001"
     folder = tmp_path_factory.mktemp("converted")
-    from megatron_refine.trainer.conversion import hf_to_megatron
+    from megatron_refine.checkpoint.conversion import hf_to_megatron
 
     hf_to_megatron(hf_folder(folder / "hf"), folder / "fp32")
     hf_to_megatron(folder / "hf", folder / "fp16", torch.float16)
@@ -195,7 +195,7 @@ class Seen:
 
 
 def files(folder: Path) -> dict[str, Any]:
-    from megatron_refine.trainer.manifest import read_manifest
+    from megatron_refine.checkpoint.manifest import read_manifest
 
     found: dict[str, Any] = read_manifest(folder)["files"]
     return found
@@ -255,9 +255,9 @@ def poisoned(folder: Path, target: Path, poison: Callable[[Path, Call], str], ma
 
 def roads(config: Config, folders: list[Path], run: Path) -> list[list[str]]:
     """On a rank: the errors of all roads by which a checkpoint enters, for each folder; and rng comes back."""
+    from megatron_refine.checkpoint.conversion import MegatronSource
+    from megatron_refine.checkpoint.source import find
     from megatron_refine.eval import load
-    from megatron_refine.trainer.conversion import MegatronSource
-    from megatron_refine.trainer.source import find
 
     step, checkpoints = start(config)
 

@@ -129,7 +129,7 @@ def test_a_run_goes_on_bit_by_bit(ranks: Zygote, tmp_path: Path, layout: str) ->
 
 
 def said(config: Config) -> str:
-    from megatron_refine.trainer.used import used
+    from megatron_refine.run.used import used
 
     return used(config, make_step(config, torch.bfloat16, optimizer=True).updater.parts)
 
@@ -145,7 +145,7 @@ def test_a_run_on_a_gpu_says_where_its_kernels_configurations_come_from(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from megatron_refine.kernels import tuning
-    from megatron_refine.trainer.used import _kernels
+    from megatron_refine.run.used import _kernels
 
     model = small_config(tmp_path).model
     assert _kernels(model) == "delta rule: torch"

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from megatron_refine import opening, preflight
 from megatron_refine.config import Config, ConfigError, load
 from megatron_refine.convert.fields import fresh_config
 from megatron_refine.models.family import FAMILIES
+from megatron_refine.run import opening, preflight
 from tests import runs
 
 ROOT = Path(__file__).parents[1]

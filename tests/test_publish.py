@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
+from megatron_refine.checkpoint.source import find
 from megatron_refine.config import ConfigError
-from megatron_refine.trainer.errors import CheckpointError
-from megatron_refine.trainer.source import find
+from megatron_refine.errors import CheckpointError
 from tests import parity, runs
 from tests.conversions import contents, convert, to_hf
 from tests.lanes import short

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_refine.checkpoint.manifest import complete_folders, read_manifest
+from megatron_refine.checkpoint.resumption import Past, changes, past_of_checkpoint, past_of_run, refuse, told
 from megatron_refine.config import Config, ConfigError
-from megatron_refine.trainer.manifest import complete_folders, read_manifest
-from megatron_refine.trainer.resumption import Past, changes, past_of_checkpoint, past_of_run, refuse, told
 from tests import runs
 from tests.parity import small_config
 from tests.runs import Fault
@@ -66,7 +66,7 @@ def set_by_hand(step: Any, config: Config, done: int) -> None:
 def resumed_with(old: Config, new: dict[str, Config]) -> Any:
     """On a rank: for each of `new`, (settings, third step) of a run that is resumed with it, and of one that never
     stopped and was given its values by hand."""
-    from megatron_refine.trainer.checkpoint import Progress
+    from megatron_refine.checkpoint.checkpoints import Progress
 
     step, checkpoints = start(old)
     for i in range(2):
@@ -241,7 +241,7 @@ def test_a_run_that_is_interrupted_and_goes_on_with_another_rate_says_so(ranks: 
 
 def older_version(folder: Path) -> None:
     """A checkpoint as it was written before it held the configuration."""
-    from megatron_refine.trainer.manifest import complete
+    from megatron_refine.checkpoint.manifest import complete
 
     manifest = read_manifest(folder)
     complete(folder, {key: value for key, value in manifest.items() if key not in ("config", "ranks")})

@@ -18,8 +18,8 @@ LOCAL = ("prepare", "hash", "complete")  # phases after which the ranks agree wh
 
 def failed_saves(config: Config) -> Any:
     """On a rank: a save that fails in each phase, then one that does not. Errors and the newest step after each."""
-    from megatron_refine.trainer.checkpoint import Progress
-    from megatron_refine.trainer.errors import CheckpointError
+    from megatron_refine.checkpoint.checkpoints import Progress
+    from megatron_refine.errors import CheckpointError
 
     step, checkpoints = start(config)
     step(part(0, step), 0, refine=False)
@@ -51,8 +51,8 @@ def test_a_rank_that_fails_alone_in_a_save_fails_it_on_all(ranks: Any, tmp_path:
 
 def taken_over_in_a_save(config: Config) -> str:
     """On a rank: the kind of error where files vanish in a save because another attempt has taken the folder."""
-    from megatron_refine.trainer.errors import CheckpointError
-    from megatron_refine.trainer.ownership import Ownership, attempt_token
+    from megatron_refine.checkpoint.ownership import Ownership, attempt_token
+    from megatron_refine.errors import CheckpointError
 
     step, checkpoints = start(config)
     run = checkpoints.root.parent
@@ -85,8 +85,8 @@ def save_on_a_full_disk(config: Config) -> tuple[str, int]:
     """On a rank: the error, and the newest step."""
     import torch.distributed as dist
 
-    from megatron_refine.trainer.checkpoint import Progress
-    from megatron_refine.trainer.errors import CheckpointError
+    from megatron_refine.checkpoint.checkpoints import Progress
+    from megatron_refine.errors import CheckpointError
 
     step, checkpoints = start(config)
     step(part(0, step), 0, refine=False)

@@ -43,13 +43,9 @@ def test_an_answer_belongs_to_its_question_and_its_model(tmp_path: Path) -> None
 
 def test_a_folder_of_another_evaluation_is_refused(tmp_path: Path) -> None:
     results(tmp_path)
-    with pytest.raises(
-        ConfigError, match=r"--out .*: holds an evaluation whose ends is \[2\], not \[3\]; choose"
-    ):
+    with pytest.raises(ConfigError, match=r"--out .*: holds an evaluation whose ends is \[2\], not \[3\]; choose"):
         results(tmp_path, ends=[3])
-    with pytest.raises(
-        ConfigError, match=r"holds an evaluation of an earlier version, without model; choose"
-    ):
+    with pytest.raises(ConfigError, match=r"holds an evaluation of an earlier version, without model; choose"):
         results(tmp_path, model="m")
     (tmp_path / "evaluation.json").write_text(json.dumps(IDENTITY | {"new": 1}), encoding="utf-8")
     with pytest.raises(ConfigError, match=r"whose new is 1, not None; choose another folder"):
@@ -112,7 +108,7 @@ def test_predictions_of_a_run_are_scored_as_today() -> None:
 
 def held_out(tmp_path: Path) -> dict[str, Any]:
     """On a rank: metrics of held-out rows, and what the passes held of the layers when they were done."""
-    from megatron_refine.data.packed import Rows
+    from megatron_refine.data.packed import PackedRows
     from megatron_refine.data.packing import RowRule, pack
     from megatron_refine.eval import heldout
     from megatron_refine.step.refine import RefineStep
@@ -126,7 +122,7 @@ def held_out(tmp_path: Path) -> dict[str, Any]:
     if ranks.is_main:
         pack([("valid", row) for row in ids], tmp_path, RowRule(192, 2, False, None), 97, "f")
     torch.distributed.barrier()
-    rows = Rows(tmp_path / "valid", 97)
+    rows = PackedRows(tmp_path / "valid", 97)
     step = RefineStep(config, model, None, None, ranks)  # type: ignore[arg-type]
     collected = []
     for layer in unwrap(model).decoder.layers:

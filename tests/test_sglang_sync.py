@@ -231,8 +231,8 @@ def test_a_state_of_other_weights_is_far_off_and_another_key_never_finds_it(
     server: Any, ranks: Zygote, tmp_path: Path
 ) -> None:
     """What flushes and keys prevent, and engine.stop_gap would see."""
+    from megatron_refine.errors import MismatchError
     from megatron_refine.step.mismatch import check_gap
-    from megatron_refine.trainer.errors import MismatchError
 
     url, model = server
     gaps = ranks(1, update_without_flush, 120, folder=str(tmp_path), model=model, url=url)[0]

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from megatron_refine.checkpoint.manifest import ORIGIN
+from megatron_refine.checkpoint.source import Source
 from megatron_refine.config import ConfigError
 from megatron_refine.data.prepare import prepare
 from megatron_refine.data.special_tokens import KEPT, OWN
@@ -16,8 +18,6 @@ from megatron_refine.eval import load
 from megatron_refine.eval.answers import Answerer, Question
 from megatron_refine.eval.evaluation import identity
 from megatron_refine.models.delta_net.config import DeltaNetConfig
-from megatron_refine.trainer.manifest import ORIGIN
-from megatron_refine.trainer.source import Source
 from tests.test_tokenizer import config_of, trained
 
 VOCAB = 280

@@ -284,7 +284,7 @@ def test_mini_batches_learn_from_fixed_old_logprobs(ranks: Any, tmp_path: Path) 
 
 def poisoned(config: Config) -> Any:
     """On a rank: steps with a NaN weight."""
-    from megatron_refine.trainer.errors import NonFiniteError
+    from megatron_refine.errors import NonFiniteError
     from megatron_refine.trainer.model import unwrap
 
     step = make_step(config, torch.float32, optimizer=True)

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
+from megatron_refine.checkpoint import manifest
+from megatron_refine.checkpoint.manifest import complete_folders, read_manifest, seal, step_folder, unfinished_folders
+from megatron_refine.errors import CheckpointError, DamagedError
 from megatron_refine.files import numbered
 from megatron_refine.report.folder import RunFolder
 from megatron_refine.report.html import write_report
-from megatron_refine.trainer import manifest
-from megatron_refine.trainer.errors import CheckpointError, DamagedError
-from megatron_refine.trainer.manifest import complete_folders, read_manifest, seal, step_folder, unfinished_folders
 from tests.parity import small_config
 from tests.test_checkpoint import start
 
@@ -70,13 +70,13 @@ def test_what_an_attempt_left_is_found_by_its_name(tmp_path: Path) -> None:
 
 def saves_among_strangers(config: Any, steps: list[int]) -> Any:
     """On a rank: saves of a text for a state; (names after each, newest after each)."""
-    from megatron_refine.trainer import checkpoint
+    from megatron_refine.checkpoint import checkpoints as module
 
-    checkpoint.dist_checkpointing.save = lambda state, folder: Path(folder, "payload").write_text("x", "utf-8")
+    module.dist_checkpointing.save = lambda state, folder: Path(folder, "payload").write_text("x", "utf-8")
     step, checkpoints = start(config)
     step_names = []
     for number in steps:
-        checkpoints.save(checkpoint.Progress(number, 0, "rows"), step.updater)
+        checkpoints.save(module.Progress(number, 0, "rows"), step.updater)
         step_names.append(({p.name for p in checkpoints.root.iterdir()}, checkpoints.latest().name))
     return step_names
 

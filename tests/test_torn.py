@@ -12,14 +12,15 @@ from typing import Any
 
 import pytest
 
-from megatron_refine import files, opening
+from megatron_refine import files
 from megatron_refine.engine.errors import EngineError
-from megatron_refine.exits import ending_of
+from megatron_refine.errors import CheckpointError
 from megatron_refine.files import Appended, TornError, read_rows
 from megatron_refine.report.folder import Predictions, RunFolder, read_progress
 from megatron_refine.report.html import write_report
 from megatron_refine.report.metrics import MetricsLog, read
-from megatron_refine.trainer.errors import CheckpointError
+from megatron_refine.run import opening
+from megatron_refine.run.exits import ending_of
 from tests import runs
 from tests.parity import small_config
 
@@ -29,7 +30,7 @@ TORN = {"empty": b"", "zeros": b"\0" * 512, "cut": b'{"step": 3, "entr', "no tex
 
 def test_the_light_modules_import_neither_torch_nor_megatron() -> None:
     code = (
-        "import sys; from megatron_refine.trainer import ownership, manifest, errors, pickles\n"
+        "import sys, megatron_refine.errors; from megatron_refine.checkpoint import ownership, manifest, pickles\n"
         "print([name for name in sys.modules if name.split('.')[0] in ('torch', 'megatron', 'numpy')])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, encoding="utf-8")
@@ -205,7 +206,7 @@ def test_a_torn_owner_is_passed_over_with_a_line(
 
 def filled(config: str, what: str) -> Any:
     """On a rank: a run whose disk is full from step 2 on, for one of its files."""
-    from megatron_refine.session import Session
+    from megatron_refine.run.session import Session
 
     train_step = Session.train_step
 

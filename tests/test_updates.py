@@ -59,9 +59,9 @@ def update(config: Config) -> dict[str, Any]:
         micros, own = [b.rows(i) for i in mine], [e.rows(i) for i in mine]
         records = [SimpleNamespace(experience=x, places=Places.of_each(x.positions)) for x in own]
         if kind == "refine":
-            result = step._update(micros, records, step._packed, refine=True)  # type: ignore[arg-type]
+            result = step._update(step._items(micros, 0, True, records), step._packed)  # type: ignore[arg-type]
         else:
-            result = step._update(micros, [], step._main)
+            result = step._update(step._items(micros, 0, False, []), step._main)
         gradients = full_gradients(model)
         results[kind] = result.sums, result.grad_norm, gradients, full_parameters(model)
     return results

@@ -35,8 +35,8 @@ def test_verify_sees_a_wrong_mapping(ranks: Any, tmp_path: Path) -> None:
 
 def verified(hf: Path, megatron: Path) -> str:
     """On a rank: the error of a comparison."""
+    from megatron_refine.checkpoint.verify import verify
     from megatron_refine.convert.errors import ConversionError
-    from megatron_refine.trainer.verify import verify
 
     with pytest.raises(ConversionError) as error:
         verify(hf, megatron, to_hf=True)
@@ -56,8 +56,8 @@ def verified_alone(hf: Path, megatron: Path) -> Any:
     """On a rank without a group: whether one is left behind; then the error where a model's logits are not numbers."""
     import torch.distributed as dist
 
+    from megatron_refine.checkpoint import verify
     from megatron_refine.convert.errors import ConversionError
-    from megatron_refine.trainer import verify
 
     dist.destroy_process_group()
     assert verify.verify(hf, megatron, to_hf=True).tensors > 5

@@ -114,7 +114,8 @@ def _import_once() -> None:
     install()
     for name in ("models.gpt", "optimizer", "dist_checkpointing", "pipeline_parallel.schedules", "distributed"):
         importlib.import_module(f"megatron.core.{name}")
-    for name in ("torch._dynamo", "megatron_refine.session", "megatron_refine.report.html"):  # what a run imports late
+    late = ("torch._dynamo", "megatron_refine.run.session", "megatron_refine.report.html")  # what a run imports late
+    for name in late:
         importlib.import_module(name)
     _fork_what_saves_spawn()
     gc.freeze()  # ranks neither look through what is here nor copy its pages

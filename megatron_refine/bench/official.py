@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from megatron_refine.kernels.places import Places
 from megatron_refine.models.layout import Branches
 from megatron_refine.models.mixer import Mixer
-from megatron_refine.records import Batch, Experience, Rollouts
+from megatron_refine.records import Batch, Experience, Output, Rollouts
 from megatron_refine.step import objective
 from megatron_refine.step.advantage import advantages
 from megatron_refine.step.refine import Item, RefineStep
@@ -55,7 +55,7 @@ class OfficialStep(RefineStep):
         real = torch.cat([usable(m.lengths, *self._limits()) for m in micros]).sum()
         count = float(real * self.config.branch_rows)
         targets = (batch.lengths - 1).sum()
-        items: list[Any] = [Item(micro, None, targets, targets * 0) for micro in micros]
+        items: list[Any] = [Item(micro, step, targets, targets * 0) for micro in micros]
         for micro, record in zip(micros, records, strict=True):
             items += self._policy_items(micro, record, count)
         with self.clock("update"):
@@ -136,13 +136,14 @@ class OfficialStep(RefineStep):
             tokens, lengths, old, own = (field[i : i + ROWS] for field in fields)
             yield Prefixes(tokens, lengths, old, own, count)
 
-    def _pass(self, model: nn.Module, item: Any) -> Tensor:
+    def _pass(self, model: nn.Module, item: Any) -> Output:
         if isinstance(item, Item):
-            return forward.ntp_pass(model, item.batch.tokens)["logprobs"]
-        return self._rescore(item.tokens, item.lengths)[0]
+            return forward.ntp_pass(model, item.batch.tokens)
+        return Output(self._rescore(item.tokens, item.lengths)[0])
 
-    def _part(self, logprobs: Tensor, item: Any) -> tuple[Tensor, Tensor]:
-        c = self.config.refine
+    def _part(self, output: Output, item: Any) -> tuple[Tensor, Tensor]:
+        c, logprobs = self.config.refine, output.main
+        assert logprobs is not None
         if isinstance(item, Item):
             total = objective.next_token_sums(logprobs, item.batch.lengths)[0]
             ntp = total / item.ntp_count.to(total.dtype)

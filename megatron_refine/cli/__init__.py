@@ -10,7 +10,7 @@ import sys
 
 from megatron_refine import __version__
 from megatron_refine.files import speak_utf8
-from megatron_refine.interrupt import quiet
+from megatron_refine.run.interrupt import quiet
 
 COMMANDS = {
     "train": "train a model; the same command resumes the run",

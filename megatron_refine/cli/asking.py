@@ -12,8 +12,8 @@ from megatron_refine.config.paths import path_argument, text_argument
 from megatron_refine.files import TornError
 
 if TYPE_CHECKING:
+    from megatron_refine.checkpoint.source import Source
     from megatron_refine.eval.load import Loaded, Text
-    from megatron_refine.trainer.source import Source
 
 EXIT_CONFIG, EXIT_CHECKPOINT = 2, 4
 
@@ -47,7 +47,7 @@ def on_ranks(run: Callable[[bool], str]) -> int:
     import torch.distributed as dist
 
     from megatron_refine.convert.errors import ConversionError
-    from megatron_refine.trainer.errors import CheckpointError
+    from megatron_refine.errors import CheckpointError
 
     first = rank == 0
     try:
@@ -68,9 +68,9 @@ def on_ranks(run: Callable[[bool], str]) -> int:
 
 def found(options: argparse.Namespace) -> "tuple[Source, Config, Text, Callable[[], Loaded]]":
     """Return the model, its layout, its tokenizer, and what loads its weights. Raises ConfigError, CheckpointError."""
+    from megatron_refine.checkpoint.source import find
     from megatron_refine.eval import load
     from megatron_refine.platform import rendezvous
-    from megatron_refine.trainer.source import find
 
     source = find(options.model)
     config = load.layout(

@@ -22,10 +22,11 @@ import sys
 from functools import partial
 
 from megatron_refine import config as configuration
-from megatron_refine import extras, launcher, preflight, usage
+from megatron_refine import extras, launcher, usage
 from megatron_refine.bench import baseline
 from megatron_refine.config.paths import path_argument
 from megatron_refine.models.family import FAMILIES
+from megatron_refine.run import preflight
 
 BENCHMARKS = ("step", "length", "profile", "rollout", "kernels", "overlap", "sync", "data", "facts", "launches")
 

@@ -12,8 +12,8 @@ import sys
 from megatron_refine import extras, usage
 from megatron_refine.config import ConfigError
 from megatron_refine.config.paths import path_argument
+from megatron_refine.errors import CheckpointError, disk_failed
 from megatron_refine.files import TornError
-from megatron_refine.trainer.errors import CheckpointError, disk_failed
 
 EXIT_CONFIG, EXIT_CHECKPOINT = 2, 4
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -63,7 +63,7 @@ def main(arguments: list[str]) -> int:
 
 def _check(options: argparse.Namespace) -> None:
     """Raise ConfigError, before anything heavy is imported, for a source without a model and a target in the way."""
-    from megatron_refine.trainer.source import find, refuse_existing
+    from megatron_refine.checkpoint.source import find, refuse_existing
 
     to_hf = options.direction == "megatron-to-hf"
     refuse_existing(options.hf if to_hf else options.megatron)
@@ -75,12 +75,12 @@ def run(options: argparse.Namespace) -> None:
     """The conversion; then the model's section to paste in a configuration, and the result of the comparison."""
     import torch
 
+    from megatron_refine.checkpoint.conversion import MODEL, hf_to_megatron
+    from megatron_refine.checkpoint.manifest import ORIGIN
+    from megatron_refine.checkpoint.source import find_checkpoint
     from megatron_refine.convert.hf_writer import size_in_bytes
     from megatron_refine.data.tokenizer import FILES
     from megatron_refine.publish import export
-    from megatron_refine.trainer.conversion import MODEL, hf_to_megatron
-    from megatron_refine.trainer.manifest import ORIGIN
-    from megatron_refine.trainer.source import find_checkpoint
 
     dtype = getattr(torch, DTYPES[options.dtype]) if options.dtype else None
     to_hf = options.direction == "megatron-to-hf"
@@ -98,7 +98,7 @@ def run(options: argparse.Namespace) -> None:
               f"{with_tokenizer} and")  # fmt: skip
         print((options.megatron / MODEL).read_text(encoding="utf-8"), end="")
     if options.verify:
-        from megatron_refine.trainer.verify import verify
+        from megatron_refine.checkpoint.verify import verify
 
         verdict = verify(options.hf, options.megatron, to_hf)
         print(

@@ -14,13 +14,14 @@ import sys
 from pathlib import Path
 
 from megatron_refine import config as configuration
-from megatron_refine import launcher, preflight, usage
+from megatron_refine import launcher, usage
+from megatron_refine.checkpoint.source import Source, find
 from megatron_refine.config.paths import path_argument
 from megatron_refine.config.words import spell
+from megatron_refine.errors import CheckpointError
 from megatron_refine.files import TornError, read, write_json
 from megatron_refine.models.family import FAMILIES
-from megatron_refine.trainer.errors import CheckpointError
-from megatron_refine.trainer.source import Source, find
+from megatron_refine.run import preflight
 
 EXIT_CONFIG, EXIT_CHECKPOINT = 2, 4
 
@@ -91,10 +92,10 @@ def _weights(source: Source, folder: Path) -> Path:
     """Return the model as a folder in Hugging Face's format: a checkpoint is exported into `folder`, once."""
     if not source.is_checkpoint:
         return source.folder.absolute()
+    from megatron_refine.checkpoint.manifest import COMPLETE
     from megatron_refine.convert.errors import ConversionError
     from megatron_refine.platform.megatron.install import install
     from megatron_refine.publish import export
-    from megatron_refine.trainer.manifest import COMPLETE
 
     install()
     target = folder.absolute() / f"{source.folder.name}-{read(source.folder / COMPLETE)[:12]}"  # the manifest's digest

@@ -11,17 +11,18 @@ import sys
 from pathlib import Path
 
 from megatron_refine import config as configuration
-from megatron_refine import preflight, usage
+from megatron_refine import usage
 from megatron_refine.config.load import read_as
 from megatron_refine.config.paths import path_argument
+from megatron_refine.errors import CheckpointError
 from megatron_refine.estimate.hardware import Hardware
 from megatron_refine.estimate.plan import plan
 from megatron_refine.models.family import FAMILIES
+from megatron_refine.run import preflight
 from megatron_refine.slurm.job import Job
 from megatron_refine.slurm.site import Site
 from megatron_refine.slurm.submit import submit
 from megatron_refine.slurm.sweep import points
-from megatron_refine.trainer.errors import CheckpointError
 
 
 def main(arguments: list[str]) -> int:

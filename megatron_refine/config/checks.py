@@ -4,7 +4,7 @@ import os
 import re
 from collections.abc import Iterator
 
-from megatron_refine.config.base import ConfigError
+from megatron_refine.config.base import ConfigError, LayoutError
 from megatron_refine.config.schema import Config
 
 
@@ -20,44 +20,74 @@ def check_world_size(config: Config, world_size: int) -> int:
     sequences = config.mini_batch_size
     if sequences % (dp * config.train.micro_batch_size):
         key = "update.mini_batch_size" if config.update.mini_batch_size else "train.global_batch_size"
-        raise ConfigError(
+        raise LayoutError(
             f"{key}={sequences} is no multiple of dp*train.micro_batch_size = {dp}*{config.train.micro_batch_size}: "
-            "change one of them or the number of processes"
+            "change one of them or the number of processes",
+            "the batch does not divide by dp",
         )
     return dp
 
 
 def cross_check(c: Config) -> Config:
-    """Return the configuration as it is. Raises ConfigError for contradictions between its keys."""
-    problems = (*_layout_problems(c), *_training_problems(c), *_phase_problems(c), *_engine_problems(c))
-    found = [message for wrong, message in problems if wrong]
+    """Return the configuration as it is. Raises ConfigError for contradictions between its keys, LayoutError where the
+    layout has one."""
+    layout = [(message, rule) for wrong, message, rule in _layout_problems(c) if wrong]
+    problems = (*_training_problems(c), *_phase_problems(c), *_engine_problems(c))
+    found = [*(message for message, _ in layout), *(message for wrong, message in problems if wrong)]
+    if layout:
+        raise LayoutError("\n".join(found), layout[0][1])
     if found:
         raise ConfigError("\n".join(found))
     return c
 
 
-def _layout_problems(c: Config) -> Iterator[tuple[bool, str]]:
+def _layout_problems(c: Config) -> Iterator[tuple[bool, str, str]]:
+    """Whether it is one, what to say, and which rule it breaks."""
     p, heads = c.parallel, c.model.tp_limit()
     allowed = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
-    yield heads % p.tp != 0, f"parallel.tp={p.tp}: must divide the {heads} heads of the model; choose one of {allowed}"
+    cut = "tp*cp does not divide the heads"
+    yield (
+        heads % p.tp != 0,
+        f"parallel.tp={p.tp}: must divide the {heads} heads of the model; choose one of {allowed}",
+        cut,
+    )
     yield (
         heads % p.tp == 0 and heads % (p.tp * p.cp) != 0,
         f"parallel.cp={p.cp}: tp*cp = {p.tp * p.cp} must divide the {heads} heads of the model, which context "
         f"parallelism shards around every mixer; choose tp*cp of {allowed}",
+        cut,
     )
-    width = c.model.intermediate_size
-    yield width % p.tp != 0, f"parallel.tp={p.tp}: must divide model.intermediate_size={width}; change either"
-    vocab = c.model.padded_vocab
-    yield vocab % p.tp != 0, f"parallel.tp={p.tp}: must divide the vocabulary, padded to {vocab}; change either"
-    layers = c.model.num_layers
-    yield layers % p.pp != 0, f"parallel.pp={p.pp}: must divide model.num_layers={layers}; change either"
-    yield p.sp and p.tp == 1, "parallel.sp=true: sequence parallelism needs parallel.tp > 1; set parallel.sp=false"
+    width, vocab, layers = c.model.intermediate_size, c.model.padded_vocab, c.model.num_layers
+    yield (
+        width % p.tp != 0,
+        f"parallel.tp={p.tp}: must divide model.intermediate_size={width}; change either",
+        "tp does not divide the MLP",
+    )
+    yield (
+        vocab % p.tp != 0,
+        f"parallel.tp={p.tp}: must divide the vocabulary, padded to {vocab}; change either",
+        "tp does not divide the vocabulary",
+    )
+    yield (
+        not p.stages and layers % p.pp != 0,
+        f"parallel.pp={p.pp}: must divide model.num_layers={layers}; change either, or set parallel.stages",
+        "pp does not divide the layers",
+    )
+    yield (
+        bool(p.stages) and (len(p.stages), sum(p.stages)) != (p.pp, layers),
+        f"parallel.stages={p.stages}: must be {p.pp} numbers (parallel.pp) that add up to {layers} (model.num_layers)",
+        "the stages do not make up the layers",
+    )
+    yield (
+        p.sp and p.tp == 1,
+        "parallel.sp=true: sequence parallelism needs parallel.tp > 1; set parallel.sp=false",
+        "sp without tp",
+    )
     yield (
         p.pp > 1 and c.update.mode == "fused",
-        (
-            f"update.mode=fused: parallel.pp={p.pp} interleaves the passes of micro-batches, kept graphs need them in "
-            "turn; set update.mode=two_pass"
-        ),
+        f"update.mode=fused: parallel.pp={p.pp} interleaves the passes of micro-batches, kept graphs need them in "
+        "turn; set update.mode=two_pass",
+        "a fused update with pp",
     )
 
 

@@ -24,7 +24,7 @@ class ModelConfig(Section):
     family: str = Field(description="Name of the family. Each has its keys in a table below.")
     vocab_size: int = Field(ge=2, description="Number of token ids. The embedding is padded to a multiple of 128 rows.")
     hidden_size: int = Field(ge=1, description="Width of the residual stream.")
-    num_layers: int = Field(ge=1, description="Number of layers. `parallel.pp` must divide it.")
+    num_layers: int = Field(ge=1, description="Number of layers.")
     intermediate_size: int = Field(ge=1, description="Width of the gated MLP. `parallel.tp` must divide it.")
     norm_eps: float = Field(1e-6, gt=0, description="Epsilon of the RMS norms.")
     init_std: float = Field(0.02, gt=0, description="Standard deviation of the initial weights.")

@@ -1,6 +1,6 @@
 """Sections on how a run trains: layout, optimizer, phases, REFINE and its update."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -25,14 +25,21 @@ class Parallel(Section):
     )
     sp: bool = Field(False, description="Sequence parallelism of the tensor-parallel ranks. Needs `parallel.tp` > 1.")
     cp: int = Field(1, ge=1, description="Context-parallel size. `tp*cp` divides the heads of the mixer.")
-    pp: int = Field(
-        1, ge=1, description="Pipeline-parallel size. Divides `model.num_layers`. Above 1 the update takes two passes."
+    pp: int = Field(1, ge=1, description="Pipeline-parallel size. Above 1 the update takes two passes.")
+    stages: list[Annotated[int, Field(ge=1)]] = Field(
+        default_factory=list,
+        description="Layers of each pipeline stage, such as `[7, 7, 6, 4]`: the last one has the output layer too. "
+        "Empty: as many in each.",
     )
 
     @property
     def model_size(self) -> int:
         """Ranks that hold one copy of the model."""
         return self.tp * self.cp * self.pp
+
+    def layers(self, num_layers: int) -> list[int]:
+        """Return how many layers each pipeline stage of a model has."""
+        return self.stages or [num_layers // self.pp] * self.pp
 
 
 class Optimizer(Section):

@@ -15,7 +15,7 @@ from megatron_refine.records import Batch
 _HASHED_BELOW = 1 << 30  # bytes; a second of reading at most, larger files are checked by size alone
 
 
-class Rows:
+class PackedRows:
     """The rows of one side, in the order they were packed.
 
     Raises ConfigError naming the file where one is missing, truncated or damaged, and where a token id is not below

@@ -12,7 +12,7 @@ import numpy as np
 
 from megatron_refine.config import Config, ConfigError
 from megatron_refine.data.corpus import Corpus, find_corpus
-from megatron_refine.data.packed import Rows
+from megatron_refine.data.packed import PackedRows
 from megatron_refine.data.packing import SIDES, Record, RowRule, pack
 from megatron_refine.data.split import adjusted_threshold, cut_in_two, share, threshold_of
 from megatron_refine.data.tokenizer import (
@@ -34,8 +34,8 @@ _FORMAT = 1  # raise it when the same configuration gives other tokens or files
 class Prepared:
     """Data ready for training."""
 
-    train: Rows
-    valid: Rows
+    train: PackedRows
+    valid: PackedRows
     tokenizer: Path
 
     @property
@@ -88,7 +88,7 @@ def prepare(config: Config, say: Callable[[str], None] = lambda _: None) -> Prep
             _write_folder(folder, sources, tokenizer, rule, config.model.vocab_size, fingerprint, data.valid_fraction)
     except OSError as error:  # the corpus' own failures are ConfigErrors already
         raise ConfigError(f"data.cache_dir={cache_dir}: {error.strerror}; free space or name another folder") from None
-    train, valid = (Rows(folder / side, config.model.vocab_size) for side in SIDES)
+    train, valid = (PackedRows(folder / side, config.model.vocab_size) for side in SIDES)
     if valid.record.note:
         say(valid.record.note)
     return Prepared(train, valid, path)

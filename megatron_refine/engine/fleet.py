@@ -10,7 +10,7 @@ from megatron_refine.config import Config
 from megatron_refine.engine.client import Client
 from megatron_refine.engine.errors import ServerError
 from megatron_refine.engine.launch import reserve_port
-from megatron_refine.engine.server import Server, State
+from megatron_refine.engine.server import Condition, Server
 from megatron_refine.engine.weight_sync import load_folder, pause
 
 T = TypeVar("T")
@@ -66,11 +66,11 @@ class Fleet:
     def healthy(self) -> None:
         """The weights of all are checked."""
         for server in self.servers:
-            server.move(State.HEALTHY)
+            server.move(Condition.HEALTHY)
 
     def stale(self) -> None:
         for server in self.servers:
-            server.move(State.STALE)
+            server.move(Condition.STALE)
 
     def stop(self) -> None:
         for server in self.servers:
@@ -83,13 +83,13 @@ class Fleet:
         """Whether the server is there and took the weights; else it is DEAD."""
         seconds = self.config.engine.sync_timeout
         try:
-            if server.state is State.DEAD or not server.answers(ANSWER_SECONDS):
+            if server.condition is Condition.DEAD or not server.answers(ANSWER_SECONDS):
                 raise ServerError(f"{server.url}: does not answer")
-            server.move(State.STALE)
+            server.move(Condition.STALE)
             pause(server, ANSWER_SECONDS)
             load_folder(server, folder, seconds)
         except ServerError:
-            server.move(State.DEAD)
+            server.move(Condition.DEAD)
             return False
         return True
 

@@ -17,7 +17,7 @@ from megatron_refine.engine.errors import ServerError
 from megatron_refine.engine.launch import Process, launch, wait_until
 
 
-class State(enum.Enum):
+class Condition(enum.Enum):
     STARTING = "starting"
     STALE = "stale"
     HEALTHY = "healthy"
@@ -25,10 +25,10 @@ class State(enum.Enum):
 
 
 MOVES = {
-    State.STARTING: {State.STALE, State.DEAD},
-    State.STALE: {State.STALE, State.HEALTHY, State.DEAD},
-    State.HEALTHY: {State.STALE, State.DEAD},
-    State.DEAD: {State.STARTING, State.DEAD},
+    Condition.STARTING: {Condition.STALE, Condition.DEAD},
+    Condition.STALE: {Condition.STALE, Condition.HEALTHY, Condition.DEAD},
+    Condition.HEALTHY: {Condition.STALE, Condition.DEAD},
+    Condition.DEAD: {Condition.STARTING, Condition.DEAD},
 }
 
 
@@ -39,7 +39,7 @@ class Server:
     client: Client
     tp: int
     log: Path
-    state: State = State.DEAD
+    condition: Condition = Condition.DEAD
     process: Process | None = None  # None: not ours
     starts: int = 0
     device: str = "cpu"  # where it keeps its weights
@@ -49,15 +49,15 @@ class Server:
     def url(self) -> str:
         return self.client.url
 
-    def move(self, state: State) -> None:
-        assert state in MOVES[self.state], f"{self.url}: {self.state.value} -> {state.value}"
-        self.state = state
+    def move(self, condition: Condition) -> None:
+        assert condition in MOVES[self.condition], f"{self.url}: {self.condition.value} -> {condition.value}"
+        self.condition = condition
 
     def start(self, config: Config, weights: Path) -> None:
         """Launch it with the weights of a folder, or look for it where it should run already."""
         self.stop()
-        self.move(State.DEAD)
-        self.move(State.STARTING)
+        self.move(Condition.DEAD)
+        self.move(Condition.STARTING)
         self.starts += 1
         if not config.engine.urls:
             port = int(self.url.rpartition(":")[2])
@@ -68,17 +68,17 @@ class Server:
         # one that somebody else left paused does not generate, yet can be synced
         ready = self.client.healthy if self.process else self.client.answers
         if not wait_until(lambda: ready() or self.ended(), seconds):
-            self.move(State.DEAD)
+            self.move(Condition.DEAD)
             raise ServerError(
                 f"{self.url}: not healthy after {seconds:g} s" + (f"; {self._words()}" * bool(self.process))
             )
         if self.ended():
-            self.move(State.DEAD)
+            self.move(Condition.DEAD)
             raise ServerError(f"{self.url}: ended while starting: {self._words()}")
         info = self.client.get("/server_info")
         self.tp, self.device = int(info.get("tp_size", self.tp)), str(info.get("device", "cuda"))
         self.has_sessions = self.client.knows("/begin_weight_update")
-        self.move(State.STALE)
+        self.move(Condition.STALE)
 
     def ended(self) -> bool:
         return self.process is not None and self.process.ended()

@@ -3,19 +3,12 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_refine.config import Config, ConfigError, Parallel, check_world_size, cross_check
+from megatron_refine.config import Config, ConfigError, LayoutError, Parallel, check_world_size, cross_check
 from megatron_refine.estimate.hardware import Hardware
 from megatron_refine.estimate.memory import RankMemory, fullest_rank
 from megatron_refine.estimate.timing import StepTime, step_time
 
 RECOMPUTE = ("none", "selective", "full")
-RULES = {  # words of a configuration error -> the rule
-    "heads of the model": "tp*cp does not divide the heads",
-    "intermediate_size": "tp does not divide the MLP",
-    "the vocabulary": "tp does not divide the vocabulary",
-    "num_layers": "pp does not divide the layers",
-    "dp*train.micro_batch_size": "the batch does not divide by dp",
-}
 
 
 @dataclass(frozen=True)
@@ -54,7 +47,7 @@ def layouts(config: Config, world: int, hardware: Hardware) -> tuple[list[Layout
         try:
             layout = layout_of(cross_check(candidate), world, hardware)
         except ConfigError as error:
-            _count(refused, _reason(str(error)))
+            _count(refused, error.rule if isinstance(error, LayoutError) else str(error).splitlines()[0])
             continue
         if layout.fits(hardware):
             found.append(layout)
@@ -77,11 +70,6 @@ def _candidates(config: Config, world: int, hardware: Hardware) -> Iterator[Conf
                     if update.mode == "fused":
                         update = update.model_copy(update={"mode": "auto"})
                     yield config.model_copy(update={"parallel": parallel, "train": train, "update": update})
-
-
-def _reason(message: str) -> str:
-    """The rule that a layout broke, without its numbers."""
-    return next((rule for words, rule in RULES.items() if words in message), message.splitlines()[0])
 
 
 def _count(reasons: dict[str, int], reason: str) -> None:

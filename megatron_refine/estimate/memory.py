@@ -41,7 +41,7 @@ def rank_memory(config: Config, dp: int, stage: int, gpu: bool = True) -> RankMe
     """The memory of a rank of pipeline stage `stage`, with `dp` data parallel ranks. gpu: by the kernels of a GPU; else
     by torch on a CPU."""
     p = config.parallel
-    count = cost.rank_parameters(config.model, p.tp, p.pp, stage)
+    count = cost.rank_parameters(config.model, p, stage)
     bf16 = config.train.precision == "bf16"
     last = stage == p.pp - 1
     return RankMemory(
@@ -87,7 +87,7 @@ def _activations(config: Config, dp: int, stage: int, gpu: bool) -> int:
     stage holds one micro-batch more for each stage that follows."""
     p, model, size = config.parallel, config.model, itemsize(config)
     cut = p.cp * (p.tp if p.sp else 1)  # of whole rows
-    layers = cost.grouped(cost.stage_layers(model, p.pp, stage))
+    layers = cost.grouped(cost.stage_layers(model, p, stage))
     modules = [(module_bytes(config, layer, gpu), count) for layer, count in layers]
     layer_input = _rows(config) * model.hidden_size * size / cut
     in_flight = min(p.pp - stage, _update_size(config) // (dp * config.train.micro_batch_size))
@@ -95,7 +95,7 @@ def _activations(config: Config, dp: int, stage: int, gpu: bool) -> int:
     if stage == p.pp - 1:  # the final norm, as those of the layers; what it returns is gathered over tp
         ends = layer_input * (1 if gpu else 2) + _rows(config) * model.hidden_size * size / p.cp
     if config.train.recompute == "full":
-        inputs = layer_input * model.num_layers // p.pp
+        inputs = layer_input * sum(count for _, count in layers)
         return round(in_flight * inputs + max(sum(found.values()) for found, _ in modules) + ends)
     names = recomputed(config)
     kept = sum(count * size for found, count in modules for name, size in found.items() if name not in names)
@@ -118,7 +118,7 @@ def handles(config: Config, dp: int, stage: int, gpu: bool) -> int:
     if not config.refine.enabled or config.fused:
         return 0
     p, model, length = config.parallel, config.model, config.data.seq_length
-    own = cost.stage_layers(model, p.pp, stage)
+    own = cost.stage_layers(model, p, stage)
     row = sum(layer.cost.handle_bytes(itemsize(config), length, gpu, p.cp) for layer in own)
     wave = min(p.pp, config.train.global_batch_size // (dp * config.train.micro_batch_size))
     return round(wave * config.train.micro_batch_size * length * row / (p.tp * p.cp))
@@ -158,5 +158,5 @@ def _states(config: Config, stage: int) -> int:
     r, model = config.refine, config.model
     positions = config.train.micro_batch_size * r.num_chunks
     p = config.parallel
-    own = sum(layer.cost.state_bytes(itemsize(config)) for layer in cost.stage_layers(model, p.pp, stage))
+    own = sum(layer.cost.state_bytes(itemsize(config)) for layer in cost.stage_layers(model, p, stage))
     return positions * (1 + r.num_rollouts) * (own // (p.tp * p.cp))

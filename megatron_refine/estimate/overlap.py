@@ -22,7 +22,7 @@ def hidden_seconds(
     if config.train.overlap == "false":
         return 0.0
     p = config.parallel
-    count = cost.rank_parameters(config.model, p.tp, p.pp, p.pp - 1)
+    count = cost.rank_parameters(config.model, p, p.pp - 1)
     share = 1 - 1 / max(1, math.ceil(count / (config.train.bucket_millions * 1e6)))
     sent = refine and config.engine.kind == "sglang"
     reduced, gathered = (exchanged.get(("dp", op), 0.0) * share for op in ("reduce_scatter", "all_gather"))

@@ -2,6 +2,7 @@
 
 from megatron_refine.estimate.memory import recomputed
 from megatron_refine.estimate.total import Estimate
+from megatron_refine.models import cost
 
 _BYTES = ((2**30, "GiB"), (2**20, "MiB"))
 _FLOPS = ((10**15, "PFLOP"), (10**12, "TFLOP"), (10**9, "GFLOP"))
@@ -45,14 +46,15 @@ def _memory(e: Estimate) -> list[str]:
 
 def _work(e: Estimate) -> list[str]:
     c, f = e.config, e.flops
-    rows = [("NTP step", f.ntp)]
+    head = 3 * c.train.global_batch_size * c.data.seq_length * cost.head_flops(c.model)
+    rows = [("NTP step", f.ntp), (f"  of it the output layer, {c.model.vocab_size:,} tokens", head)]
     if c.refine.enabled:
         mode = "fused" if c.fused else "two-pass"
         rows += [("score", f.score), ("rollout", f.rollout), ("rescore", f.rescore), ("update", f.update)]
         rows += [(f"REFINE step, {mode}", f.refine)]
-    head = f"work of a step, {c.train.global_batch_size} x {c.data.seq_length} tokens"
+    title = f"work of a step, {c.train.global_batch_size} x {c.data.seq_length} tokens"
     scale, unit = _unit(f.ntp, _FLOPS)
-    lines = [f"{head:<50}{unit:>10}{'of NTP':>10}"]
+    lines = [f"{title:<50}{unit:>10}{'of NTP':>10}"]
     return lines + [f"  {name:<48}{flops / scale:>10.2f}{flops / f.ntp:>10.3f}" for name, flops in rows]
 
 

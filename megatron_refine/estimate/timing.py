@@ -109,7 +109,7 @@ def recomputed_share(config: Config) -> float:
 def _decoding(config: Config, micros: int, hardware: Hardware) -> tuple[float, float]:
     """A token of all branches: this rank's weights are read, or its kernels started, whichever takes longer."""
     p, model = config.parallel, config.model
-    weights = cost.rank_parameters(model, p.tp, p.pp, p.pp - 1) * itemsize(config)
+    weights = cost.rank_parameters(model, p, p.pp - 1) * itemsize(config)
     reading = weights / hardware.memory_bandwidth
     starting = KERNELS * model.num_layers / p.pp * hardware.launch * (0.1 if config.cuda_graphs else 1.0)
     steps = micros * config.refine.rollout_len * (2 * p.pp - 1 if p.pp > 1 else 1)
@@ -117,12 +117,16 @@ def _decoding(config: Config, micros: int, hardware: Hardware) -> tuple[float, f
 
 
 def _fullest_stage(config: Config) -> float:
-    """Work of the last pipeline stage / the mean."""
-    model, length, pp = config.model, config.data.seq_length, config.parallel.pp
-    own = cost.grouped(cost.stage_layers(model, pp, pp - 1))
-    last = sum(n * sum(cost.layer_flops(model, layer, length).values()) for layer, n in own)
-    head = cost.head_flops(model)
-    return (last + head) / ((cost.stack_flops(model, length) + head) / pp)
+    """Work of the pipeline stage that has most of it / the mean."""
+    model, length, parallel = config.model, config.data.seq_length, config.parallel
+
+    def work(stage: int) -> float:
+        own = cost.grouped(cost.stage_layers(model, parallel, stage))
+        layers = sum(n * sum(cost.layer_flops(model, layer, length).values()) for layer, n in own)
+        return layers + cost.head_flops(model) * (stage == parallel.pp - 1)
+
+    each = [work(stage) for stage in range(parallel.pp)]
+    return max(each) * parallel.pp / sum(each)
 
 
 def collective_seconds(config: Config, dp: int, hardware: Hardware, traffic: Traffic) -> float:

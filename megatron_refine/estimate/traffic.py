@@ -76,7 +76,7 @@ def passes(config: Config, dp: int, refine: bool) -> list[Pass]:
 
 def _of_pass(config: Config, each: Pass, stage: int) -> Iterator[Traffic]:
     p, model, size = config.parallel, config.model, itemsize(config)
-    rows, own = each.padded(config) * each.batch, cost.stage_layers(model, p.pp, stage)
+    rows, own = each.padded(config) * each.batch, cost.stage_layers(model, p, stage)
     layers = len(own)
     first, last = stage == 0, stage == p.pp - 1
     hidden = rows * model.hidden_size * size
@@ -145,7 +145,7 @@ def _shared_rows(config: Config, micros: int) -> Iterator[Traffic]:
 def _of_update(config: Config, dp: int, stage: int, updates: int) -> Iterator[Traffic]:
     """Once an optimizer step: gradients in fp32, the new weights, norms' gradients that tp ranks hold parts of."""
     p, model = config.parallel, config.model
-    count, own = cost.rank_parameters(model, p.tp, p.pp, stage), cost.stage_layers(model, p.pp, stage)
+    count, own = cost.rank_parameters(model, p, stage), cost.stage_layers(model, p, stage)
     if config.optimizer.distributed:
         yield Traffic("step", "dp", "reduce_scatter", updates, updates * count * FP32)
         yield Traffic("step", "dp", "all_gather", updates, updates * count * itemsize(config))

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_refine.checkpoint.manifest import MANIFEST
 from megatron_refine.config import ConfigError
 from megatron_refine.data.corpus import find_corpus
 from megatron_refine.data.tokenizer import encode_all
@@ -18,7 +19,6 @@ from megatron_refine.eval.suite import Part, Score, answers, predictions, questi
 from megatron_refine.eval.table import Scored, markdown
 from megatron_refine.files import digest
 from megatron_refine.progress import Progress
-from megatron_refine.trainer.manifest import MANIFEST
 
 HELDOUT = "heldout"
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from megatron_refine.data.packed import Rows
+from megatron_refine.data.packed import PackedRows
 from megatron_refine.records import Batch
 from megatron_refine.step.refine import Explored, RefineStep
 from megatron_refine.trainer import forward
@@ -15,7 +15,7 @@ COUNTER = 1 << 40  # the step counter of evaluations: the same draws every time,
 class HeldOut:
     """The first `eval.sequences` held-out rows, always the same, spread over the data-parallel ranks."""
 
-    def __init__(self, step: RefineStep, rows: Rows, device: torch.device):
+    def __init__(self, step: RefineStep, rows: PackedRows, device: torch.device):
         self.step, self.rows, self.device = step, rows, device
         self.sample: tuple[Batch, Explored] | None = None  # this rank's first sequences, for the report
 
@@ -48,12 +48,13 @@ class HeldOut:
         return _sums(batch, scores.logprobs[:, :-1], scores.correct, scores.entropy)
 
     def _rollouts(self, batch: Batch) -> Tensor:
-        explored, outputs = self.step.explore(batch, COUNTER, keep_graph=False)
+        explored, output = self.step.explore(batch, COUNTER, keep_graph=False)
         greedy, _ = self.step.explore(batch, COUNTER, keep_graph=False, temperature=0.0)
         self.sample = self.sample or (batch, explored)
         use = explored.experience.usable
         match = (greedy.experience.tokens == greedy.truth[:, :, None]).double().mean(-1)[use]
-        total = _sums(batch, outputs.main_logprobs, explored.correct, explored.entropy)
+        assert output.main is not None
+        total = _sums(batch, output.main, explored.correct, explored.entropy)
         total[4:] = torch.stack([explored.rewards[use].double().sum(), match.sum(), match.new_tensor(match.numel())])
         return total
 

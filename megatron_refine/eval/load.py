@@ -5,6 +5,8 @@ from pathlib import Path
 
 import yaml
 
+from megatron_refine.checkpoint.checkpoints import Checkpoints
+from megatron_refine.checkpoint.source import Source
 from megatron_refine.config import (
     Config,
     ConfigError,
@@ -18,10 +20,8 @@ from megatron_refine.config import (
 )
 from megatron_refine.data.tokenizer import FILES, Tokenizer, bos_id, load_tokenizer
 from megatron_refine.platform import hardware
-from megatron_refine.trainer.checkpoint import Checkpoints
 from megatron_refine.trainer.model import RefineModel, build_module
 from megatron_refine.trainer.parallel import Ranks, init_parallel
-from megatron_refine.trainer.source import Source
 
 
 @dataclass(frozen=True)

@@ -4,18 +4,18 @@ from typing import Any
 
 import torch
 
+from megatron_refine.checkpoint.checkpoints import Progress
 from megatron_refine.config import Config
 from megatron_refine.data.order import rank_samples, sample_rows
-from megatron_refine.data.packed import Rows
+from megatron_refine.data.packed import PackedRows
 from megatron_refine.estimate.flops import total_steps
 from megatron_refine.step.refine import RefineStep
-from megatron_refine.trainer.checkpoint import Progress
 
 
 class MidTraining:
     """Rows in an order that depends on the seed alone."""
 
-    def __init__(self, config: Config, rows: Rows, step: RefineStep, device: torch.device):
+    def __init__(self, config: Config, rows: PackedRows, step: RefineStep, device: torch.device):
         self.config, self.rows, self.step, self.device = config, rows, step, device
         self.total_steps, self.fingerprint = total_steps(config), rows.fingerprint
         self.num_samples: int | None = None  # the stream of samples has no end

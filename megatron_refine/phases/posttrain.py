@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megatron_refine.checkpoint.checkpoints import Progress
 from megatron_refine.config import Config
 from megatron_refine.data.order import rank_samples, sample_rows
 from megatron_refine.data.prompts import Prompts
 from megatron_refine.estimate.flops import total_steps
-from megatron_refine.records import Batch
+from megatron_refine.records import Batch, Output
 from megatron_refine.step.refine import RefineStep
 from megatron_refine.trainer import forward
-from megatron_refine.trainer.checkpoint import Progress
 from megatron_refine.trainer.parallel import sum_over
 
 
@@ -68,12 +68,13 @@ class PostTraining:
         return {"train/answer_loss": result.sums[0]} | step.clock.take()
 
 
-def _forward(model: nn.Module, item: AnswerItem) -> Any:
+def _forward(model: nn.Module, item: AnswerItem) -> Output:
     return forward.ntp_pass(model, item.batch.tokens)
 
 
-def _answer_loss(output: dict[str, Tensor], item: AnswerItem) -> tuple[Tensor, Tensor]:
-    loss = answer_sum(output["logprobs"], item.batch.lengths, item.lengths) / item.count
+def _answer_loss(output: Output, item: AnswerItem) -> tuple[Tensor, Tensor]:
+    assert output.main is not None
+    loss = answer_sum(output.main, item.batch.lengths, item.lengths) / item.count
     return loss, loss[None]
 
 

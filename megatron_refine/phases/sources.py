@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 
+from megatron_refine.checkpoint.checkpoints import Progress
 from megatron_refine.config import Config
 from megatron_refine.data.prepare import Prepared, prepare
 from megatron_refine.data.prompts import Prompts, read_prompts
@@ -16,7 +17,6 @@ from megatron_refine.phases.midtrain import MidTraining
 from megatron_refine.phases.posttrain import PostTraining
 from megatron_refine.phases.testtime import TestTime
 from megatron_refine.step.refine import RefineStep
-from megatron_refine.trainer.checkpoint import Progress
 
 
 class Phase(Protocol):

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from megatron_refine.checkpoint.checkpoints import Progress
 from megatron_refine.config import Config
 from megatron_refine.data.order import rank_samples
 from megatron_refine.data.prompts import Prompts
@@ -15,7 +16,6 @@ from megatron_refine.estimate.flops import matched_ratio
 from megatron_refine.eval.answers import Answerer
 from megatron_refine.eval.suite import Prediction, predictions, questions
 from megatron_refine.step.refine import RefineStep
-from megatron_refine.trainer.checkpoint import Progress
 
 
 class TestTime:

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from megatron_refine.trainer.errors import MismatchError
+from megatron_refine.errors import MismatchError
 
 
 @torch.no_grad()

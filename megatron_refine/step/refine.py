@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from megatron_refine.config import Config
 from megatron_refine.kernels.places import Places
-from megatron_refine.records import Batch, Experience, Fork, RolloutEngine, RolloutRequest, Rollouts
+from megatron_refine.records import Batch, Experience, Fork, Output, RolloutEngine, RolloutRequest, Rollouts
 from megatron_refine.step import objective
 from megatron_refine.step.advantage import advantages, zero_variance_groups
 from megatron_refine.step.hooks import resolve
@@ -33,15 +33,6 @@ from megatron_refine.trainer.rows import Rows
 
 
 @dataclass(frozen=True)
-class Outputs:
-    """What the loss is computed from. In the graph of the pass that made it."""
-
-    main_logprobs: Tensor  # [B, T-1]
-    branch_logprobs: Tensor | None = None  # [B, c, n, k], as Experience's old ones; None: next-token prediction only
-    experience: Experience | None = None
-
-
-@dataclass(frozen=True)
 class Explored:
     """A micro-batch after its rollouts are scored; holds no graph."""
 
@@ -54,14 +45,15 @@ class Explored:
     gap: Tensor  # [B, c, n, k], |engine's log-probability - ours|, infinite where the engine's is not finite
 
 
-@dataclass(frozen=True)
+@dataclass
 class Item:
     """A micro-batch of an update."""
 
     batch: Batch
-    explored: Explored | None
+    step: int
     ntp_count: Tensor  # real targets of the whole mini-batch, over all ranks; on the device, as the next
     nsp_count: Tensor  # rollout tokens of the whole mini-batch, over all ranks
+    explored: Explored | None = None  # a fused update's own pass fills it in
 
 
 class RefineStep:
@@ -84,28 +76,25 @@ class RefineStep:
         """
         size = self.config.train.micro_batch_size
         micros = [batch.rows(slice(i, i + size)) for i in range(0, len(batch.tokens), size)]
-        explored: list[Explored] = []
+        run, explored = self._main, list[Explored]()
         if refine:
             with self.clock("sync"):
                 self.engine.sync(step)  # before the first rollout: it also follows a resume and NTP-only steps
-        count = self.config.mini_batch_at(step, refine) // (self.ranks.dp * size)
-        if not refine:
-            results = [self._update(micros[i : i + count], [], self._main) for i in range(0, len(micros), count)]
-        elif self.config.fused:
-            results = [self._update(micros, [], lambda model, item: self._fused(item, step, explored), refine=True)]
-        else:
+            run = self._fused if self.config.fused else self._packed
+        if refine and not self.config.fused:
             with torch.no_grad(), self._offload(keep_gradients=False):  # once for all: the update starts from zeros
                 waves = [micros[i : i + self.ranks.pp] for i in range(0, len(micros), self.ranks.pp)]
                 explored = [x for wave in waves for x, _ in self.explore_wave(wave, step, keep_graph=False)]
-            results = [
-                self._update(micros[i : i + count], explored[i : i + count], self._packed, refine=True)
-                for i in range(0, len(micros), count)
-            ]
+        items, results = list[Item](), list[UpdateResult]()
+        count = self.config.mini_batch_at(step, refine) // (self.ranks.dp * size)
+        for i in range(0, len(micros), count):
+            items += self._items(micros[i : i + count], step, refine, explored[i : i + count])
+            results.append(self._update(items[i:], run))
         self.updater.advance_schedule()
         metrics = self._loss_metrics(results, refine)
         if refine:
-            self.last = explored[0]
-            metrics |= self._rollout_metrics(micros, explored, step)
+            self.last = items[0].explored
+            metrics |= self._rollout_metrics(items, step)
             if self.config.engine.offload:
                 metrics["engine/offloaded_bytes"] = self._offloaded
             gaps = metrics["rollout/logprob_gap_mean"], metrics["rollout/logprob_gap_max"]
@@ -114,32 +103,51 @@ class RefineStep:
 
     def explore(
         self, batch: Batch, step: int, keep_graph: bool, temperature: float | None = None
-    ) -> tuple[Explored, Outputs]:
+    ) -> tuple[Explored, Output]:
         """Score, select, rollout, rescore and reward of a micro-batch; `temperature` overrides that of the rollouts."""
         return self.explore_wave([batch], step, keep_graph, temperature)[0]
 
     def explore_wave(
         self, batches: list[Batch], step: int, keep_graph: bool, temperature: float | None = None
-    ) -> list[tuple[Explored, Outputs]]:
+    ) -> list[tuple[Explored, Output]]:
         """`explore` of micro-batches that pass through the pipeline stages one behind the other."""
         temperature = self.config.refine.rollout_temperature if temperature is None else temperature
-        with self.clock("score"), torch.set_grad_enabled(keep_graph):
-            mains = forward.main_passes(self.model, [batch.tokens for batch in batches])
-        written, positions = list[Rollouts](), list[Tensor]()
-        forks = list[forward.Forked]()
-        for batch, main in zip(batches, mains, strict=True):
-            with self.clock("select"), torch.set_grad_enabled(keep_graph):
-                positions.append(self._select(batch, main.scores.entropy, step))
-                places = Places.of_each(positions[-1])
-                fork = Fork(main.states(places), main.rows.take(places.tokens - 1, places.sequences))
-            with torch.no_grad(), self._offload(keep_gradients=keep_graph), self.clock("rollout"):
-                rollouts = self.engine.rollout(self._request(batch, positions[-1], fork, step, temperature))
-            written.append(rollouts)
-            forks.append(forward.Forked(rollouts.tokens, main.rows, places, fork.states, temperature))
-        with self.clock("rescore"), torch.set_grad_enabled(keep_graph):
-            branches = forward.branch_passes(self.model, forks)
-        found = zip(batches, positions, forks, mains, written, branches, strict=True)
-        return [self._judge(*each) for each in found]
+        drawn = list[tuple[Tensor, Rollouts, forward.Forked]]()
+        with torch.set_grad_enabled(keep_graph):
+            with self.clock("score"):
+                mains = forward.main_passes(self.model, [batch.tokens for batch in batches])
+            for batch, main in zip(batches, mains, strict=True):
+                with self.clock("select"):
+                    positions = self._select(batch, main.scores.entropy, step)
+                drawn.append((positions, *self._rollout(batch, main, positions, step, temperature, keep_graph)))
+            with self.clock("rescore"):
+                branches = forward.branch_passes(self.model, [forked for *_, forked in drawn])
+        found = zip(batches, mains, drawn, branches, strict=True)
+        return [self._judge(batch, main, *wrote, branch) for batch, main, wrote, branch in found]
+
+    def _select(self, batch: Batch, entropy: Tensor, step: int) -> Tensor:
+        """Positions [B, c]."""
+        c = self.config.refine
+        chunks = torch.arange(c.num_chunks, device=entropy.device)
+        u = uniform(self.config.run.seed, SELECTION, step, batch.sample_ids[:, None], chunks)
+        return select_positions(
+            entropy, batch.lengths, u,
+            selection=c.selection, rollout_len=c.rollout_len, margin=c.margin, temperature=c.temperature,
+        )  # fmt: skip
+
+    def _rollout(
+        self, batch: Batch, main: forward.MainPass, positions: Tensor, step: int, temperature: float, keep_graph: bool
+    ) -> tuple[Rollouts, forward.Forked]:
+        """Fork the states at positions [B, c], and have the engine write from there."""
+        c, places = self.config.refine, Places.of_each(positions)
+        fork = Fork(main.states(places), main.rows.take(places.tokens - 1, places.sequences))
+        request = RolloutRequest(
+            batch.tokens, positions, batch.sample_ids, c.num_rollouts, c.rollout_len, temperature,
+            self.config.run.seed, step, fork,
+        )  # fmt: skip
+        with torch.no_grad(), self._offload(keep_gradients=keep_graph), self.clock("rollout"):
+            rollouts = self.engine.rollout(request)
+        return rollouts, forward.Forked(rollouts.tokens, main.rows, places, fork.states, temperature)
 
     @contextmanager
     def _offload(self, keep_gradients: bool) -> Iterator[None]:
@@ -158,9 +166,9 @@ class RefineStep:
             self._away = None
 
     def _judge(
-        self, batch: Batch, positions: Tensor, forked: forward.Forked, main: forward.MainPass, rollouts: Rollouts,
+        self, batch: Batch, main: forward.MainPass, positions: Tensor, rollouts: Rollouts, forked: forward.Forked,
         branch: forward.BranchPass,
-    ) -> tuple[Explored, Outputs]:  # fmt: skip
+    ) -> tuple[Explored, Output]:  # fmt: skip
         """Rewards and advantages, and what the loss is computed from."""
         c, limits = self.config.refine, self.config.engine
         with self.clock("reward"), torch.no_grad():
@@ -172,68 +180,50 @@ class RefineStep:
                 token_weights(old, rollouts.logprobs, limits.mask_gap, limits.importance_cap),
                 usable(batch.lengths, c.num_chunks, c.margin, c.rollout_len),
             )  # fmt: skip
-        gap = logprob_gap(old, rollouts.logprobs)
-        scores = main.scores
+        gap, scores = logprob_gap(old, rollouts.logprobs), main.scores
         explored = Explored(experience, forked.places, rewards, scores.entropy, scores.correct, truth, gap)
-        return explored, Outputs(main.scores.logprobs[:, :-1], branch.logprobs, experience)
+        return explored, Output(scores.logprobs[:, :-1], branch.logprobs)
 
-    def _select(self, batch: Batch, entropy: Tensor, step: int) -> Tensor:
-        c = self.config.refine
-        chunks = torch.arange(c.num_chunks, device=entropy.device)
-        u = uniform(self.config.run.seed, SELECTION, step, batch.sample_ids[:, None], chunks)
-        return select_positions(
-            entropy, batch.lengths, u,
-            selection=c.selection, rollout_len=c.rollout_len, margin=c.margin, temperature=c.temperature,
-        )  # fmt: skip
+    def _main(self, model: nn.Module, item: Item) -> Output:
+        return forward.ntp_pass(model, item.batch.tokens)
 
-    def _request(self, batch: Batch, positions: Tensor, fork: Fork, step: int, temperature: float) -> RolloutRequest:
-        c = self.config.refine
-        return RolloutRequest(
-            batch.tokens, positions, batch.sample_ids, c.num_rollouts, c.rollout_len, temperature,
-            self.config.run.seed, step, fork,
-        )  # fmt: skip
+    def _fused(self, model: nn.Module, item: Item) -> Output:
+        item.explored, output = self.explore(item.batch, item.step, keep_graph=True)
+        return output
 
-    def _main(self, model: nn.Module, item: Item) -> Any:
-        output = forward.ntp_pass(model, item.batch.tokens)
-        return Outputs(output["logprobs"]) if isinstance(output, dict) else output
-
-    def _fused(self, item: Item, step: int, explored: list[Explored]) -> Outputs:
-        record, outputs = self.explore(item.batch, step, keep_graph=True)
-        explored.append(record)
-        return outputs
-
-    def _packed(self, model: nn.Module, item: Item) -> Any:
+    def _packed(self, model: nn.Module, item: Item) -> Output:
         assert item.explored is not None
         e, places = item.explored.experience, item.explored.places
         temperature = self.config.refine.rollout_temperature
-        output = forward.packed_pass(model, item.batch.tokens, e.tokens, places, temperature)
-        return Outputs(*output, e) if isinstance(output, tuple) else output
+        return forward.packed_pass(model, item.batch.tokens, e.tokens, places, temperature)
 
-    def _update(
-        self, micros: list[Batch], explored: list[Explored], run: Callable[[Any, Item], Any], refine: bool = False
-    ) -> UpdateResult:
-        """One optimizer step on a mini-batch. Both losses are means over all of it, whatever each rank holds."""
+    def _items(self, micros: list[Batch], step: int, refine: bool, explored: list[Explored]) -> list[Item]:
+        """A mini-batch. Both losses are means over all of it, whatever each rank holds."""
         c = self.config.refine
         lengths = torch.cat([m.lengths for m in micros])
         rollouts = usable(lengths, c.num_chunks, c.margin, c.rollout_len).sum() * self.config.branch_rows * refine
         counts = sum_over(torch.stack([(lengths - 1).clamp(min=0).sum(), rollouts]).double(), self.ranks.dp_group)
         ntp, nsp = counts.clamp(min=1).unbind()
         records: list[Explored | None] = [*explored] or [None] * len(micros)
-        items = [Item(micro, record, ntp, nsp) for micro, record in zip(micros, records, strict=True)]
-        rows = micros[0].tokens.shape[1] + (self.config.branch_rows if explored else 0)
+        return [Item(micro, step, ntp, nsp, record) for micro, record in zip(micros, records, strict=True)]
+
+    def _update(self, items: list[Item], run: Callable[[Any, Item], Output]) -> UpdateResult:
+        """One optimizer step on a mini-batch."""
+        rows = items[0].batch.tokens.shape[1] + (self.config.branch_rows if items[0].explored else 0)
         with self.clock("update"):
             return self.updater.update(items, run, self._loss, rows, 4)
 
-    def _loss(self, outputs: Outputs, item: Item) -> tuple[Tensor, Tensor]:
+    def _loss(self, output: Output, item: Item) -> tuple[Tensor, Tensor]:
         """This micro-batch's part of the global loss; of the means of NTP loss, NSP loss, active clips and ratios."""
         c = self.config.refine
-        total = objective.next_token_sums(outputs.main_logprobs, item.batch.lengths)[0]
+        assert output.main is not None
+        total = objective.next_token_sums(output.main, item.batch.lengths)[0]
         ntp = total / item.ntp_count.to(total.dtype)
-        e = outputs.experience
-        if e is None or outputs.branch_logprobs is None:
+        if item.explored is None or output.branches is None:
             return ntp, torch.stack([ntp, ntp * 0, ntp * 0, ntp * 0])
+        e = item.explored.experience
         terms = objective.policy_terms(
-            outputs.branch_logprobs, e.old_logprobs, e.advantages, c.clip_low, c.clip_high, c.dual_clip
+            output.branches, e.old_logprobs, e.advantages, c.clip_low, c.clip_high, c.dual_clip
         )  # fmt: skip
         # Means over the rollout tokens of usable sequences. Masked ones count, as zeros of the loss: a fused update
         # fixes their number before it has rollouts. Clips and ratios compare the trainer with itself: no weights there.
@@ -257,12 +247,13 @@ class RefineStep:
             {"train/nsp_loss": nsp, "train/clip_fraction": clipped, "train/ratio_mean": ratio} if refine else {}
         )
 
-    def _rollout_metrics(self, micros: list[Batch], explored: list[Explored], version: int) -> dict[str, float]:
+    def _rollout_metrics(self, items: list[Item], version: int) -> dict[str, float]:
+        found = [(item.batch.lengths, item.explored) for item in items if item.explored]
         sums = [
-            rollout_sums(x.experience, x.rewards, x.entropy, m.lengths, zero_variance_groups(x.rewards), x.gap)
-            for m, x in zip(micros, explored, strict=True)
+            rollout_sums(x.experience, x.rewards, x.entropy, lengths, zero_variance_groups(x.rewards), x.gap)
+            for lengths, x in found
         ]
-        gaps = (x.gap.masked_fill(~x.experience.usable[:, None, None, None], 0) for x in explored)
+        gaps = (x.gap.masked_fill(~x.experience.usable[:, None, None, None], 0) for _, x in found)
         largest = torch.stack([gap.max() for gap in gaps]).max()
         return rollout_metrics(sums, largest, version, self.ranks.dp_group)
 

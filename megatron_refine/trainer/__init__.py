@@ -1,1 +1,1 @@
-"""All that drives Megatron-Core: process groups, model, passes, optimizer, checkpoints. Imports nothing by itself."""
+"""What drives Megatron-Core: process groups, model, passes, head, optimizer. Imports nothing by itself."""

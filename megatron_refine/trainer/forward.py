@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from megatron_refine.kernels.places import Places
 from megatron_refine.models.layout import Branches
 from megatron_refine.models.mixer import Handle, State
+from megatron_refine.records import Output
 from megatron_refine.trainer import head
 from megatron_refine.trainer.layers import whole_rows
 from megatron_refine.trainer.model import unwrap
@@ -96,12 +97,10 @@ def score_pass(model: nn.Module, tokens: Tensor, temperature: Tensor | None = No
     return _on_all_stages(rows, partial(score_main, rows, tokens, temperature), tokens.shape)
 
 
-def ntp_pass(model: nn.Module, tokens: Tensor) -> Any:
-    """tokens [B, T] -> {"logprobs": [B, T-1]}; before the last pipeline stage, the hidden rows to send on."""
-    output = _forward(model, tokens, Branches(main_len=tokens.shape[1]))
-    if not isinstance(output, dict):
-        return output
-    return {"logprobs": score_main(Rows(unwrap(model), output["rows"]), tokens).logprobs[:, :-1]}
+def ntp_pass(model: nn.Module, tokens: Tensor) -> Output:
+    """The main stream alone, of tokens [B, T]."""
+    rows, hidden = staged(model, tokens, Branches(main_len=tokens.shape[1]))
+    return Output(hidden=hidden) if rows is None else Output(score_main(rows, tokens).logprobs[:, :-1])
 
 
 def score_main(rows: Rows, tokens: Tensor, temperature: Tensor | None = None) -> head.Scores:
@@ -143,30 +142,25 @@ def _score_branches(forked: Forked, rows: Rows) -> BranchPass:
     return BranchPass(hidden.view(*tokens.shape, -1), _by_branch(logprobs, tokens.shape))
 
 
-def packed_pass(
-    model: nn.Module, tokens: Tensor, branches: Tensor, places: Places, temperature: float = 1.0
-) -> Tensor | tuple[Tensor, Tensor]:
+def packed_pass(model: nn.Module, tokens: Tensor, branches: Tensor, places: Places, temperature: float = 1.0) -> Output:
     """Main and branch rows in one forward.
 
     Args: tokens [B, T]; branches [B, c, n, k], drawn at `temperature`, from P places.
-    Returns: log-probabilities [B, T-1] of the main stream and [B, c, n, k] of the branches; before the last pipeline
-    stage, the hidden rows that Megatron's schedule sends on.
     """
     _, chunks, rollouts, length = branches.shape
     batch, main_len = tokens.shape
     layout = Branches(
         main_len=main_len, num_positions=chunks, num_rollouts=rollouts, branch_len=length, places=places
     )  # fmt: skip
-    output = _forward(model, torch.cat([tokens, branches.flatten(1)], 1), layout)
-    if not isinstance(output, dict):
-        return output
-    rows = Rows(unwrap(model), output["rows"])
+    rows, hidden = staged(model, torch.cat([tokens, branches.flatten(1)], 1), layout)
+    if rows is None:
+        return Output(hidden=hidden)
     pieces = [rows.span(main_len - 1), *_branch_pieces(rows, rows, main_len, branches, places)]
     targets = torch.cat([tokens[:, 1:].T.flatten(), _branch_targets(branches)])
     count = targets.numel() - branches.numel()
     scored = score(rows.model, pieces, targets, _temperatures(count, branches, temperature)).logprobs
     main, forked = scored.split([count, branches.numel()])
-    return main.view(-1, batch).T, _by_branch(forked, branches.shape)
+    return Output(main.view(-1, batch).T, _by_branch(forked, branches.shape))
 
 
 def decode_step(
@@ -233,14 +227,20 @@ def _rows(model: nn.Module, tokens: Tensor, layout: Branches, link: Link | None 
     """A pass through all pipeline stages; with gradient only where there is one."""
     inner = unwrap(model)
     if inner.pg_collection.pp.size() == 1:
-        return Rows(inner, _forward(model, tokens, layout)["rows"])
+        return Rows(inner, _forward(model, tokens, layout))
     assert not torch.is_grad_enabled(), "a pass across pipeline stages keeps no graph"
     own = link or Link(inner)
     length = -(-tokens.shape[1] // row_unit(inner.config))  # between two layers, on each rank
     output = own.through(lambda: _forward(model, tokens, layout), length, len(tokens))
     if not link:
         own.wait()
-    return Rows(inner, output and output["rows"])
+    return Rows(inner, output)
+
+
+def staged(model: nn.Module, tokens: Tensor, layout: Branches) -> tuple[Rows | None, Tensor | None]:
+    """A pass within Megatron's schedules: (rows, None) on the last pipeline stage, (None, hidden rows) before it."""
+    inner, found = unwrap(model), _forward(model, tokens, layout)
+    return (Rows(inner, found), None) if inner.post_process else (None, found)
 
 
 def row_unit(config: Any) -> int:
@@ -248,11 +248,12 @@ def row_unit(config: Any) -> int:
     return config.context_parallel_size * (config.tensor_model_parallel_size if config.sequence_parallel else 1)
 
 
-def _forward(model: nn.Module, tokens: Tensor, layout: Branches) -> Any:
+def _forward(model: nn.Module, tokens: Tensor, layout: Branches) -> Tensor:
     inner = unwrap(model)
     tokens = F.pad(tokens, (0, -tokens.shape[1] % row_unit(inner.config)))
     cp = inner.pg_collection.cp
-    return model(tokens.chunk(cp.size(), 1)[cp.rank()], None, None, packed_seq_params=layout)
+    found: Tensor = model(tokens.chunk(cp.size(), 1)[cp.rank()], None, None, packed_seq_params=layout)
+    return found
 
 
 def _check_graph(states: dict[int, Any]) -> None:

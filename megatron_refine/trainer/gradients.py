@@ -10,11 +10,12 @@ from megatron.core.distributed import DistributedDataParallel, finalize_model_gr
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from megatron_refine.records import Output
 from megatron_refine.trainer.parallel import Ranks, from_last_stage, sum_over
 
-Forward = Callable[[DistributedDataParallel, Any], Any]
-"""forward(model, item) -> what the last stage's loss needs, or hidden rows before it."""
-Loss = Callable[[Any, Any], tuple[Tensor, Tensor]]
+Forward = Callable[[DistributedDataParallel, Any], Output]
+"""forward(model, item) -> what this pipeline stage has of the pass."""
+Loss = Callable[[Output, Any], tuple[Tensor, Tensor]]
 """loss(output, item) -> (scalar: this micro-batch's part of the global loss, sums [M] to report)."""
 
 
@@ -38,7 +39,8 @@ def accumulate(
             value, sums = loss(output, item)
             return value * scale, sums.detach().double()
 
-        return forward(model, item), scaled_loss
+        output = forward(model, item)
+        return (output if output.hidden is None else output.hidden), scaled_loss  # what the schedule sends is a tensor
 
     model.zero_grad_buffer()
     collected = get_forward_backward_func()(

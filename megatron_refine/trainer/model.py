@@ -16,7 +16,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor, nn
 
-from megatron_refine.config import Config
+from megatron_refine.config import Config, Parallel
 from megatron_refine.models import family
 from megatron_refine.models.layer import alike
 from megatron_refine.platform import hardware
@@ -37,8 +37,8 @@ class RefineModel(GPTModel):
         super().__init__(*args, **kwargs)
         self.real_vocab, self.stacked = real_vocab, stacked
 
-    def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """On the last stage {"rows": [S, B, hidden]}, all rows in order on every tp rank; before it, hidden states.
+    def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """On the last stage rows [S, B, hidden], all in order on every tp rank; before it, hidden states to send on.
 
         Gradients into the rows must be partial over tp, as those of the vocabulary-parallel head are: the backward pass
         sums them here, once for all uses of the rows.
@@ -46,12 +46,10 @@ class RefineModel(GPTModel):
         if not self.post_process:
             return hidden_states
         if self.config.sequence_parallel:
-            rows = gather_from_sequence_parallel_region(
+            return gather_from_sequence_parallel_region(
                 hidden_states, tensor_parallel_output_grad=True, group=self.pg_collection.tp
             )
-        else:
-            rows = copy_to_tensor_model_parallel_region(hidden_states, group=self.pg_collection.tp)
-        return {"rows": rows}
+        return copy_to_tensor_model_parallel_region(hidden_states, group=self.pg_collection.tp)
 
     def complete(self) -> None:
         """Have the weights of the last optimizer step. A forward pass does so by itself; other readers call this."""
@@ -115,12 +113,21 @@ def transformer_config(config: Config, dtype: torch.dtype) -> TransformerConfig:
         tensor_model_parallel_size=parallel.tp,
         pipeline_model_parallel_size=parallel.pp,
         context_parallel_size=parallel.cp,
+        pipeline_model_parallel_layout=_stages(parallel),
         sequence_parallel=parallel.sp,
         perform_initialization=True,  # overwritten by `initialize`; without it tensors lack the marks of their sharding
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
     )
+
+
+def _stages(parallel: Parallel) -> list[list[str]] | None:
+    """The parts of the model by pipeline stage, in Megatron's words; None: as many layers in each."""
+    if not parallel.stages:
+        return None
+    found = [["decoder"] * count for count in parallel.stages]
+    return [["embedding", *found[0]], *found[1:-1], [*found[-1], "loss"]] if parallel.pp > 1 else None
 
 
 def build_module(config: Config, ranks: Ranks, dtype: torch.dtype | None = None) -> RefineModel:

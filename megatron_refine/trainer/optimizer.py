@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from megatron_refine.config import Config
+from megatron_refine.errors import NonFiniteError
 from megatron_refine.estimate.flops import total_steps
 from megatron_refine.platform import hardware
 from megatron_refine.platform.megatron.optimizer import norm_gradients
 from megatron_refine.trainer import muon
-from megatron_refine.trainer.errors import NonFiniteError
 from megatron_refine.trainer.gradients import Forward, Loss, accumulate
 from megatron_refine.trainer.model import unwrap
 from megatron_refine.trainer.parallel import Ranks

@@ -17,11 +17,12 @@ from megatron_refine.convert.source import HFSource
 from megatron_refine.exchange import everyones_tensors
 from megatron_refine.models import family
 from megatron_refine.models.layout import Branches
+from megatron_refine.records import Output
 from megatron_refine.trainer import forward
 from megatron_refine.trainer.gradients import accumulate
-from megatron_refine.trainer.model import build_model, global_parameters, unwrap
+from megatron_refine.trainer.model import build_model, global_parameters
 from megatron_refine.trainer.parallel import Ranks, init_parallel
-from megatron_refine.trainer.rows import Rows, everywhere
+from megatron_refine.trainer.rows import everywhere
 from megatron_refine.trainer.shards import full_shape, shard, unshard
 
 EXPECTED = "expected.safetensors"  # caseN.input_ids [B, T], .logits [B, T, V], .loss, .grad.<name of a tensor>
@@ -84,18 +85,18 @@ def evaluate(model: Any, tokens: Tensor, ranks: Ranks) -> tuple[Tensor, float, d
     """Logits [B, T, padded V], mean loss of the next tokens and every parameter's whole gradient, on every rank."""
     logits: list[Tensor] = []
 
-    def run(model: Any, item: Any) -> Any:
-        output = forward._forward(model, tokens, Branches(main_len=tokens.shape[1]))
-        if not isinstance(output, dict):
-            return output
-        inner = unwrap(model)
-        rows = Rows(inner, output["rows"])
+    def run(model: Any, item: Any) -> Output:
+        rows, hidden = forward.staged(model, tokens, Branches(main_len=tokens.shape[1]))
+        if rows is None:
+            return Output(hidden=hidden)
+        inner = rows.model
         held = rows.span(tokens.shape[1])
         logits.append(_whole_logits(inner.logits(everywhere(inner, held.rows, held).detach()).detach(), ranks))
-        return forward.score_main(rows, tokens).logprobs[:, :-1]
+        return Output(forward.score_main(rows, tokens).logprobs[:, :-1])
 
-    def loss(logprobs: Tensor, item: Any) -> tuple[Tensor, Tensor]:
-        value = -logprobs.mean()
+    def loss(output: Output, item: Any) -> tuple[Tensor, Tensor]:
+        assert output.main is not None
+        value = -output.main.mean()
         return value, value[None]
 
     items = [SimpleNamespace(batch=SimpleNamespace(tokens=tokens))]

@@ -19,7 +19,7 @@ from megatron_refine.bench.launches.counter import Answers, Counter, Key, Sum
 from megatron_refine.bench.launches.opaque import compiler, recorder, rms_norm
 from megatron_refine.config import Config, ConfigError
 from megatron_refine.platform import hardware
-from megatron_refine.records import Batch
+from megatron_refine.records import Batch, Output
 
 KINDS = {"ntp": None, "fused": "fused", "two_pass": "two_pass"}
 OTHER = {True: "step by step", False: "as graphs"}
@@ -133,12 +133,12 @@ class Steps:
             model = build_model(self.config, self.ranks)
         updater = Updater(self.config, model, self.ranks)  # ranks exchange objects there, whose values must be
         with self.counting():
-            item = Item(self._batch(), None, torch.ones(()), torch.ones(()))
+            item = Item(self._batch(), 0, torch.ones(()), torch.ones(()))
             length = self.config.data.seq_length
 
             def run() -> None:
                 with self.counter("update"):
-                    updater.update([item], _touch, lambda out, _: (out, out[None]), length, 1)
+                    updater.update([item], _touch, _alone, length, 1)
 
             run()
             return self._counted(run)
@@ -199,9 +199,13 @@ class _Touched(torch.autograd.Function):
         return tuple(torch.empty_like(x) for x in ctx.parameters)
 
 
-def _touch(model: torch.nn.Module, item: Any) -> Tensor:
-    found: Tensor = _Touched.apply(*model.parameters())
-    return found
+def _touch(model: torch.nn.Module, item: Any) -> Output:
+    return Output(_Touched.apply(*model.parameters()))
+
+
+def _alone(output: Output, item: Any) -> tuple[Tensor, Tensor]:
+    assert output.main is not None
+    return output.main, output.main[None]
 
 
 class Passes:

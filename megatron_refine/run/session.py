@@ -10,6 +10,9 @@ from typing import Any
 from torch import nn
 
 from megatron_refine import usage
+from megatron_refine.checkpoint import resumption
+from megatron_refine.checkpoint.checkpoints import Checkpoints, Progress
+from megatron_refine.checkpoint.source import CHECKPOINTS, find
 from megatron_refine.config import Config, ConfigError
 from megatron_refine.data.tokenizer import keep_tokenizer
 from megatron_refine.engine.native import NativeEngine
@@ -18,22 +21,19 @@ from megatron_refine.eval.answers import Answerer
 from megatron_refine.eval.heldout import HeldOut
 from megatron_refine.eval.suite import TaskEvaluation, score_table
 from megatron_refine.models import cost
-from megatron_refine.opening import claim
 from megatron_refine.phases.sources import Sources
 from megatron_refine.phases.testtime import TestTime
 from megatron_refine.platform import hardware
 from megatron_refine.records import Batch, RolloutEngine
 from megatron_refine.report.folder import RunFolder, read_progress
+from megatron_refine.run.opening import claim
+from megatron_refine.run.signals import StopRequest
+from megatron_refine.run.used import used
+from megatron_refine.run.watchdog import Watchdog
 from megatron_refine.step.refine import RefineStep
-from megatron_refine.trainer import resumption
-from megatron_refine.trainer.checkpoint import Checkpoints, Progress
 from megatron_refine.trainer.model import build_model
 from megatron_refine.trainer.optimizer import Updater
 from megatron_refine.trainer.parallel import Ranks, init_parallel
-from megatron_refine.trainer.signals import StopRequest
-from megatron_refine.trainer.source import CHECKPOINTS, find
-from megatron_refine.trainer.used import used
-from megatron_refine.trainer.watchdog import Watchdog
 
 
 def _engine(config: Config, model: nn.Module, ranks: Ranks, say: Callable[[str], None]) -> RolloutEngine:

@@ -5,12 +5,12 @@ import os
 from pathlib import Path
 from tempfile import TemporaryFile
 
-from megatron_refine import preflight
+from megatron_refine.checkpoint.ownership import Ownership, attempt_token
 from megatron_refine.config import Config, ConfigError
+from megatron_refine.errors import FULL, CheckpointError, FencedError, disk_failed
 from megatron_refine.phases.sources import Sources
 from megatron_refine.platform import rendezvous
-from megatron_refine.trainer.errors import FULL, CheckpointError, FencedError, disk_failed
-from megatron_refine.trainer.ownership import Ownership, attempt_token
+from megatron_refine.run import preflight
 from megatron_refine.trainer.parallel import join
 
 _KINDS: dict[str, type[Exception]] = {

@@ -15,6 +15,20 @@ import torch
 import yaml
 from torch import Tensor
 
+from megatron_refine.checkpoint.manifest import (
+    ORIGIN,
+    TEMPORARY,
+    WEIGHTS_ONLY,
+    check_files,
+    complete,
+    hashes,
+    model_in,
+    read_manifest,
+)
+from megatron_refine.checkpoint.origin import ORIGIN_FILE, UNUSED, keep, restore
+from megatron_refine.checkpoint.pickles import check_pickles
+from megatron_refine.checkpoint.plain import PlainReader, write_plain
+from megatron_refine.checkpoint.source import refuse_existing
 from megatron_refine.config import ModelConfig
 from megatron_refine.convert import inventory
 from megatron_refine.convert.errors import ConversionError
@@ -26,20 +40,6 @@ from megatron_refine.convert.source import HFSource, megatron_specs
 from megatron_refine.convert.tensorfile import DTYPES, NAMES, Spec, TensorFile
 from megatron_refine.files import read_json, sync, write, write_json
 from megatron_refine.progress import Progress, counted
-from megatron_refine.trainer.manifest import (
-    ORIGIN,
-    TEMPORARY,
-    WEIGHTS_ONLY,
-    check_files,
-    complete,
-    hashes,
-    model_in,
-    read_manifest,
-)
-from megatron_refine.trainer.origin import ORIGIN_FILE, UNUSED, keep, restore
-from megatron_refine.trainer.pickles import check_pickles
-from megatron_refine.trainer.plain import PlainReader, write_plain
-from megatron_refine.trainer.source import refuse_existing
 
 MODEL = "model.yaml"
 TORCH_NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in NAMES}

@@ -11,11 +11,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_refine import extras
+from megatron_refine.checkpoint.manifest import STEP, complete_folders
+from megatron_refine.checkpoint.resumption import Past, past_of_checkpoint, past_of_run, refuse
+from megatron_refine.checkpoint.source import CHECKPOINTS, differences, find
 from megatron_refine.config import Config, ConfigError
 from megatron_refine.data.corpus import find_corpus
 from megatron_refine.data.examples import Columns, read_examples
 from megatron_refine.data.readers import read_documents
 from megatron_refine.data.tokenizer import bos_id, check_vocabulary, find_tokenizer, load_tokenizer
+from megatron_refine.errors import CheckpointError
 from megatron_refine.eval import files as task_files
 from megatron_refine.eval import tasks
 from megatron_refine.files import TornError
@@ -23,10 +27,6 @@ from megatron_refine.models import cost
 from megatron_refine.report import metrics, tracking
 from megatron_refine.report.folder import read_progress
 from megatron_refine.report.summary import is_evaluation
-from megatron_refine.trainer.errors import CheckpointError
-from megatron_refine.trainer.manifest import STEP, complete_folders
-from megatron_refine.trainer.resumption import Past, past_of_checkpoint, past_of_run, refuse
-from megatron_refine.trainer.source import CHECKPOINTS, differences, find
 
 FILES = 256  # files of a corpus whose first row is read
 SECONDS = 20  # until an interpreter that does not answer is left to the start of the run

@@ -7,6 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_refine.checkpoint.checkpoints import load_weights
+from megatron_refine.checkpoint.conversion import MegatronSource
 from megatron_refine.config import Config, Data, ModelConfig, Train
 from megatron_refine.convert.errors import ConversionError
 from megatron_refine.convert.source import HFSource
@@ -14,8 +16,6 @@ from megatron_refine.models import family
 from megatron_refine.models.common.reference import cast_weights
 from megatron_refine.models.layout import Branches
 from megatron_refine.progress import counted
-from megatron_refine.trainer.checkpoint import load_weights
-from megatron_refine.trainer.conversion import MegatronSource
 from megatron_refine.trainer.model import build_module
 from megatron_refine.trainer.parallel import init_parallel
 
@@ -82,7 +82,7 @@ def _megatron_logits(model: ModelConfig, folder: Path, tokens: Tensor, dtype: to
     load_weights(built, folder)
     for parameter in built.parameters():
         parameter.copy_(parameter.to(dtype))
-    rows = built(tokens, None, None, packed_seq_params=Branches(main_len=tokens.shape[1]))["rows"]
+    rows = built(tokens, None, None, packed_seq_params=Branches(main_len=tokens.shape[1]))
     logits = built.logits(rows[:, 0])[:, : model.vocab_size]
     if own_group:
         dist.destroy_process_group()

@@ -4,9 +4,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_refine.checkpoint.manifest import COMPLETE, MANIFEST, ORIGIN, complete_folders, model_in, read_manifest
 from megatron_refine.config import ConfigError, ModelConfig
 from megatron_refine.convert.fields import CONFIG, model_of, read_config
-from megatron_refine.trainer.manifest import COMPLETE, MANIFEST, ORIGIN, complete_folders, model_in, read_manifest
 
 CHECKPOINTS = "checkpoints"  # folder of a run
 _WHAT = "a run, a checkpoint or a folder in Hugging Face's format"

@@ -31,9 +31,9 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from megatron_refine.checkpoint.pickles import CONFIG, WITH_COMMON
 from megatron_refine.convert.tensorfile import Spec
 from megatron_refine.files import write_json
-from megatron_refine.trainer.pickles import CONFIG, WITH_COMMON
 
 LAYERS = "decoder.layers."
 NO_WEIGHTS = re.compile(r"optimizer\..*|rng/.*|.*\._extra_state(/.*)?")  # what else a checkpoint of a run holds

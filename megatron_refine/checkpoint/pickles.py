@@ -11,9 +11,9 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+from megatron_refine.errors import COPY, CheckpointError
 from megatron_refine.files import TornError, read_json
 from megatron_refine.platform.megatron.version import VERSION, since
-from megatron_refine.trainer.errors import COPY, CheckpointError
 
 METADATA, CONFIG = ".metadata", "metadata.json"
 # metadata.json since Megatron-Core 0.17, and before, which all versions read

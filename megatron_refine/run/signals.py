@@ -13,10 +13,11 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-from megatron_refine import interrupt, launcher
+from megatron_refine import launcher
+from megatron_refine.errors import FencedError
 from megatron_refine.platform import hardware
 from megatron_refine.platform.megatron.saves import STOP_SIGNALS
-from megatron_refine.trainer.errors import FencedError
+from megatron_refine.run import interrupt
 
 
 class Verdict(enum.IntEnum):

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_refine import launcher
+from megatron_refine.errors import FencedError
 from megatron_refine.files import TornError, read_json, write_json
-from megatron_refine.trainer.errors import FencedError
 
 OWNER, LOCK = "OWNER", ".lock"
 LOCK_SECONDS = 60.0  # what is done under the lock takes far less, unless a process was frozen in it

@@ -15,14 +15,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_refine.config import Config
-from megatron_refine.convert.source import HFSource
-from megatron_refine.exchange import everyone
-from megatron_refine.platform.megatron import streams
-from megatron_refine.platform.megatron.saves import shield_saves
-from megatron_refine.trainer import muon
-from megatron_refine.trainer.errors import CheckpointError, DamagedError, FencedError, lost_rank
-from megatron_refine.trainer.manifest import (
+from megatron_refine.checkpoint.manifest import (
     ORIGIN,
     TEMPORARY,
     WEIGHTS_ONLY,
@@ -37,16 +30,23 @@ from megatron_refine.trainer.manifest import (
     step_folder,
     unfinished_folders,
 )
+from megatron_refine.checkpoint.origin import keep
+from megatron_refine.checkpoint.ownership import Ownership
+from megatron_refine.checkpoint.pending import ARGUMENTS, Pending
+from megatron_refine.checkpoint.pickles import check_pickles
+from megatron_refine.checkpoint.resumption import restore
+from megatron_refine.checkpoint.source import Source, differences
+from megatron_refine.config import Config
+from megatron_refine.convert.source import HFSource
+from megatron_refine.errors import CheckpointError, DamagedError, FencedError, lost_rank
+from megatron_refine.exchange import everyone
+from megatron_refine.platform.megatron import streams
+from megatron_refine.platform.megatron.saves import shield_saves
+from megatron_refine.trainer import muon
 from megatron_refine.trainer.model import RefineModel, unwrap
 from megatron_refine.trainer.optimizer import Updater
-from megatron_refine.trainer.origin import keep
-from megatron_refine.trainer.ownership import Ownership
 from megatron_refine.trainer.parallel import Ranks
 from megatron_refine.trainer.parity import load as load_shards
-from megatron_refine.trainer.pending import ARGUMENTS, Pending
-from megatron_refine.trainer.pickles import check_pickles
-from megatron_refine.trainer.resumption import restore
-from megatron_refine.trainer.source import Source, differences
 
 _KINDS: tuple[type[CheckpointError], ...] = (DamagedError, FencedError)  # told apart across ranks
 # the one format of the distributed optimizer that loads at any tp, pp, cp and dp

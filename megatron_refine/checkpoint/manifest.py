@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_refine.config import ConfigError, ModelConfig
+from megatron_refine.errors import COPY, CheckpointError, DamagedError
 from megatron_refine.files import TornError, fingerprint, numbered, read, read_json, sync, write
 from megatron_refine.models import family
-from megatron_refine.trainer.errors import COPY, CheckpointError, DamagedError
 
 MANIFEST, COMPLETE, LATEST = "manifest.json", "COMPLETE", "latest"
 STEP, TEMPORARY = "step_", ".incomplete-"

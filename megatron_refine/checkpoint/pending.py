@@ -6,10 +6,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from megatron_refine.checkpoint.manifest import Files, fingerprints, payload
+from megatron_refine.errors import CheckpointError
 from megatron_refine.platform.megatron.saves import forget, shield
 from megatron_refine.platform.megatron.version import since
-from megatron_refine.trainer.errors import CheckpointError
-from megatron_refine.trainer.manifest import Files, fingerprints, payload
 
 # of Megatron's save: since 0.17 its default way needs a package of NVIDIA's
 ARGUMENTS: dict[str, Any] = {"async_sharded_save": True} | ({"async_strategy": "mcore"} if since(0, 17) else {})

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from megatron_refine.checkpoint.manifest import read_manifest
 from megatron_refine.config import Config, ConfigError
 from megatron_refine.files import TornError, read
-from megatron_refine.trainer.manifest import read_manifest
 
 if TYPE_CHECKING:  # what changed in a configuration is known without torch
     from megatron_refine.trainer.optimizer import Updater

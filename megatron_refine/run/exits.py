@@ -2,8 +2,7 @@
 
 from megatron_refine.convert.errors import ConversionError
 from megatron_refine.engine.errors import EngineError
-from megatron_refine.files import TornError
-from megatron_refine.trainer.errors import (
+from megatron_refine.errors import (
     CheckpointError,
     FencedError,
     MismatchError,
@@ -11,7 +10,8 @@ from megatron_refine.trainer.errors import (
     disk_failed,
     lost_rank,
 )
-from megatron_refine.trainer.watchdog import EXIT_LOST
+from megatron_refine.files import TornError
+from megatron_refine.run.watchdog import EXIT_LOST
 
 CODES: dict[type[Exception], int] = {
     NonFiniteError: 3, FencedError: 7, CheckpointError: 4, ConversionError: 4, TornError: 4, EngineError: 5,
