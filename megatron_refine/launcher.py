@@ -28,6 +28,7 @@ class Launch:
     rank: int
     world: int
     local: int  # rank among those of this machine
+    here: int  # ranks of this machine; under SLURM those of the step's first one
     node: int  # this machine's number in the step
     job: str  # SLURM's, "" without one
     restart: int  # how often the job was requeued
@@ -39,13 +40,15 @@ def read() -> Launch:
     """This process's place; alone where no launcher says otherwise. Raises LaunchError."""
     names = _variables()
     if names is None:
-        return Launch(0, 1, 0, **_surroundings())
+        return Launch(0, 1, 0, 1, **_surroundings())
     world = _needed(names[1], 1)
     rank, local = _needed(names[0]), _number(names[2], 0)
-    here = _number("LOCAL_WORLD_SIZE", world, 1, world) if names == TORCHRUN else world
+    here = most = _number("LOCAL_WORLD_SIZE", world, 1, world) if names == TORCHRUN else world
     _below(names[0], rank, names[1], world)
-    _below(names[2], local, names[1] if here == world else "LOCAL_WORLD_SIZE", here)
-    return Launch(rank, world, local, **_surroundings())
+    _below(names[2], local, names[1] if most == world else "LOCAL_WORLD_SIZE", most)
+    if names != TORCHRUN and (tasks := re.match("[1-9][0-9]*", _text("SLURM_STEP_TASKS_PER_NODE"))):
+        here = int(tasks[0])  # as in 8(x2),4
+    return Launch(rank, world, local, here, **_surroundings())
 
 
 def _variables() -> tuple[str, str, str] | None:

@@ -3,7 +3,7 @@
 A multiply-add counts 2 FLOPs. Norms, activations and short convolutions are no matmuls and are left out.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from megatron_refine.config import ModelConfig, Parallel
@@ -11,7 +11,7 @@ from megatron_refine.models import family
 from megatron_refine.models.layer import Layer, MixerCost
 
 
-def stage_layers(model: ModelConfig, parallel: Parallel, stage: int) -> list[Layer]:
+def stage_layers(model: ModelConfig, parallel: Parallel, stage: int) -> Sequence[Layer]:
     """Return the layers of one pipeline stage."""
     counts = parallel.layers(model.num_layers)
     first = sum(counts[:stage])

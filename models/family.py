@@ -6,7 +6,7 @@ pulls in neither torch nor Megatron.
 
 import functools
 import pkgutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -67,9 +67,27 @@ def by_model_type(model_type: object) -> Family | None:
         return None
 
 
-def layers(model: ModelConfig) -> list[Layer]:
+def layers(model: ModelConfig) -> Sequence[Layer]:
     """Return the model's layers, the first one first."""
-    return of(model.family).layers(model)
+    return _layers(_Itself(model))
+
+
+class _Itself:
+    """A key of a cache: this very object. (A configuration with lists has no hash.)"""
+
+    def __init__(self, model: ModelConfig):
+        self.model = model
+
+    def __hash__(self) -> int:
+        return id(self.model)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Itself) and other.model is self.model
+
+
+@functools.lru_cache(maxsize=8)
+def _layers(key: _Itself) -> tuple[Layer, ...]:
+    return tuple(of(key.model.family).layers(key.model))
 
 
 def reference(model: ModelConfig) -> Callable[..., Any]:

@@ -23,11 +23,12 @@ def rollouts(path: str, *overrides: str) -> dict[str, Any]:
     return found
 
 
-def served(path: str, *overrides: str) -> dict[str, Any]:
-    """The host's reads, and launches, of a token of four requests by the model that SGLang serves."""
+def served(mode: str, path: str, *overrides: str) -> dict[str, Any]:
+    """The host's reads, and launches, of a pass of the model that SGLang serves. mode: `decode`, a token of four
+    requests, or `extend`, parts of four prompts."""
     config = load(path, list(overrides), FAMILIES)
     steps = Steps(config)
-    _stand_in_for_sglang()
+    stand_in_for_sglang()
     family = serve(config.model.family)
     with steps.counting():
         shape = family.state_shape(config.model)
@@ -36,23 +37,28 @@ def served(path: str, *overrides: str) -> dict[str, Any]:
             conv=[torch.empty(9, shape.channels, shape.conv_size - 1)],
             temporal=torch.empty(9, shape.heads, shape.key_dim, shape.value_dim),
         )
-        _Backend.pool = pool
+        Backend.pool = lambda layer: pool
         given = SimpleNamespace(typed_model=config.model, hf_shapes={})
         model = family.MODEL(given)
-        batch = SimpleNamespace(forward_mode=SimpleNamespace(is_decode_or_idle=lambda: True))
-        with torch.no_grad(), steps.counter("decode"):
+        lengths = [1] * 4
+        batch = SimpleNamespace(forward_mode=SimpleNamespace(is_decode_or_idle=lambda: mode == "decode"))
+        if mode == "extend":
+            lengths = [70, 1, 64, 5]
+            pool.has_initial_state = torch.empty(4, dtype=torch.bool)
+            batch.extend_seq_lens, batch.extend_seq_lens_cpu = torch.empty(4, dtype=torch.int64), lengths
+        with torch.no_grad(), steps.counter(mode):
             steps.counter.clear()
-            out = model.model(torch.empty(4, dtype=torch.int64), batch)
-    assert out.shape == (4, config.model.hidden_size)
+            out = model.model(torch.empty(sum(lengths), dtype=torch.int64), batch)
+    assert out.shape == (sum(lengths), config.model.hidden_size)
     launches = sum(each.launches for each in steps.counter.sums.values())
     return {"launches": launches, "reads": [place for _, place in steps.counter.reads]}
 
 
-class _Backend:
-    pool: Any = None
+class Backend:
+    pool: Any = None  # of a layer
 
     def conv_state_metadata(self, layer: int, batch: Any) -> Any:
-        return self.pool
+        return type(self).pool(layer)
 
 
 class _Linear(nn.Linear):
@@ -70,14 +76,14 @@ class _Embedding(nn.Embedding):
         super().__init__(count, width)
 
 
-def _stand_in_for_sglang() -> None:
+def stand_in_for_sglang() -> None:
     """Modules with what models/mixers/delta/serve.py imports of SGLang, on one rank."""
     contents: dict[str, dict[str, Any]] = {
         "distributed": {"divide": lambda a, b: a // b},
         "layers.linear": {"ColumnParallelLinear": _Linear, "RowParallelLinear": _Linear},
         "layers.logits_processor": {"LogitsProcessor": lambda config: None},
         "layers.vocab_parallel_embedding": {"ParallelLMHead": _Embedding, "VocabParallelEmbedding": _Embedding},
-        "model_executor.forward_context": {"get_attn_backend": _Backend},
+        "model_executor.forward_context": {"get_attn_backend": Backend},
         "model_loader.weight_utils": {"default_weight_loader": None},
         "runtime_context": {"get_parallel": lambda: SimpleNamespace(tp_size=1, tp_rank=0)},
     }

@@ -227,6 +227,7 @@ def test_memory_is_linear_in_the_rows(ranks: Any, tmp_path: Path, layer: str) ->
     assert abs(wider - more) < 100  # the same rows from half as many places
 
 
+@pytest.mark.slow
 def test_replicated_key_heads_are_saved_as_cut_ones(ranks: Any, tmp_path: Path) -> None:
     """Two key heads: tp 4, each rank with both -> tp 2, each with its own -> one rank -> cp 4; weights and Adam's
     moments bit for bit, and the run goes on."""

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import megatron_refine.kernels.delta_rule as dispatcher
 from megatron_refine import extras
 from megatron_refine.config import ConfigError
-from megatron_refine.kernels.delta_rule import delta_rule, fla, l2_normalize
+from megatron_refine.kernels.delta_rule import delta_rule, fla, l2_normalize, packed_delta_rule
 from megatron_refine.kernels.delta_rule.chunk import chunk_delta_rule
 from megatron_refine.kernels.delta_rule.reference import recurrent_delta_rule
 from megatron_refine.kernels.places import Places
@@ -136,6 +137,31 @@ def test_keys_shared_by_heads(length: int, gated: bool) -> None:
     o, final, trace = delta_rule(**x)
     truth, states = recurrent(x)
     assert_same([o, final, trace.state_at(Places.read(rows, at))], [truth, states[:, -1], states[rows, at]], x)
+
+
+PACKED = [70, 1, 3, 64, 1, 3]  # tokens of sequences end to end
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_packed_sequences_equal_each_alone(gated: bool) -> None:
+    """From states of their own, and no row is computed besides theirs."""
+    x = make_inputs(1, sum(PACKED), gated, states=len(PACKED))
+    packed = {name: value.detach() for name, value in x.items()}
+    computed: list[int] = []
+
+    def counting(q: Tensor, *rest: Any) -> Any:
+        computed.append(q.shape[0] * q.shape[1])
+        return chunk_delta_rule(q, *rest)
+
+    with mock.patch("megatron_refine.kernels.delta_rule.chunk_delta_rule", counting):
+        o, finals = packed_delta_rule(**({"g": None} | packed), lengths=PACKED)
+    assert sum(computed) == sum(PACKED) and len(computed) == len(set(PACKED))
+    rows = {name: value.split(PACKED, 1) for name, value in packed.items() if name != "state"}
+    for i, (own, final) in enumerate(zip(o.split(PACKED, 1), finals, strict=True)):
+        mine = {name: parts[i] for name, parts in rows.items()}
+        truth, state, _ = chunk_delta_rule(**mine, state=packed["state"][i : i + 1])
+        torch.testing.assert_close(own, truth, rtol=0, atol=1e-12)
+        torch.testing.assert_close(final[None], state, rtol=0, atol=1e-12)
 
 
 def test_no_decay_is_the_plain_rule() -> None:

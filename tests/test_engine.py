@@ -17,14 +17,17 @@ import torch
 import yaml
 
 from megatron_refine.config import ConfigError
+from megatron_refine.convert.fields import fresh_config
 from megatron_refine.engine import guard, weight_sync
 from megatron_refine.engine.checksum import checksum
 from megatron_refine.engine.client import Client
 from megatron_refine.engine.errors import EngineError, ServerError
 from megatron_refine.engine.fleet import Fleet
-from megatron_refine.engine.launch import command, environment, reserve_port
+from megatron_refine.engine.launch import command, environment, first_gpus, positions, reserve_port
 from megatron_refine.engine.server import MOVES, Condition, Server
 from megatron_refine.models.family import Serving
+from megatron_refine.platform import hardware
+from megatron_refine.run import preflight
 from tests import sglang_lane as lane
 from tests.conftest import Answer
 from tests.parity import small_config
@@ -110,6 +113,64 @@ def test_the_command_line_of_a_server(tmp_path: Path) -> None:
     assert expected.items() <= options.items() and words[-2:] == ["--more", "this"]
     low = command(lane_config(tmp_path, "train.precision=bf16"), tmp_path, 30007, tmp_path)
     assert dict(itertools.pairwise(low))["--dtype"] == "bfloat16"
+
+
+GPUS: list[tuple[list[str], int, int, list[int | None]]] = [  # overrides, GPUs, ranks here, each server's first GPU
+    (["engine.sync=disk"], 1, 1, [0]),
+    ([], 2, 1, [1]),
+    (["engine.servers=2", "engine.tp=2"], 8, 4, [4, 6]),
+    (["engine.servers=4"], 8, 4, [4, 5, 6, 7]),
+    (["engine.servers=3", "engine.tp=2", "engine.sync=disk"], 4, 4, [0, 2, 0]),
+    (["engine.servers=2", "engine.args=[--base-gpu-id, 5]"], 8, 8, [None, None]),
+    (["engine.env={CUDA_VISIBLE_DEVICES: 7}"], 8, 8, [None]),
+    ([], 0, 2, [None]),
+]
+
+
+@pytest.mark.parametrize(("overrides", "gpus", "ranks", "first"), GPUS)
+def test_servers_have_gpus_of_their_own(
+    overrides: list[str],
+    gpus: int,
+    ranks: int,
+    first: list[int | None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = lane_config(tmp_path, *overrides)
+    assert first_gpus(config, gpus, ranks) == first
+    monkeypatch.setattr(hardware, "has_gpu", lambda: gpus > 0)
+    for gpu in first:
+        words = command(config, tmp_path, 30007, tmp_path, gpu=gpu)
+        assert ("--disable-prefill-cuda-graph" in words) == (gpus > 0) != ("torch_native" in words)
+        placed = dict(itertools.pairwise(words)).get("--base-gpu-id")
+        assert placed == ("5" if "5" in config.engine.args else None if gpu is None else str(gpu))
+    monkeypatch.setattr(hardware, "gpus", lambda: gpus)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    for name, value in {"RANK": "0", "WORLD_SIZE": str(ranks), "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    fleet = Fleet(config, tmp_path)
+    assert [server.gpu for server in fleet.servers] == first
+    fleet.stop()
+
+
+def test_too_few_gpus_are_one_line(tmp_path: Path) -> None:
+    for ranks, servers in ((1, 1), (8, 2)):
+        config = lane_config(tmp_path, f"engine.servers={servers}")
+        with pytest.raises(ConfigError, match="NCCL refuses two processes on one GPU; set engine.sync=disk"):
+            first_gpus(config, ranks, ranks)
+    with pytest.raises(ConfigError, match="engine.tp=2: this machine has 1 GPUs"):
+        first_gpus(lane_config(tmp_path, "engine.tp=2", "engine.sync=disk"), 1, 1)
+    with pytest.raises(ConfigError, match="--attention-backend triton: it needs layers of softmax attention"):
+        preflight.engine(lane_config(tmp_path, "engine.args=[--attention-backend=triton]"))
+
+
+def test_a_server_has_room_for_what_a_run_asks(tmp_path: Path) -> None:
+    """Without layers of keys and values SGLang's default is one sequence."""
+    config = lane_config(tmp_path, "data.seq_length=5000", "engine.max_requests=3")
+    words = dict(itertools.pairwise(command(config, tmp_path, 30007, tmp_path)))
+    assert int(words["--max-total-tokens"]) >= 3 * (5000 + config.refine.rollout_len)
+    assert fresh_config(config.model, "float32", positions(config))["max_position_embeddings"] > 5000
+    assert fresh_config(config.model, "float32", 10)["max_position_embeddings"] == 2048
 
 
 def lane_config(folder: Path, *overrides: str) -> Any:

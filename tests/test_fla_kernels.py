@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_refine.config import Config
 from megatron_refine.kernels.delta_rule.chunk import chunk_delta_rule
+from megatron_refine.kernels.delta_rule.fla import fla_packed
 from megatron_refine.kernels.places import Places
 from tests import interpreter
 from tests.parity import batch, full_gradients, relative, small_config
@@ -86,6 +87,20 @@ def test_decoding_equals_the_recurrence(length: int, gated: bool) -> None:
         o, final, _ = interpreter.delta_rule(**low)
         truth, states = recurrent(x, shared=2)
     assert difference(o, truth) < ROUNDING and difference(final, states[:, -1]) < ROUNDING
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_packed_sequences_equal_the_recurrence(gated: bool) -> None:
+    """Parts of prompts end to end, as SGLang hands them on, each from a state of its own; keys shared by heads."""
+    lengths = [70, 1, 5]
+    x, low = half_inputs(1, sum(lengths), gated, states=len(lengths), grouped=True)
+    with torch.no_grad():
+        o, finals = fla_packed(**({"g": None} | low), lengths=lengths)
+        rows = {name: value.split(lengths, 1) for name, value in x.items() if name != "state"}
+        for i, (own, final) in enumerate(zip(o.split(lengths, 1), finals, strict=True)):
+            mine = {name: parts[i] for name, parts in rows.items()} | {"state": x["state"][i : i + 1]}
+            truth, states = recurrent(mine, shared=1)
+            assert difference(own, truth) < ROUNDING and difference(final[None], states[:, -1]) < ROUNDING
 
 
 SMALL = ["model.hidden_size=32", "model.intermediate_size=48", "data.seq_length=96", "train.global_batch_size=2"]

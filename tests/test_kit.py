@@ -14,6 +14,7 @@ from megatron_refine.platform import hardware
 ROOT = Path(__file__).parents[1]
 KIT = ROOT / "launch/kit"
 GRACE = 2  # seconds that a stage is given to end
+REHEARSED = ["facts", "parity", "delta", "lact-profile", "hf"]
 
 
 def build(folder: Path, python: str = "", **settings: str) -> "subprocess.CompletedProcess[str]":
@@ -74,22 +75,22 @@ def said(out: Path, name: str) -> str:
 def check_what_a_cpu_can(out: Path) -> None:
     """Stages that need no GPU did their work; each of the others says in a line what it lacks, and stops nothing."""
     found = codes(out)
-    assert list(found) == list(stages())
-    assert all(found[name] == 0 for name in ("facts", "delta", "delta-profile", "lact", "lact-profile"))
+    assert list(found) == REHEARSED
+    assert all(found[name] == 0 for name in ("facts", "delta", "lact-profile"))
     assert all(word in said(out, "facts") for word in ("TFLOP/s", "TB/s", "us (an operation", "torch "))
-    assert "two-pass" in said(out, "delta") and "lact hidden" in said(out, "lact")
-    assert "skipped" in said(out, "parity") and "skipped" in said(out, "tests")
+    assert "two-pass" in said(out, "delta")
+    assert "skipped" in said(out, "parity")
     assert found["hf"] == 2 and said(out, "hf").splitlines()[-1].startswith("--hf: ")
     assert "two-pass" in (out / "results.txt").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
 def test_the_stages_run_without_a_gpu(tmp_path: Path) -> None:
-    """About a minute: nine processes that import PyTorch. Neither wheels nor kernels are carried."""
+    """One of each kind, in processes that import PyTorch. Neither wheels nor kernels are carried."""
     if hardware.has_gpu():
         pytest.skip("there is a GPU: bash .gpu-kit/run.sh is the real thing")
     assert build(tmp_path / "kit").returncode == 0
-    check_what_a_cpu_can(rehearse(tmp_path / "kit", tmp_path))
+    check_what_a_cpu_can(rehearse(tmp_path / "kit", tmp_path, " ".join(REHEARSED)))
 
 
 @pytest.mark.kernels

@@ -58,7 +58,8 @@ def test_a_count_is_the_same_every_time() -> None:
     assert counted("refine.num_rollouts=2") == counted("refine.num_rollouts=2")
 
 
-@pytest.mark.parametrize("model", short(["delta_net", "gated_delta_net", "lact"], lambda model: model == "delta_net"))
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["gated_delta_net", "lact"])
 def test_rollouts_ask_the_device_for_nothing(model: str) -> None:
     """Which makes them safe to record; as graphs they are a launch beside the copies of their states."""
     length = ["data.seq_length=1024", "train.precision=bf16"]
@@ -67,9 +68,15 @@ def test_rollouts_ask_the_device_for_nothing(model: str) -> None:
     assert found["graphs"]["launches"] < found["steps"]["launches"] / 3
 
 
-@pytest.mark.parametrize("model", short(["delta_net_tiny", "gated_delta_net_tiny"], lambda model: "gated" in model))
-def test_the_served_models_decode_without_asking_the_device(model: str) -> None:
-    found = child("tests.fake_gpu", "served", "configs/bench.yaml", f"model={model}")
+@pytest.mark.parametrize(
+    ("model", "mode"),
+    short(
+        [(model, mode) for model in ("delta_net_tiny", "gated_delta_net_tiny") for mode in ("decode", "extend")],
+        lambda model, mode: "gated" in model and mode == "extend",
+    ),
+)
+def test_the_served_models_ask_the_device_for_nothing(model: str, mode: str) -> None:
+    found = child("tests.fake_gpu", "served", mode, "configs/bench.yaml", f"model={model}")
     assert found["reads"] == [] and found["launches"] > 100
 
 

@@ -26,7 +26,6 @@ CASES: dict[str, tuple[int, str, list[str]]] = {  # ranks, family, overrides; fo
     "two-pass, bf16, mini-batches": (
         1, "delta_net", ["update.mode=two_pass", "train.precision=bf16", "update.mini_batch_size=2"]
     ),
-    "fused, fp32, dp2, overlapped": (2, "gated_delta_net", ["update.mode=fused", *OVERLAP]),
     "two-pass, bf16, pp2": (2, "delta_net", ["update.mode=two_pass", "train.precision=bf16", "parallel.pp=2"]),
     "two-pass, bf16, tp2 dp2, tied": (
         4, "delta_net", ["update.mode=two_pass", "train.precision=bf16", "model.tie_embeddings=true", *runs.TP2]
@@ -109,7 +108,7 @@ def configured(folder: Path, case: str, *more: str) -> tuple[int, Config]:
     return world, small_config(folder, *SERVED, *overrides, *more, model=family)
 
 
-@pytest.mark.parametrize("case", short(CASES, lambda case: case in list(CASES)[:2]))
+@pytest.mark.parametrize("case", short(CASES, lambda case: case == next(iter(CASES))))
 def test_no_bit_changes_and_the_memory_is_free_meanwhile(ranks: Zygote, tmp_path: Path, case: str) -> None:
     """Also in steps after a resume. A fused update's later micro-batches add to the gradients of the first."""
     world, plain = configured(tmp_path / "plain", case)

@@ -219,11 +219,11 @@ PRESETS = sorted(path.name for path in (ROOT / "configs").glob("*.yaml") if path
 
 
 def test_a_plan_is_never_refused_for_what_it_does_not_need() -> None:
-    """Data, tokenizer, prompts, a batch that divides: for every preset and number of GPUs."""
+    """Data, tokenizer, prompts, a batch that divides: for every preset, on four numbers of GPUs in turn."""
     assert len(PRESETS) >= 9
-    for name in PRESETS:
+    for i, name in enumerate(PRESETS):
         config = load([str(ROOT / "configs" / name)], [], FAMILIES)
-        for world in (8, 64, 256, 1024):
+        for world in (8, (64, 256, 1024)[i % 3]):
             text, dp = plan(config, world, Hardware()), world // config.parallel.model_size
             unit = dp * config.train.micro_batch_size
             assert text.startswith("note: a mini-batch of ") == (config.mini_batch_size % unit != 0), (name, world)

@@ -32,7 +32,7 @@ def test_no_import_changes_torch() -> None:
     """All that drives Megatron-Core is imported, in a process that has not called `install`."""
     models = Path(__file__).parents[1] / "models"
     mixers = (".".join(path.relative_to(models.parent).with_suffix("").parts) for path in models.rglob("mixer.py"))
-    parts = ("trainer", "step", "phases", "platform", "session", *mixers)
+    parts = ("trainer", "step", "phases", "platform", "run.session", *mixers)
     line = [sys.executable, "-W", "ignore", "-c", IMPORTS, *(f"megatron_refine.{part}" for part in parts)]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, encoding="utf-8")
     assert done.returncode == 0 and done.stdout == "[]\n", done.stdout + done.stderr
@@ -50,6 +50,7 @@ print(compiled(torch.ones(3)).tolist(), torch.zeros(1, device="cuda").device)
 """
 
 
+@pytest.mark.slow
 def test_megatron_imported_before_compiles_nothing_on_a_cpu() -> None:
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", LATE], cwd=ROOT, capture_output=True, encoding="utf-8")
     assert done.returncode == 0 and done.stdout == "[3.0, 3.0, 3.0] cpu\n", done.stdout + done.stderr

@@ -233,7 +233,8 @@ def test_a_run_that_is_interrupted_and_goes_on_with_another_rate_says_so(ranks: 
     assert [fact["step"] for fact in facts] == [0, 2]
     assert [fact["changed"] for fact in facts] == [{}, {"optimizer.lr": [1e-5, 1e-3]}]
     assert facts[1]["versions"]["torch"] == torch.__version__ and "megatron-core" in facts[1]["versions"]
-    assert facts[1]["layout"] == {"tp": 1, "sp": False, "cp": 1, "pp": 1, "dp": 1} and facts[1]["ranks"] == 1
+    layout = {"tp": 1, "sp": False, "cp": 1, "pp": 1, "stages": [], "dp": 1}
+    assert facts[1]["layout"] == layout and facts[1]["ranks"] == 1
     assert [past_of_run(run / f"logs/attempt_{n}").values["optimizer.lr"] for n in (1, 2)] == [1e-3, 1e-5]
     older_version(folders[1])
     assert past_of_checkpoint(folders[1]).values["optimizer.lr"] == 1e-5  # config.yaml says no more than the last one's

@@ -175,7 +175,7 @@ def test_the_shipped_sweep_runs_names_what_failed_and_goes_on(tmp_path: Path) ->
     config = write_config(tmp_path, tmp_path / "cache", eval={"sequences": 0})
     tree |= {"config": [str(config)], "out": str(tmp_path / "out"), "warm_up": 1}
     tree["overrides"] += ["train.steps=3"]
-    tree["grid"]["ranks"] = [1, 2]  # every rank imports Megatron anew
+    tree["grid"]["ranks"] = [1]  # every rank imports Megatron anew
     tree["points"] = [tree["points"][0], {"ranks": 1, "data.paths": "[/nowhere]"}]
     path = tmp_path / "sweep.yaml"
     path.write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
@@ -185,14 +185,14 @@ def test_the_shipped_sweep_runs_names_what_failed_and_goes_on(tmp_path: Path) ->
     sweep = read_sweep(path)
     found, _ = points(sweep, path)
     results, missing = collect(sweep, found)
-    assert [r.ranks for r in results] == [1, 2, 2] and len(missing) == 1
+    assert [r.ranks for r in results] == [1, 2] and len(missing) == 1
     assert all(r.steps == 2 and r.tokens_per_sec > 0 and r.update > 0 and r.peak_gib > 0 for r in results)
     entry = json.loads((found[0].folder / RECORD).read_text(encoding="utf-8"))
     assert entry["code"] == 0 and finished(found[0])
     assert not finished(replace(found[0], overrides=[*found[0].overrides, "train.steps=9"]))
     logs = {point.name: (point.folder / LOG).stat().st_mtime_ns for point in found}
     code, out, _ = scaling(str(path))
-    assert code == 1 and out.count("finished before") == 3  # the failed one was tried again
+    assert code == 1 and out.count("finished before") == 2  # the failed one was tried again
     again = {point.name: (point.folder / LOG).stat().st_mtime_ns for point in found}
     assert [name for name in logs if logs[name] != again[name]] == ["ranks1_paths[-nowhere]"]
 

@@ -1,6 +1,7 @@
 """The (gated) delta rule: one signature, and the one place that chooses the kernel."""
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -45,6 +46,31 @@ def delta_rule(
 
         return fla_delta_rule(q, k, v, beta, g, state)
     return chunk_delta_rule(q, k, v, beta, g, state)
+
+
+def packed_delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, state: Tensor, lengths: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """The rule of N sequences end to end, each from a state of its own, without gradient.
+
+    Args: q, k [1, R, G, K], v [1, R, H, V], beta, g [1, R, H], shaped as for `delta_rule`; state [N, H, K, V]; lengths,
+    N numbers above 0 that add up to R.
+    Returns: o [1, R, H, V], final states [N, H, K, V]. No row is computed besides the R.
+    """
+    if on_gpu(q) and q.dtype != torch.float64:
+        _require_fla()
+        from megatron_refine.kernels.delta_rule.fla import fla_packed
+
+        return fla_packed(q, k, v, beta, g, state, lengths)
+    starts, o, finals = [0, *itertools.accumulate(lengths)], torch.empty(0), torch.empty_like(state)
+    for length in sorted(set(lengths)):  # sequences of one length at once
+        mine = [i for i, own in enumerate(lengths) if own == length]
+        rows = torch.tensor([starts[i] for i in mine])[:, None] + torch.arange(length)
+        q_, k_, v_, beta_ = (x[0, rows] for x in (q, k, v, beta))
+        found, final, _ = chunk_delta_rule(q_, k_, v_, beta_, None if g is None else g[0, rows], state[mine])
+        o = o if len(o) else found.new_empty(v.shape)
+        o[0, rows], finals[mine] = found, final.to(finals.dtype)
+    return o, finals
 
 
 def used(costs: Sequence[Any], gpu: bool) -> str:

@@ -15,6 +15,7 @@ fla calls the rows u `v_new`; its `u` and `w` are U and W of the WY form, its de
 import functools
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -103,6 +104,35 @@ def fla_delta_rule(
     read: list[Gradients] = []
     o, final, states, writes, decays = _Rule.apply(q, k, v, beta, g, start, read)
     return o, final, FlaTrace(final, states, k, writes, decays, read)
+
+
+@torch.no_grad()
+def fla_packed(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, state: Tensor, lengths: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """As `packed_delta_rule`. What the kernels need to know of the lengths is made on the host."""
+    low = torch.bfloat16 if q.dtype == torch.float32 else q.dtype  # the kernels refuse fp32
+    q, k, v, beta = (x.to(low).contiguous() for x in (q, k, v, beta))
+    high = torch.promote_types(low, torch.float32)
+    parts, counts = _parts(), [-(-length // CHUNK) for length in lengths]
+    tuning.ready(k.shape[3], v.shape[3], g is not None, "main")
+
+    def sums(numbers: Sequence[int]) -> Tensor:
+        return torch.tensor([0, *itertools.accumulate(numbers)]).to(q.device, non_blocking=True)
+
+    numbers = [(sequence, chunk) for sequence, count in enumerate(counts) for chunk in range(count)]
+    chunks = torch.tensor(numbers).to(q.device, non_blocking=True)
+    packed = {"cu_seqlens": sums(lengths), "chunk_indices": chunks}
+    decays = None
+    if g is not None:
+        decays = parts.cumsum(g.to(high).contiguous(), chunk_size=CHUNK, scale=1 / math.log(2), **packed)
+    w, u, _ = parts.solve(k=k, v=v, g=decays, beta=beta, **packed)
+    start = state.to(high).contiguous()
+    states, writes, final = parts.states(
+        k=k, w=w, u=u, g=decays, initial_state=start, output_final_state=True, chunk_offsets=sums(counts), **packed
+    )
+    o = parts.outputs(q=q, k=k, v=writes, h=states, g=decays, scale=q.shape[-1] ** -0.5, **packed)
+    return o, final
 
 
 def _recurrent(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:

@@ -72,7 +72,7 @@ def serve(config: configuration.Config, port: int, folder: Path, source: Source 
     """Start a server of `source`, or one of random weights, for which config.json, written into `folder`, is all."""
     from megatron_refine.convert.fields import CONFIG, fresh_config
     from megatron_refine.data.tokenizer import FILES
-    from megatron_refine.engine.launch import command, environment
+    from megatron_refine.engine.launch import command, environment, positions
 
     if not config.engine.python:
         raise configuration.ConfigError("engine.python: missing; name the interpreter that has SGLang")
@@ -82,7 +82,7 @@ def serve(config: configuration.Config, port: int, folder: Path, source: Source 
         weights = _weights(source, folder)
         line = command(config, weights, port, folder, text=any((weights / name).exists() for name in FILES))
     else:
-        write_json(folder / CONFIG, fresh_config(config.model, config.train.dtype))
+        write_json(folder / CONFIG, fresh_config(config.model, config.train.dtype, positions(config)))
         line = [*command(config, folder, port, folder), "--load-format", "dummy"]
     os.chdir(folder)  # python -m puts the working directory before all packages
     os.execve(line[0], line, environment(config.engine))

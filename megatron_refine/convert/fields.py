@@ -11,6 +11,7 @@ from megatron_refine.models import family
 from megatron_refine.models.hf import ABSENT, REQUIRED, WIDTH, Format, mlp_width
 
 CONFIG = "config.json"
+POSITIONS = "max_position_embeddings"
 ALWAYS = ("model_type", "architectures")
 
 
@@ -51,8 +52,11 @@ def model_of(config: dict[str, Any], where: str) -> ModelConfig:
         raise ConfigError("\n".join(f"{where}: {field}={e['input']!r}: {e['msg']}" for field, e in lines)) from None
 
 
-def fresh_config(model: ModelConfig, dtype: str) -> dict[str, Any]:
-    """A complete config.json of a model that came from none. `dtype`: as torch_dtype, e.g. bfloat16."""
+def fresh_config(model: ModelConfig, dtype: str, positions: int = 0) -> dict[str, Any]:
+    """Return a complete config.json of a model that came from none.
+
+    dtype: as torch_dtype, e.g. bfloat16. positions: tokens that a server must take, where that is more than usual.
+    """
     described = family.of(model.family).format
     tree: dict[str, Any] = {"architectures": [described.architecture], "model_type": described.model_type}
     values = {field: (getattr(model, key.ours), key.null) for field, key in described.fields.items()}
@@ -60,6 +64,8 @@ def fresh_config(model: ModelConfig, dtype: str) -> dict[str, Any]:
     tree["intermediate_size"] = model.intermediate_size
     tree |= {name: allowed[0] for name, allowed in described.constants.items() if name not in described.not_written}
     tree |= {field: value for field, value in described.ignored.items() if value is not ABSENT}
+    if POSITIONS in tree:
+        tree[POSITIONS] = max(positions, tree[POSITIONS])
     return described.write(tree) | {"torch_dtype": dtype}
 
 

@@ -55,9 +55,9 @@ class Client:
         except httpx.HTTPError:
             return False
 
-    def generate(self, **body: Any) -> list[dict[str, Any]]:
+    def generate(self, timeout: float | None = None, **body: Any) -> list[dict[str, Any]]:
         """One answer for each prompt of `input_ids` [[int]]."""
-        answers = self.post("/generate", **body)
+        answers = self.post("/generate", timeout, **body)
         if not isinstance(answers, list) or len(answers) != len(body["input_ids"]):
             got = f"{len(answers)} answers" if isinstance(answers, list) else type(answers).__name__
             raise ServerError(f"{self.url}/generate: got {got} for {len(body['input_ids'])} prompts")

@@ -6,12 +6,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
+from megatron_refine import launcher
 from megatron_refine.config import Config
 from megatron_refine.engine.client import Client
 from megatron_refine.engine.errors import ServerError
-from megatron_refine.engine.launch import reserve_port
+from megatron_refine.engine.launch import first_gpus, reserve_port
 from megatron_refine.engine.server import Condition, Server
 from megatron_refine.engine.weight_sync import load_folder, pause
+from megatron_refine.platform import hardware
 
 T = TypeVar("T")
 ANSWER_SECONDS = 10.0  # until a server that does not answer is dead
@@ -24,7 +26,7 @@ def client(config: Config, url: str) -> Client:
 
 
 class Fleet:
-    """Launched by us, or found at engine.urls."""
+    """Launched by us, or found at engine.urls. Raises ConfigError where the GPUs of this machine are too few."""
 
     def __init__(self, config: Config, logs: Path):
         self.config, engine = config, config.engine
@@ -34,7 +36,11 @@ class Fleet:
             ports = [held.getsockname()[1] for held in self._held]
             ports = ports or [engine.port + i for i in range(engine.servers)]
             urls = [f"http://{engine.host}:{port}" for port in ports]
-        self.servers = [Server(client(config, url), engine.tp, logs / f"sglang_{i}") for i, url in enumerate(urls)]
+        gpus = first_gpus(config, hardware.gpus(), launcher.read().here)
+        self.servers = [
+            Server(client(config, url), engine.tp, logs / f"sglang_{i}", gpu=None if engine.urls else gpus[i])
+            for i, url in enumerate(urls)
+        ]
 
     @property
     def restarts(self) -> int:

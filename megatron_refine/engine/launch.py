@@ -13,16 +13,20 @@ from pathlib import Path
 
 import yaml
 
-from megatron_refine.config import Config, Engine
+from megatron_refine.config import Config, ConfigError, Engine
 from megatron_refine.platform import hardware
 
 PR_SET_PDEATHSIG = 1  # of prctl(2)
 STOP_SECONDS = 10.0
+MARGIN = 64  # tokens of a prompt beyond data.seq_length
 # Of our own ranks: a server has ranks of its own.
 NOT_INHERITED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
 # glibc: freed memory stays with the process. Else the kernel clears the pages of every bucket of weights anew, which
 # takes longer than to receive it.
 CPU_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
+# SGLang's prefill graphs call a layer as no layer here can be called; its Triton backend asks for the width of a value
+# head, which a model without softmax attention has none of.
+GPU_ARGUMENTS = ["--disable-prefill-cuda-graph"]
 CPU_ARGUMENTS = ["--device", "cpu", "--attention-backend", "torch_native", "--sleep-on-idle"]
 
 
@@ -64,25 +68,52 @@ class Process:
         return f"{named[-1][:300] if named else 'see its log'} ({self.log})"
 
 
-def launch(config: Config, weights: Path, port: int, log: Path) -> Process:
-    """Start a server of the model in `weights`, a folder in Hugging Face's format."""
-    return Process(command(config, weights, port, log.parent), environment(config.engine), log)
+def launch(config: Config, weights: Path, port: int, log: Path, gpu: int | None = None) -> Process:
+    """Start a server of the model in `weights`, a folder in Hugging Face's format. gpu: as of `command`."""
+    return Process(command(config, weights, port, log.parent, gpu=gpu), environment(config.engine), log)
 
 
-def command(config: Config, weights: Path, port: int, folder: Path, text: bool = False) -> list[str]:
-    """The command line. An API key goes into a file that only this user can read: command lines are public.
+def first_gpus(config: Config, gpus: int, trainers: int) -> list[int | None]:
+    """Return the first GPU of each server on a machine with so many GPUs, of which ranks have the first `trainers`.
 
-    text: the server takes text too, by the tokenizer beside the weights; else token ids alone.
+    Servers take the GPUs that are left, or share those of the ranks. None where the configuration says it, or without a
+    GPU. Raises ConfigError.
     """
     engine = config.engine
+    needed, placed = engine.servers * engine.tp, "--base-gpu-id" in engine.args or "CUDA_VISIBLE_DEVICES" in engine.env
+    if not gpus or placed or engine.urls:
+        return [None] * engine.servers
+    if engine.tp > gpus:
+        raise ConfigError(f"engine.tp={engine.tp}: this machine has {gpus} GPUs")
+    if trainers + needed <= gpus:
+        return [trainers + i * engine.tp for i in range(engine.servers)]
+    if engine.sync == "distributed":
+        raise ConfigError(
+            f"engine.sync=distributed: {trainers} ranks and {needed} GPUs of servers share {gpus}, and NCCL refuses "
+            "two processes on one GPU; set engine.sync=disk, or start servers elsewhere (engine.urls)"
+        )
+    room = gpus // engine.tp
+    return [i % room * engine.tp for i in range(engine.servers)]
+
+
+def command(
+    config: Config, weights: Path, port: int, folder: Path, text: bool = False, gpu: int | None = None
+) -> list[str]:
+    """The command line. An API key goes into a file that only this user can read: command lines are public.
+
+    text: the server takes text too, by the tokenizer beside the weights; else token ids alone. gpu: its first one.
+    """
+    engine = config.engine
+    # without layers that keep keys and values SGLang has room for one sequence, its caches included
+    tokens = engine.max_requests * positions(config)
     arguments = [
         "--model-path", str(weights), "--host", engine.host, "--port", str(port), "--tp", str(engine.tp),
         "--dtype", config.train.dtype,
-        "--skip-server-warmup", "--random-seed", str(config.run.seed),
+        "--skip-server-warmup", "--random-seed", str(config.run.seed), "--max-total-tokens", str(tokens),
     ]  # fmt: skip
+    arguments += [] if gpu is None else ["--base-gpu-id", str(gpu)]
     arguments += [] if text else ["--skip-tokenizer-init"]
-    if not hardware.has_gpu():
-        arguments += CPU_ARGUMENTS
+    arguments += GPU_ARGUMENTS if hardware.has_gpu() else CPU_ARGUMENTS
     if engine.api_key_env:
         secret = folder / "server.yaml"
         secret.touch(0o600)
@@ -95,6 +126,11 @@ def command(config: Config, weights: Path, port: int, folder: Path, text: bool =
         *arguments,
         *engine.args,
     ]
+
+
+def positions(config: Config) -> int:
+    """Return the length of the longest text that a rollout makes, and some tokens more."""
+    return config.data.seq_length + config.refine.rollout_len + MARGIN
 
 
 def environment(engine: Engine) -> dict[str, str]:

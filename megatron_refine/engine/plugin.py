@@ -44,7 +44,7 @@ class ServedConfig(PretrainedConfig):
             self.vocab_size, self.hidden_size = model.vocab_size, model.hidden_size
             self.num_hidden_layers = model.num_layers
             self.num_attention_heads = self.num_key_value_heads = model.tp_limit()
-            self.head_dim = self.hidden_size // self.num_attention_heads
+            self.head_dim = 128  # of no layer; SGLang's attention backends take powers of two alone
             self.mamba_chunk_size = 64
 
     @property

@@ -8,6 +8,7 @@ So no server goes from DEAD to HEALTHY without a sync, and only a HEALTHY one ge
 """
 
 import enum
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,6 +44,7 @@ class Server:
     process: Process | None = None  # None: not ours
     starts: int = 0
     device: str = "cpu"  # where it keeps its weights
+    gpu: int | None = None  # its first one on this machine, where we launch it there
     has_sessions: bool = True  # knows begin_weight_update and end_weight_update
 
     @property
@@ -61,10 +63,14 @@ class Server:
         self.starts += 1
         if not config.engine.urls:
             port = int(self.url.rpartition(":")[2])
-            self.process = launch(config, weights, port, self.log.with_suffix(f".{self.starts}.log"))
+            self.process = launch(config, weights, port, self.log.with_suffix(f".{self.starts}.log"), self.gpu)
 
     def await_health(self, seconds: float) -> None:
-        """STARTING -> STALE. Raises ServerError where it ends or does not answer in time."""
+        """STARTING -> STALE. Raises ServerError where it ends or does not answer in time.
+
+        One that we launched has answered a request then: on a GPU the first one compiles kernels.
+        """
+        deadline = time.monotonic() + seconds
         # one that somebody else left paused does not generate, yet can be synced
         ready = self.client.healthy if self.process else self.client.answers
         if not wait_until(lambda: ready() or self.ended(), seconds):
@@ -75,10 +81,22 @@ class Server:
         if self.ended():
             self.move(Condition.DEAD)
             raise ServerError(f"{self.url}: ended while starting: {self._words()}")
+        if self.process:
+            self._warm_up(deadline - time.monotonic())
         info = self.client.get("/server_info")
         self.tp, self.device = int(info.get("tp_size", self.tp)), str(info.get("device", "cuda"))
         self.has_sessions = self.client.knows("/begin_weight_update")
         self.move(Condition.STALE)
+
+    def _warm_up(self, seconds: float) -> None:
+        """Raises ServerError."""
+        try:
+            self.client.generate(
+                timeout=max(seconds, 1.0), input_ids=[[0, 0]], sampling_params={"max_new_tokens": 2, "ignore_eos": True}
+            )
+        except ServerError as error:
+            self.move(Condition.DEAD)
+            raise ServerError(f"{error} (the first request); {self._words()}") from None
 
     def ended(self) -> bool:
         return self.process is not None and self.process.ended()

@@ -24,6 +24,7 @@ from megatron_refine.engine.collect import Collector
 from megatron_refine.engine.control import Control
 from megatron_refine.engine.errors import EngineError, ServerError
 from megatron_refine.engine.fleet import Fleet, client
+from megatron_refine.engine.launch import positions
 from megatron_refine.engine.server import Server
 from megatron_refine.models import family
 from megatron_refine.platform import hardware
@@ -229,7 +230,7 @@ class SGLangEngine:
         parts = self.control.attempt(lambda: write_stage(self.model, self.converter, self.ranks, folder))
         files = {name: file for part in parts for name, file in part.items()}
         dtype = next(self.model.parameters()).dtype
-        self._on_main(lambda fleet: write_rest(folder, self.config.model, dtype, files))
+        self._on_main(lambda fleet: write_rest(folder, self.config.model, dtype, files, positions(self.config)))
         return folder
 
     def _on_main(self, work: Callable[[Fleet], Any]) -> Any:

@@ -119,6 +119,8 @@ def _decoding(config: Config, micros: int, hardware: Hardware) -> tuple[float, f
 def _fullest_stage(config: Config) -> float:
     """Work of the pipeline stage that has most of it / the mean."""
     model, length, parallel = config.model, config.data.seq_length, config.parallel
+    if parallel.pp == 1:
+        return 1.0
 
     def work(stage: int) -> float:
         own = cost.grouped(cost.stage_layers(model, parallel, stage))

@@ -25,6 +25,11 @@ def has_gpu() -> bool:
     return _recorder is not None or torch.cuda.is_available()
 
 
+def gpus() -> int:
+    """Count the GPUs that this process sees."""
+    return 0 if _recorder is not None else torch.cuda.device_count()
+
+
 def on_gpu(tensor: torch.Tensor) -> bool:
     """Tell whether a GPU computes with the tensor."""
     return tensor.device.type == "cuda" or _recorder is not None

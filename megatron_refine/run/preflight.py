@@ -4,6 +4,7 @@ Imports neither torch nor Megatron, but for hooks of the user's own. Nothing is 
 """
 
 import contextlib
+import itertools
 import os
 import shutil
 import subprocess
@@ -194,10 +195,13 @@ def _tasks(config: Config) -> None:
 
 
 def engine(config: Config) -> None:
-    """Raise ConfigError where the interpreter that servers are launched with has no SGLang."""
-    python = config.engine.python
+    """Raise ConfigError where the interpreter that servers are launched with has no SGLang, or they could not start."""
+    python, words = config.engine.python, " ".join(config.engine.args).replace("=", " ").split()
     if config.engine.kind != "sglang" or not config.refine.enabled or not python:
         return
+    if ("--attention-backend", "triton") in itertools.pairwise(words):
+        what = "it needs layers of softmax attention, and the model has none; leave it out, or choose fa3"
+        raise ConfigError(f"engine.args: --attention-backend triton: {what}")
     program = shutil.which(python)
     if not program:
         what = "no such interpreter; install SGLang, or name another (docs/sglang.md)"

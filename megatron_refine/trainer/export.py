@@ -71,9 +71,10 @@ def write_stage(model: nn.Module, converter: Converter, ranks: Ranks, folder: Pa
     return dict.fromkeys(specs, file)
 
 
-def write_rest(folder: Path, model: Any, dtype: torch.dtype, files: dict[str, str]) -> None:
-    """config.json, and the index where several stages wrote a file each. `files`: name -> file, of all stages."""
-    write_json(folder / CONFIG, fresh_config(model, str(dtype).removeprefix("torch.")), indent=2)
+def write_rest(folder: Path, model: Any, dtype: torch.dtype, files: dict[str, str], positions: int) -> None:
+    """Write config.json, and the index where several stages wrote a file each. files: name -> file, of all stages;
+    positions: as of `fresh_config`."""
+    write_json(folder / CONFIG, fresh_config(model, str(dtype).removeprefix("torch."), positions), indent=2)
     if set(files.values()) != {WEIGHTS}:
         tree = {"metadata": {}, "weight_map": dict(sorted(files.items()))}
         write_json(folder / INDEX, tree, indent=2)

@@ -252,7 +252,8 @@ def _forward(model: nn.Module, tokens: Tensor, layout: Branches) -> Tensor:
     inner = unwrap(model)
     tokens = F.pad(tokens, (0, -tokens.shape[1] % row_unit(inner.config)))
     cp = inner.pg_collection.cp
-    found: Tensor = model(tokens.chunk(cp.size(), 1)[cp.rank()], None, None, packed_seq_params=layout)
+    # not through Megatron's wrappers, which cast what the last stage returns to fp32
+    found: Tensor = inner(tokens.chunk(cp.size(), 1)[cp.rank()], None, None, packed_seq_params=layout)
     return found
 
 

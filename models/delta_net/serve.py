@@ -24,8 +24,7 @@ class DeltaNetAttention(DeltaAttention):
         self.b_proj = column(model.hidden_size, model.num_heads)
 
     def rule_inputs(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, ragged: Ragged) -> dict[str, Tensor]:
-        beta = write_strength(ragged.pad(self.b_proj(x)[0]), self.beta_range)
-        return {"q": q, "k": k, "v": v, "beta": ragged.real(beta)}
+        return {"q": q, "k": k, "v": v, "beta": write_strength(ragged.batch(self.b_proj(x)[0]), self.beta_range)}
 
 
 class DeltaNetForCausalLM(DeltaForCausalLM):

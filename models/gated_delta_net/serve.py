@@ -33,8 +33,8 @@ class GatedDeltaNetAttention(DeltaAttention):
         self.g_proj = column(hidden, heads * model.head_dim_v) if model.use_gate else None
 
     def rule_inputs(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, ragged: Ragged) -> dict[str, Tensor]:
-        a, b = (ragged.pad(project(x)[0]) for project in (self.a_proj, self.b_proj))
-        beta, g = (ragged.real(found) for found in gates(a, b, self.A_log, self.dt_bias, self.beta_range))
+        a, b = (ragged.batch(project(x)[0]) for project in (self.a_proj, self.b_proj))
+        beta, g = gates(a, b, self.A_log, self.dt_bias, self.beta_range)
         return {"q": q, "k": k, "v": v, "beta": beta, "g": g}
 
     def read_out(self, x: Tensor, o: Tensor) -> Tensor:

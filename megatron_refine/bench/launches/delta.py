@@ -76,7 +76,8 @@ class Parts:
     ) -> Found:  # fmt: skip
         size = u.shape[2], k.shape[-1], u.shape[-1]
         h = k.new_empty(k.shape[0], -(-k.shape[1] // CHUNK), *size)
-        final = k.new_empty(k.shape[0], *size, dtype=torch.float32) if output_final_state else None
+        sequences = k.shape[0] if initial_state is None else len(initial_state)  # more than one may lie in a row
+        final = k.new_empty(sequences, *size, dtype=torch.float32) if output_final_state else None
         if final is not None:
             self._kernel("zeros", [final])
         writes = torch.empty_like(u)

@@ -23,7 +23,7 @@ from sglang.srt.model_loader.weight_utils import default_weight_loader
 from sglang.srt.runtime_context import get_parallel
 from torch import Tensor, nn
 
-from megatron_refine.kernels.delta_rule import delta_rule, l2_normalize
+from megatron_refine.kernels.delta_rule import delta_rule, l2_normalize, packed_delta_rule
 from megatron_refine.kernels.short_conv import short_conv
 
 
@@ -44,36 +44,43 @@ class StateShape:
 
 
 class Ragged:
-    """Rows of N requests end to end, as a padded batch [N, L, ...] and back."""
+    """Rows of N requests end to end. A decoded batch has one of each request."""
 
     def __init__(self, batch: Any):
+        self.lengths: list[int] | None = None  # of each request
         if batch.forward_mode.is_decode_or_idle():
-            self.inside: Tensor | None = None  # one row each
             return
-        lengths = batch.extend_seq_lens
-        offsets = torch.arange(max(batch.extend_seq_lens_cpu), device=lengths.device)
-        self.lengths, self.inside = lengths, offsets < lengths[:, None]
-        last = int(sum(batch.extend_seq_lens_cpu)) - 1
-        self.index = (lengths.cumsum(0)[:, None] - lengths[:, None] + offsets).clamp(max=last)
+        self.lengths = [int(length) for length in batch.extend_seq_lens_cpu]
+        lengths, count = batch.extend_seq_lens, sum(self.lengths)
+        numbers = torch.arange(len(self.lengths), device=lengths.device)
+        self.numbers = numbers.repeat_interleave(lengths, output_size=count)  # the request of each row
+        self.ends = lengths.cumsum(0)
 
-    def pad(self, rows: Tensor) -> Tensor:
-        """[R, ...] -> [N, L, ...]; what stands in padding rows is of no account."""
-        return rows[:, None] if self.inside is None else rows[self.index]
+    def batch(self, rows: Tensor) -> Tensor:
+        """[R, ...] -> [R, 1, ...] of a decoded batch, else [1, R, ...]: sequences of the kernels."""
+        return rows[:, None] if self.lengths is None else rows[None]
 
-    def real(self, padded: Tensor) -> Tensor:
-        """[N, L, H] with zeros in padding rows: as beta and g they write nothing and decay nothing."""
-        return padded if self.inside is None else padded * self.inside[..., None]
+    def convolved(self, rows: Tensor, weight: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows [R, C] after the convolution, each request's behind its tail [N, W-1, C] -> [R, C], the next tails."""
+        width = tail.shape[1]
+        if self.lengths is None:
+            return short_conv(rows[:, None], weight, tail)[:, 0], torch.cat([tail[:, 1:], rows[:, None]], 1)
+        place = torch.arange(len(rows), device=rows.device) + (self.numbers + 1) * width
+        before = torch.arange(width, device=rows.device)
+        starts = self.ends - self.ends.diff(prepend=self.ends.new_zeros(1))
+        shift = torch.arange(len(tail), device=rows.device) * width
+        whole = rows.new_empty(len(rows) + tail.shape[0] * width, rows.shape[1])  # tail, rows, tail, rows, ...
+        whole[place] = rows
+        whole[(starts + shift)[:, None] + before] = tail
+        return short_conv(whole[None], weight)[0, place], whole[(self.ends + shift)[:, None] + before]
 
-    def rows(self, padded: Tensor) -> Tensor:
-        """[N, L, ...] -> [R, ...]."""
-        return padded[:, 0] if self.inside is None else padded[self.inside]
-
-    def tail(self, rows: Tensor, width: int) -> Tensor:
-        """The last `width` real rows of each of [N, width + L, C]."""
-        if self.inside is None:
-            return rows[:, -width:]
-        index = self.lengths[:, None] + torch.arange(width, device=rows.device)
-        return rows.gather(1, index[..., None].expand(-1, -1, rows.shape[-1]))
+    def rule(self, state: Tensor, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The delta rule from a state of each request [N, H, K, V] -> outputs [R, H, V], the next states."""
+        if self.lengths is None:
+            o, final, _ = delta_rule(**inputs, state=state)
+        else:
+            o, final = packed_delta_rule(**({"g": None} | inputs), state=state, lengths=self.lengths)  # type: ignore[arg-type]
+        return o.flatten(0, 1), final
 
 
 class Sharded(nn.Module):
@@ -128,7 +135,7 @@ class DeltaAttention(nn.Module):
 
     def rule_inputs(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, ragged: Ragged) -> dict[str, Tensor]:
         """Rows x [R, hidden] and what the convolution made of them, q, k [N, L, key heads, K] of unit length, v
-        [N, L, H, V] -> arguments of delta_rule."""
+        [N, L, H, V] -> arguments of delta_rule. N, L: as of `Ragged.batch`."""
         raise NotImplementedError
 
     def read_out(self, x: Tensor, o: Tensor) -> Tensor:
@@ -138,25 +145,25 @@ class DeltaAttention(nn.Module):
     def forward(self, x: Tensor, batch: Any, ragged: Ragged) -> Tensor:
         """[R, hidden] -> [R, hidden]; reads and writes the slots of the batch's requests."""
         pool = get_attn_backend().conv_state_metadata(self.layer, batch)
-        slots, conv, memory = pool.cache_indices, pool.layer_cache.conv[0], pool.layer_cache.temporal
+        # a captured batch is padded with rows of slot -1, which is another request's; slot 0 is nobody's
+        slots = pool.cache_indices.clamp(min=0)
+        conv, memory = pool.layer_cache.conv[0], pool.layer_cache.temporal
         tail, state = conv[slots].mT, memory[slots]
         if pool.has_initial_state is not None:  # a fresh slot may hold another request's state
             fresh = ~pool.has_initial_state
             tail = tail.masked_fill(fresh[:, None, None], 0)
             state = state.masked_fill(fresh[:, None, None, None], 0)
-        rows = ragged.pad(torch.cat([project(x)[0] for project in (self.q_proj, self.k_proj, self.v_proj)], -1))
-        tail = tail.to(rows.dtype)
+        rows = torch.cat([project(x)[0] for project in (self.q_proj, self.k_proj, self.v_proj)], -1)
         weight = torch.cat([c.weight for c in (self.q_conv1d, self.k_conv1d, self.v_conv1d)])[:, 0]
-        mixed = short_conv(rows, weight, tail)
-        conv[slots] = ragged.tail(torch.cat([tail, rows], 1), tail.shape[1]).mT.to(conv.dtype)
+        mixed, tail = ragged.convolved(rows, weight, tail.to(rows.dtype))
+        conv[slots] = tail.mT.to(conv.dtype)
         widths = [c.weight.shape[0] for c in (self.q_conv1d, self.k_conv1d, self.v_conv1d)]
         head_dims = (self.shape.key_dim, self.shape.key_dim, self.shape.value_dim)
-        q, k, v = (z.unflatten(-1, (-1, d)) for z, d in zip(mixed.split(widths, -1), head_dims, strict=True))
-        inputs: dict[str, Any] = self.rule_inputs(x, l2_normalize(q), l2_normalize(k), v, ragged)
-        o, final, _ = delta_rule(**inputs, state=state)
+        parts = ragged.batch(mixed).split(widths, -1)
+        q, k, v = (z.unflatten(-1, (-1, d)) for z, d in zip(parts, head_dims, strict=True))
+        o, final = ragged.rule(state, self.rule_inputs(x, l2_normalize(q), l2_normalize(k), v, ragged))
         memory[slots] = final.to(memory.dtype)
-        normed = self.read_out(x, ragged.rows(o))
-        return self.o_proj(normed.to(x.dtype).flatten(-2))[0]
+        return self.o_proj(self.read_out(x, o).to(x.dtype).flatten(-2))[0]
 
 
 class GatedMLP(nn.Module):
