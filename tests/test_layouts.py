@@ -108,6 +108,7 @@ def odd_steps(config: Config) -> tuple[list[dict[str, float]], dict[str, torch.T
     return [step(whole, 0, refine=True), step(whole, 1, refine=False)], full_parameters(step.model)
 
 
+@pytest.mark.slow
 def test_rows_that_no_layout_divides(ranks: Zygote, tmp_path: Path) -> None:
     """Each pass is padded to the ranks that it is cut over, on its way through the pipeline too."""
     odd = [*SETTINGS, "data.seq_length=191", "refine.num_chunks=3", "refine.num_rollouts=1", "update.mode=two_pass"]

@@ -46,7 +46,7 @@ def differing(ranks: Zygote, first: Path, *others: Path) -> list[list[str]]:
     return [[name for name in expected if not torch.equal(tensors[name], expected[name])] for tensors in found]
 
 
-@pytest.mark.parametrize("case", short(CASES, lambda case: case in list(CASES)[:2]))
+@pytest.mark.parametrize("case", short(CASES, lambda case: case == list(CASES)[1]))
 def test_many_buckets_are_as_one(ranks: Zygote, tmp_path: Path, case: str) -> None:
     """Weights and moments bit for bit: a sum over two replicas has one order. The norm's has not: nothing is clipped
     by it."""
@@ -60,6 +60,7 @@ def test_many_buckets_are_as_one(ranks: Zygote, tmp_path: Path, case: str) -> No
     assert found["train/grad_norm"] == pytest.approx(expected["train/grad_norm"], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_goes_on_with_any_number_of_buckets(ranks: Zygote, tmp_path: Path) -> None:
     """One bucket at dp2 -> many at dp2 -> one at tp2: every tensor as it was, moments too, and the run goes on."""
     first, expected = run(ranks, 2, configured(tmp_path / "first", "delta_net", "train.micro_batch_size=1"))

@@ -150,10 +150,8 @@ def test_prefixes_of_a_sequence_go_out_in_order_to_one_server(rollouts: int, scr
     clients = [Client(scripted(server(number)), 5.0) for number in range(2)]
     collector = Collector(request(rollouts), "v", 8)
     collector.run(clients)
-    if rollouts == 1:
-        assert asked == {0: [[4], [9], [9]], 1: [[1], [2], [17]]}
-    else:  # all but the last token ahead, once for equal positions
-        assert asked == {0: [[3], [4, 4], [8], [9, 9], [9, 9]], 1: [[1, 1], [1], [2, 2], [16], [17, 17]]}
+    first, second = ([p for p in places for _ in range(rollouts)] for places in ([9, 4, 9], [2, 1, 17]))
+    assert asked == {0: [[3], [8], first], 1: [[1], [16], second]}  # all but the last token ahead, once where equal
     tokens, logprobs = collector.tensors()
     assert tokens.shape == logprobs.shape == (2, 3, rollouts, 3)
 
@@ -172,8 +170,9 @@ def test_what_a_server_is_asked(scripted: Any) -> None:
     assert all(body.pop("extra_key") == "v" and body.pop("return_logprob") is True for body in bodies)
     ahead = [body["input_ids"] for body in bodies if body["sampling_params"] == {"max_new_tokens": 0}]
     drawn = [body["sampling_params"] for body in bodies if body["input_ids"] not in ahead]
+    assert [len(body["input_ids"]) for body in bodies if body["input_ids"] not in ahead] == [6, 6]
     whole = {"top_p": 1.0, "top_k": -1, "min_p": 0.0}
-    assert drawn == [{"max_new_tokens": 3, "temperature": 0.7, "ignore_eos": True} | whole] * 6
+    assert drawn == [{"max_new_tokens": 3, "temperature": 0.7, "ignore_eos": True} | whole] * 2
     assert sorted(len(prompts[0]) for prompts in ahead) == [1, 3, 8, 16]
 
 
@@ -183,8 +182,9 @@ def test_rollouts_are_those_of_their_place(scripted: Any) -> None:
     def answer(path: str, body: Any) -> tuple[int, Any]:
         found = [generated("v") for _ in body["input_ids"]]
         for n, (one, prompt) in enumerate(zip(found, body["input_ids"], strict=True)):
-            one["output_ids"] = [prompt[0], len(prompt), n]
-            one["meta_info"] |= {"output_token_logprobs": [[-1.0, 5, None], [None, 5, None], [-n - 2.0, 5, None]]}
+            number = n % 2
+            one["output_ids"] = [prompt[0], len(prompt), number]
+            one["meta_info"] |= {"output_token_logprobs": [[-1.0, 5, None], [None, 5, None], [-number - 2.0, 5, None]]}
             one["meta_info"] |= {"prompt_tokens": len(prompt), "cached_tokens": len(prompt) - 1}
         return 200, found
 
@@ -252,13 +252,13 @@ def test_a_collector_keeps_what_it_has(scripted: Any) -> None:
 
     def answer(path: str, body: Any) -> tuple[int, Any]:
         seen.append(len(body["input_ids"][0]))
-        return (200, [generated("v")]) if len(seen) != 3 else (500, "lost")
+        return (200, [generated("v") for _ in body["input_ids"]]) if len(seen) != 3 else (500, "lost")
 
     collector, clients = Collector(request(), "v", 1), [Client(scripted(answer), 5.0)]
     with pytest.raises(ServerError, match="500: lost"):
         collector.run(clients)
     collector.run(clients)
-    assert seen == [4, 9, 9, 1, 2, 17, 9]
+    assert seen == [3, 8, 9, 1, 16, 2, 3, 8, 9]  # the second sequence is not asked again
 
 
 @pytest.mark.parametrize(
@@ -266,6 +266,6 @@ def test_a_collector_keeps_what_it_has(scripted: Any) -> None:
     [(generated("other"), "serves weights 'other', not 'v'"), (generated("v", tokens=2), "2 of 3 tokens")],
 )
 def test_answers_of_other_weights_or_cut_short_are_refused(bad: Any, message: str, scripted: Any) -> None:
-    client = Client(scripted(lambda path, body: (200, [bad])), 5.0)
+    client = Client(scripted(lambda path, body: (200, [bad for _ in body["input_ids"]])), 5.0)
     with pytest.raises(ServerError, match=message):
         Collector(request(), "v", 1).run([client])

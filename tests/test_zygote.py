@@ -104,6 +104,7 @@ def test_failure_does_not_wait_for_ranks_that_compute(ranks: Zygote) -> None:
     assert "rank 1: stopped" in str(caught.value)
 
 
+@pytest.mark.slow
 def test_hang_names_the_ranks_and_shows_their_stacks(ranks: Zygote) -> None:
     with pytest.raises(RankError) as caught:
         ranks(2, hang_on, timeout=4, rank=1)

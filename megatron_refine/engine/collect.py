@@ -17,9 +17,9 @@ from megatron_refine.records import RolloutRequest
 class Collector:
     """Keeps what it has, so that it can go on after servers were recovered.
 
-    All prefixes of a sequence go to one server, in the order of their lengths: SGLang keeps the state at the end of
-    every prompt, so each is computed from where the one before it ended. With n > 1 rollouts a position all but the
-    last token are sent ahead, alone: the n requests then start from that state.
+    All prefixes of a sequence go to one server. First all but the last token of each, in the order of their lengths:
+    SGLang keeps the state at the end of every prompt, so each is computed from where the one before it ended. Then all
+    c * n rollouts at once: each starts from such a state, and computes one token of its prompt.
     """
 
     def __init__(self, request: RolloutRequest, label: str, max_requests: int):
@@ -50,18 +50,17 @@ class Collector:
 
     def _sequence(self, i: int, client: Client) -> None:
         r = self.request
+        if all((i, j) in self.found for j in range(len(self.positions[i]))):
+            return
         sampling = {"max_new_tokens": r.rollout_len, "temperature": r.temperature, "ignore_eos": True, "top_p": 1.0}
         sampling |= {"top_k": -1, "min_p": 0.0}  # whatever generation_config.json of the served folder says
-        ahead = -1
-        for j in sorted(range(len(self.positions[i])), key=lambda j: self.positions[i][j]):
-            p = self.positions[i][j]
-            if (i, j) in self.found:
-                continue
-            if r.num_rollouts > 1 and p > 1 and p - 1 != ahead:
-                self._ask(client, [self.prefixes[i][: p - 1]], {"max_new_tokens": 0})
-                ahead = p - 1
-            answers = self._ask(client, [self.prefixes[i][:p]] * r.num_rollouts, sampling)
-            self.found[i, j] = [self._rollout(client, answer) for answer in answers]
+        missing = [(j, p) for j, p in enumerate(self.positions[i]) if (i, j) not in self.found]
+        for p in sorted({p for _, p in missing if p > 1}):
+            self._ask(client, [self.prefixes[i][: p - 1]], {"max_new_tokens": 0})
+        answers = self._ask(client, [self.prefixes[i][:p] for _, p in missing for _ in range(r.num_rollouts)], sampling)
+        rollouts = [self._rollout(client, answer) for answer in answers]
+        for place, (j, _) in enumerate(missing):
+            self.found[i, j] = rollouts[place * r.num_rollouts : (place + 1) * r.num_rollouts]
 
     def _ask(self, client: Client, prompts: list[list[int]], sampling: dict[str, Any]) -> list[dict[str, Any]]:
         # the version is part of the cache's key: a state of other weights is never found

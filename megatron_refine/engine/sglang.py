@@ -111,8 +111,9 @@ class SGLangEngine:
         return Rollouts(tokens, logprobs, version)
 
     def metrics(self) -> dict[str, float]:
-        """Since the last call: seconds of broadcasts (begin to end) and of checks after syncs, share of prompt tokens
-        found in the servers' caches. Since the start: recoveries and restarts."""
+        """Since the last call: seconds of broadcasts (begin to end) and of checks after syncs; tokens of this rank's
+        prompts, and how many of them the servers found in their caches and computed. Since the start: recoveries and
+        restarts."""
         found = {
             "engine/recoveries": self.recoveries,
             "engine/restarts": self.fleet.restarts if self.fleet else 0,
@@ -120,7 +121,11 @@ class SGLangEngine:
             "engine/guard_seconds": self.guard_seconds,
         }
         if self.prompt_tokens:
-            found["engine/cached_fraction"] = self.cached_tokens / self.prompt_tokens
+            found |= {
+                "engine/prompt_tokens": self.prompt_tokens,
+                "engine/cached_tokens": self.cached_tokens,
+                "engine/computed_tokens": self.prompt_tokens - self.cached_tokens,
+            }
         self.guard_seconds = self.transfer_seconds = 0.0
         self.prompt_tokens = self.cached_tokens = 0
         return found

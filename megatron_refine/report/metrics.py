@@ -16,7 +16,8 @@ _NAMES = {
     "rollout": "reward_mean reward_std entropy_mean zero_variance_groups "
     "logprob_gap_mean logprob_gap_max masked_fraction importance_mean weight_version",
     "eval": "ntp_loss ntp_accuracy entropy reward_mean greedy_match",
-    "engine": "recoveries restarts transfer_seconds guard_seconds cached_fraction offloaded_bytes",
+    "engine": "recoveries restarts transfer_seconds guard_seconds prompt_tokens cached_tokens computed_tokens "
+    "offloaded_bytes",
     "perf": "tokens_per_sec mfu peak_memory_bytes",
     "time": "score select offload rollout rescore reward update answer sync checkpoint step",
 }
