@@ -18,6 +18,11 @@ def stage_layers(model: ModelConfig, parallel: Parallel, stage: int) -> Sequence
     return family.layers(model)[first : first + counts[stage]]
 
 
+def attending(model: ModelConfig) -> list[int]:
+    """Return the numbers, from 0, of the layers of softmax attention."""
+    return [i for i, layer in enumerate(family.layers(model)) if layer.cost.kernels == "softmax_attention"]
+
+
 def grouped(layers: Iterable[Layer]) -> list[tuple[Layer, int]]:
     """Return each layer once, with how often it stands there."""
     found: dict[int, tuple[Layer, int]] = {}

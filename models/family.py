@@ -9,7 +9,7 @@ import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_refine import models
 from megatron_refine.config import ModelConfig
@@ -17,13 +17,21 @@ from megatron_refine.models.hf import Format
 from megatron_refine.models.layer import Layer, named
 
 
+class Slot(NamedTuple):
+    """What SGLang keeps of a request in each layer that has a state, on a rank of a server."""
+
+    conv: list[tuple[int, ...]]  # shapes; the last rows before a convolution, or a window
+    temporal: tuple[int, ...]  # shape of the memory, in fp32
+
+
 @dataclass(frozen=True)
 class Serving:
     """How SGLang serves a family."""
 
-    module: str  # offers MODEL, the class that SGLang loads, and state_shape(model); needs SGLang
+    module: str  # offers MODEL, the class that SGLang loads, and slot(model, tp) -> Slot; needs SGLang
     by_columns: tuple[str, ...] = ("o_proj.weight", "down_proj.weight")  # ends of names that its ranks cut so
     whole: tuple[str, ...] = ("norm.weight",)  # ends of names that each of its ranks has whole; others: cut by rows
+    blocks: Callable[[Any], Mapping[str, Sequence[int]]] = lambda model: {}  # ends of names -> rows cut by themselves
 
 
 @dataclass(frozen=True)
@@ -97,7 +105,7 @@ def reference(model: ModelConfig) -> Callable[..., Any]:
 
 
 def serve(name: str) -> Any:
-    """Import what a family offers SGLang: `MODEL`, the class that it loads, and `state_shape(model)`. Needs SGLang."""
+    """Import what a family offers SGLang: `MODEL`, the class that it loads, and `slot(model, tp)`. Needs SGLang."""
     serving = of(name).serving
     assert serving, name
     return import_module(serving.module)

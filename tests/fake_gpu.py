@@ -31,12 +31,10 @@ def served(mode: str, path: str, *overrides: str) -> dict[str, Any]:
     stand_in_for_sglang()
     family = serve(config.model.family)
     with steps.counting():
-        shape = family.state_shape(config.model)
+        slot = family.slot(config.model, 1)
         pool = SimpleNamespace(cache_indices=torch.empty(4, dtype=torch.int64), has_initial_state=None)
-        pool.layer_cache = SimpleNamespace(
-            conv=[torch.empty(9, shape.channels, shape.conv_size - 1)],
-            temporal=torch.empty(9, shape.heads, shape.key_dim, shape.value_dim),
-        )
+        conv = [torch.empty(9, *shape) for shape in slot.conv]
+        pool.layer_cache = SimpleNamespace(conv=conv, temporal=torch.empty(9, *slot.temporal))
         Backend.pool = lambda layer: pool
         given = SimpleNamespace(typed_model=config.model, hf_shapes={})
         model = family.MODEL(given)
@@ -48,7 +46,8 @@ def served(mode: str, path: str, *overrides: str) -> dict[str, Any]:
             batch.extend_seq_lens, batch.extend_seq_lens_cpu = torch.empty(4, dtype=torch.int64), lengths
         with torch.no_grad(), steps.counter(mode):
             steps.counter.clear()
-            out = model.model(torch.empty(sum(lengths), dtype=torch.int64), batch)
+            tokens = torch.empty(sum(lengths), dtype=torch.int64)
+            out = model.model(tokens, tokens, batch)
     assert out.shape == (sum(lengths), config.model.hidden_size)
     launches = sum(each.launches for each in steps.counter.sums.values())
     return {"launches": launches, "reads": [place for _, place in steps.counter.reads]}

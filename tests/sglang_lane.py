@@ -21,6 +21,14 @@ MODELS: dict[str, dict[str, Any]] = {
     # two value heads a key head
     "gated_delta_net": _COMMON
     | {"family": "gated_delta_net", "num_heads": 4, "head_dim": 32, "num_v_heads": 8, "expand_v": 1.0},
+    "lact": _COMMON
+    | {"family": "lact", "num_lact_heads": 2, "num_attn_heads": 4, "lact_chunk_size": 48, "window_size": 40}
+    | {"w0_w2_low_rank": 8},
+    # a layer of each kind
+    "qwen3_5": _COMMON
+    | {"family": "qwen3_5", "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "rope_theta": 1e4}
+    | {"linear_num_key_heads": 4, "linear_num_value_heads": 8, "linear_key_head_dim": 32, "linear_value_head_dim": 16}
+    | {"layer_types": ["linear_attention", "full_attention"], "partial_rotary_factor": 0.5},
 }
 # prompts above 128 tokens are prefilled in parts
 SERVER_ARGS = ["--max-total-tokens", "16384", "--max-running-requests", "16", "--mem-fraction-static", "0.1"]

@@ -263,13 +263,15 @@ def test_checksum_on_a_gpu_is_the_kernels_formula(words: int, dtype: torch.dtype
 
 def test_parts_of_a_server_with_tp_make_up_the_tensor() -> None:
     rows, square = torch.randn(509, 8), torch.randn(6, 8)
-    parts = [guard.server_part(Serving(""), "model.embeddings.weight", rows, rank, 2) for rank in range(2)]
+    parts = [guard.server_part(Serving(""), None, "model.embeddings.weight", rows, rank, 2) for rank in range(2)]
     assert (
         [len(part) for part in parts] == [255, 255] and torch.cat(parts)[:509].equal(rows) and not parts[1][254].any()
     )
-    parts = [guard.server_part(Serving(""), "model.layers.0.attn.o_proj.weight", square, rank, 2) for rank in range(2)]
+    parts = [
+        guard.server_part(Serving(""), None, "model.layers.0.attn.o_proj.weight", square, rank, 2) for rank in range(2)
+    ]
     assert torch.cat(parts, 1).equal(square)
-    whole = guard.server_part(Serving(""), "model.layers.0.attn.o_norm.weight", rows[0], 1, 2)
+    whole = guard.server_part(Serving(""), None, "model.layers.0.attn.o_norm.weight", rows[0], 1, 2)
     assert whole.equal(rows[0])
 
 

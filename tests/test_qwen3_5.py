@@ -89,7 +89,6 @@ def test_presets_have_the_released_sizes(size: str) -> None:
         (["parallel.tp=8"], "parallel.tp=8"),
         (["model.num_key_value_heads=3"], "must divide model.num_attention_heads=4"),
         (["model.linear_num_value_heads=6"], "must be a multiple of model.linear_num_key_heads=4"),
-        (["engine.kind=sglang", "engine.python=x"], "SGLang does not serve model.family=qwen3_5"),
     ],
 )
 def test_what_does_not_fit_is_refused(tmp_path: Path, overrides: list[str], words: str) -> None:

@@ -58,6 +58,27 @@ def updates(
     return list(zip(found[:count], found[count : 2 * count], found[2 * count :], strict=True))
 
 
+def ascent(used: Tensor, x: Tensor, rates: Tensor) -> tuple[Tensor, Tensor]:
+    """G of tokens that find the weights `used` [N, H, 3, I, D]: a sum over them, x [N, H, 3, t, D], rates [N, H, t, 3].
+
+    Returns: G, shaped as the weights, in the precision of x; z [N, H, 3, t, I].
+    """
+    keys = x.flatten(0, 2)
+    z = torch.bmm(keys, used.flatten(0, 2).mT).unflatten(0, x.shape[:3])
+    return torch.bmm(passes.sides(z, rates).flatten(0, 2).mT, keys).unflatten(0, x.shape[:3]), z
+
+
+def ended(
+    rule: Rule, step: Tensor, total: Tensor, moved: Tensor, lengths: tuple[Tensor, Tensor], momentum: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The end of a chunk whose G is `step`, without gradient: T, M before it and its momentum [N, H] -> W in the
+    precision of T, T, M after it. Shapes as for `updates`."""
+    factor = None if momentum is None else momentum[:, :, None, None, None]
+    moved, taken, _, _ = _moved(rule, step, None if momentum is None else moved, factor, total.dtype)
+    used, total, _, _ = passes.applied(total, taken, *lengths, total.dtype, rule.prenorm)
+    return used, total, moved
+
+
 class _Updates(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -67,10 +88,7 @@ class _Updates(torch.autograd.Function):
         steps, found = list[Step](), list[tuple[Tensor, Tensor, Tensor]]()
         for i in range(count):
             span = slice(i * rule.chunk, (i + 1) * rule.chunk)
-            keys = x.flatten(0, 2)[:, span]
-            z = torch.bmm(keys, used.flatten(0, 2).mT).unflatten(0, x.shape[:3])
-            sides = passes.sides(z, rates[:, :, span])
-            step = torch.bmm(sides.flatten(0, 2).mT, keys).unflatten(0, x.shape[:3])
+            step, z = ascent(used, x[:, :, :, span], rates[:, :, span])
             before = None if momentum is None else moved
             moved, taken, unit, norm = _moved(rule, step, before, _factor(momentum, i), total.dtype)
             new, total, long, wide = passes.applied(total, taken, rows, columns, used.dtype, rule.prenorm)

@@ -24,25 +24,28 @@ Sums = dict[str, list[str]]
 """Name of a tensor -> its checksum on each rank of a server."""
 
 
-def server_part(serving: Serving, name: str, whole: Tensor, rank: int, tp: int) -> Tensor:
+def server_part(serving: Serving, model: Any, name: str, whole: Tensor, rank: int, tp: int) -> Tensor:
     """Return what a server's rank holds of a tensor in Hugging Face's format."""
     if tp == 1 or name.endswith(serving.whole):
         return whole
     if name.endswith(serving.by_columns):
         return whole.chunk(tp, 1)[rank]
+    for end, rows in serving.blocks(model).items():
+        if name.endswith(end):
+            return torch.cat([part.chunk(tp)[rank] for part in whole.split(list(rows))])
     size = -(-len(whole) // tp)  # a vocabulary that tp does not divide is padded with zeros
     part = whole[rank * size : (rank + 1) * size]
     return torch.cat([part, part.new_zeros(size - len(part), *part.shape[1:])])
 
 
 def expected_checksums(
-    serving: Serving, tensors: Iterable[tuple[str, Tensor]], kinds: set[tuple[int, str]]
+    serving: Serving, model: Any, tensors: Iterable[tuple[str, Tensor]], kinds: set[tuple[int, str]]
 ) -> dict[Any, Sums]:
     """Return, for each kind of server (tp, device), the checksums that the trainer's tensors should have there."""
     found: dict[Any, Sums] = {kind: {} for kind in kinds}
     for name, whole in tensors:
         for (tp, device), sums in found.items():
-            sums[name] = [checksum(server_part(serving, name, whole, rank, tp), device) for rank in range(tp)]
+            sums[name] = [checksum(server_part(serving, model, name, whole, rank, tp), device) for rank in range(tp)]
     return found
 
 

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from sglang.srt.configs.linear_attn_model_registry import LinearAttnModelSpec, register_linear_attn_model
 from sglang.srt.configs.mamba_utils import Mamba2CacheParams, Mamba2StateDType, Mamba2StateShape
-from sglang.srt.distributed import divide
 from sglang.srt.layers.attention.linear.short_conv_backend import ShortConvAttnBackend
 from sglang.srt.models.registry import ModelRegistry
 from sglang.srt.runtime_context import get_parallel
@@ -20,8 +19,10 @@ from megatron_refine.convert import inventory
 from megatron_refine.convert.fields import model_of
 from megatron_refine.convert.mapping import Converter
 from megatron_refine.models import family
+from megatron_refine.models.cost import attending
 from megatron_refine.models.family import Family
 
+OTHERS = ("window_size",)  # from which SGLang would set up an attention of its own
 BACKENDS = "sglang.srt.layers.attention.hybrid_linear_attn_backend"
 
 
@@ -37,7 +38,7 @@ class ServedConfig(PretrainedConfig):
     family = ""  # a folder of models/
 
     def __init__(self, **fields: Any):
-        super().__init__(**fields)
+        super().__init__(**{name: value for name, value in fields.items() if name not in OTHERS})
         self.fields = {name: value for name, value in fields.items() if not name.startswith("_")}
         if fields:  # transformers also makes an empty one, to see the defaults
             model = self.typed_model
@@ -45,6 +46,10 @@ class ServedConfig(PretrainedConfig):
             self.num_hidden_layers = model.num_layers
             self.num_attention_heads = self.num_key_value_heads = model.tp_limit()
             self.head_dim = 128  # of no layer; SGLang's attention backends take powers of two alone
+            for i in self.full_attention_layer_ids[:1]:
+                full = family.layers(model)[i].settings
+                self.num_attention_heads, self.num_key_value_heads = full.heads, full.kv_heads
+                self.head_dim = full.head_dim
             self.mamba_chunk_size = 64
 
     @property
@@ -63,31 +68,25 @@ class ServedConfig(PretrainedConfig):
 
     @property
     def full_attention_layer_ids(self) -> list[int]:
-        return []
+        """Layers that keep keys and values, in SGLang's pages; the others have slots of states."""
+        return attending(self.typed_model)
 
     @property
     def linear_layer_ids(self) -> list[int]:
-        return list(range(self.num_hidden_layers))
+        return sorted(set(range(self.num_hidden_layers)) - set(self.full_attention_layer_ids))
 
     @property
     def mamba2_cache_params(self) -> Mamba2CacheParams:
         """Shapes and dtypes of a slot: fp32, which holds rows of any dtype."""
-        state, tp = family.serve(self.family).state_shape(self.typed_model), get_parallel().attn_tp_size
-        heads, key_heads = divide(state.heads, tp), divide(state.key_heads, tp)
-        keys = state.key_heads * state.key_dim
+        tp = get_parallel().attn_tp_size
+        slot = family.serve(self.family).slot(self.typed_model, tp)
+        conv, temporal = slot.conv[0], slot.temporal
         shape = Mamba2StateShape(
-            conv=[(divide(state.channels, tp), state.conv_size - 1)],
-            temporal=(heads, state.key_dim, state.value_dim),
-            intermediate_size=state.heads * state.value_dim,
-            conv_dim=state.channels,
-            ssm_state_size=state.key_dim,
-            num_heads=state.heads,
-            head_dim=state.value_dim,
-            state_size=state.key_dim,
-            conv_kernel=state.conv_size,
-            num_k_heads_per_tp=key_heads,
-            conv_shard_groups=[keys, keys, state.heads * state.value_dim],
-        )
+            conv=slot.conv, temporal=temporal,
+            # of no use but to SGLang's own models
+            intermediate_size=conv[0] * tp, conv_dim=conv[0] * tp, ssm_state_size=temporal[-1],
+            num_heads=temporal[0] * tp, head_dim=temporal[-1], state_size=temporal[-1], conv_kernel=conv[-1] + 1,
+        )  # fmt: skip
         dtype = Mamba2StateDType(conv=torch.float32, temporal=torch.float32)
         return Mamba2CacheParams(shape=shape, layers=self.linear_layer_ids, dtype=dtype)
 

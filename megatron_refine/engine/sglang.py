@@ -203,7 +203,7 @@ class SGLangEngine:
         serving = family.of(self.config.model.family).serving
         assert serving, "the configuration refuses other families"
         with to_the_end(stage_tensors(self.model, self.converter, self.ranks)) as tensors:
-            return guard.expected_checksums(serving, tensors, kinds)
+            return guard.expected_checksums(serving, self.config.model, tensors, kinds)
 
     def _recover(self, version: int, error: str) -> None:
         """Bring all servers to `version` through the disk, again and again within the budget. Raises EngineError."""

@@ -24,7 +24,7 @@ from megatron_refine.errors import CheckpointError
 from megatron_refine.eval import files as task_files
 from megatron_refine.eval import tasks
 from megatron_refine.files import TornError
-from megatron_refine.models import cost
+from megatron_refine.models import cost, family
 from megatron_refine.report import metrics, tracking
 from megatron_refine.report.folder import read_progress
 from megatron_refine.report.summary import is_evaluation
@@ -199,9 +199,13 @@ def engine(config: Config) -> None:
     python, words = config.engine.python, " ".join(config.engine.args).replace("=", " ").split()
     if config.engine.kind != "sglang" or not config.refine.enabled or not python:
         return
-    if ("--attention-backend", "triton") in itertools.pairwise(words):
+    if ("--attention-backend", "triton") in itertools.pairwise(words) and not cost.attending(config.model):
         what = "it needs layers of softmax attention, and the model has none; leave it out, or choose fa3"
         raise ConfigError(f"engine.args: --attention-backend triton: {what}")
+    for i in cost.attending(config.model)[:1]:
+        keys = family.layers(config.model)[i].settings.kv_heads
+        if keys % config.engine.tp:
+            raise ConfigError(f"engine.tp={config.engine.tp}: must divide the {keys} key heads; choose a divisor")
     program = shutil.which(python)
     if not program:
         what = "no such interpreter; install SGLang, or name another (docs/sglang.md)"

@@ -6,13 +6,27 @@ from torch import Tensor
 
 from megatron_refine.models.delta_net.config import DeltaNetConfig
 from megatron_refine.models.delta_net.rule import write_strength
-from megatron_refine.models.mixers.delta.serve import DeltaAttention, DeltaForCausalLM, Ragged, StateShape, column
+from megatron_refine.models.family import Slot
+from megatron_refine.models.mixers.delta.serve import (
+    Decoder,
+    DeltaAttention,
+    ForCausalLM,
+    Ragged,
+    StateShape,
+    column,
+    slot_of,
+)
 
 
 def state_shape(model: DeltaNetConfig) -> StateShape:
     """Return the shape of a layer's state, over all ranks."""
     heads = model.num_heads
     return StateShape(heads, model.head_dim_k, model.head_dim_v, heads, model.conv_size)
+
+
+def slot(model: DeltaNetConfig, tp: int) -> Slot:
+    """Return what a layer with a state keeps of a request, on each rank."""
+    return slot_of(state_shape(model), tp)
 
 
 class DeltaNetAttention(DeltaAttention):
@@ -27,8 +41,9 @@ class DeltaNetAttention(DeltaAttention):
         return {"q": q, "k": k, "v": v, "beta": write_strength(ragged.batch(self.b_proj(x)[0]), self.beta_range)}
 
 
-class DeltaNetForCausalLM(DeltaForCausalLM):
-    attention: Any = DeltaNetAttention
+class DeltaNetForCausalLM(ForCausalLM):
+    def decoder(self, model: Any) -> Decoder:
+        return Decoder(model, DeltaNetAttention)
 
 
 MODEL = DeltaNetForCausalLM

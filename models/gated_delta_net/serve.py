@@ -4,14 +4,17 @@ from typing import Any
 
 from torch import Tensor
 
+from megatron_refine.models.family import Slot
 from megatron_refine.models.gated_delta_net.config import GatedDeltaNetConfig
 from megatron_refine.models.mixers.delta.serve import (
+    Decoder,
     DeltaAttention,
-    DeltaForCausalLM,
+    ForCausalLM,
     Ragged,
     StateShape,
     column,
     sharded_parameter,
+    slot_of,
 )
 from megatron_refine.models.mixers.gated_delta.rule import gate_output, gates
 
@@ -19,6 +22,11 @@ from megatron_refine.models.mixers.gated_delta.rule import gate_output, gates
 def state_shape(model: GatedDeltaNetConfig) -> StateShape:
     """Return the shape of a layer's state, over all ranks."""
     return StateShape(model.value_heads, model.head_dim, model.head_dim_v, model.num_heads, model.conv_size)
+
+
+def slot(model: GatedDeltaNetConfig, tp: int) -> Slot:
+    """Return what a layer with a state keeps of a request, on each rank."""
+    return slot_of(state_shape(model), tp)
 
 
 class GatedDeltaNetAttention(DeltaAttention):
@@ -43,8 +51,9 @@ class GatedDeltaNetAttention(DeltaAttention):
         return gate_output(o, self.o_norm.weight, self.o_norm.eps, self.g_proj(x)[0])
 
 
-class GatedDeltaNetForCausalLM(DeltaForCausalLM):
-    attention: Any = GatedDeltaNetAttention
+class GatedDeltaNetForCausalLM(ForCausalLM):
+    def decoder(self, model: Any) -> Decoder:
+        return Decoder(model, GatedDeltaNetAttention)
 
 
 MODEL = GatedDeltaNetForCausalLM

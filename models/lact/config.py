@@ -1,6 +1,6 @@
 """The shape of a LaCT model. No torch, no Megatron: a configuration error is instant."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
@@ -12,6 +12,8 @@ class LactConfig(ModelConfig):
 
     Names and defaults follow the config.json of the authors' released language models.
     """
+
+    served: ClassVar[bool] = True
 
     family: Literal["lact"] = Field(description="LaCT (arXiv 2505.23884).")
     num_lact_heads: int = Field(

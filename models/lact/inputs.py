@@ -16,6 +16,7 @@ from megatron_refine.kernels.lact import Tokens
 from megatron_refine.models.common.rope import Table, rope
 from megatron_refine.models.lact.config import LactConfig
 
+IDENTITY = 0.5  # of the initial W0 and W2 beside their low-rank part
 UNIT_EPS, READ_EPS = 1e-5, 1e-5  # whatever norm_eps is
 BASE_RATE = 0.001
 BASE_RATE_INVERSE = BASE_RATE + math.log(-math.expm1(-BASE_RATE))  # softplus^-1

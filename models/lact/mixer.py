@@ -26,11 +26,9 @@ from megatron_refine.kernels.window_attention import branch_attention, window_at
 from megatron_refine.models.common.norm import HeadNorm
 from megatron_refine.models.common.rope import Table, first_positions, table
 from megatron_refine.models.lact.config import LactConfig
-from megatron_refine.models.lact.inputs import READ_EPS, Inputs, Shape, joined
+from megatron_refine.models.lact.inputs import IDENTITY, READ_EPS, Inputs, Shape, joined
 from megatron_refine.models.lact.state import LactState
 from megatron_refine.models.mixer import Mixer, sharded
-
-IDENTITY = 0.5  # of the initial W0 and W2 beside their low-rank part
 
 
 @dataclass(frozen=True)

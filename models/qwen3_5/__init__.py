@@ -9,5 +9,6 @@ from megatron_refine.models.qwen3_5.hf import FORMAT
 PROJECTIONS = dict.fromkeys("qkv", "in_proj_qkv") | {"g": "in_proj_z", "a": "in_proj_a", "b": "in_proj_b"}
 
 FAMILY = Family(
-    "qwen3_5", Qwen35Config, lambda model: qwen.layers(model, PROJECTIONS), FORMAT, f"{__name__}.reference:logits"
-)
+    "qwen3_5", Qwen35Config, lambda model: qwen.layers(model, PROJECTIONS), FORMAT, f"{__name__}.reference:logits",
+    qwen.serving("megatron_refine.models.common.qwen.serve"),
+)  # fmt: skip

@@ -38,13 +38,13 @@ def prepared(
     heads, k, v = split(rows, queries, dim)
     q = heads[..., :dim].flatten(2, 3)
     if norms is not None:
-        q, k = (_normed(x, w, norms.eps, norms.zero_centred) for x, w in ((q, norms.q), (k, norms.k)))
+        q, k = (normed(x, w, norms.eps, norms.zero_centred) for x, w in ((q, norms.q), (k, norms.k)))
     if turn is not None:
         q, k = rope(q, *turn), rope(k, *turn)
     return q, k.contiguous(), v.contiguous()
 
 
-def _normed(x: Tensor, weight: Tensor, eps: float, zero_centred: bool) -> Tensor:
+def normed(x: Tensor, weight: Tensor, eps: float, zero_centred: bool) -> Tensor:
     """RMSNorm over the last dimension, statistics and weight in at least fp32."""
     high = torch.promote_types(x.dtype, torch.float32)
     return F.rms_norm(x.to(high), weight.shape, weight.to(high) + zero_centred, eps).to(x.dtype)

@@ -8,7 +8,7 @@ Parameters have the names and shapes of the tensors in Hugging Face's format, on
 compare checksums. Imported by SGLang's processes only; needs no Megatron.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from megatron_refine.kernels.delta_rule import delta_rule, l2_normalize, packed_delta_rule
 from megatron_refine.kernels.short_conv import short_conv
+from megatron_refine.models.family import Slot
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,21 @@ class StateShape:
     conv_size: int  # W
 
     @property
-    def channels(self) -> int:
+    def blocks(self) -> tuple[int, int, int]:
         """Columns that pass the convolution: queries, keys, values."""
-        return 2 * self.key_heads * self.key_dim + self.heads * self.value_dim
+        keys = self.key_heads * self.key_dim
+        return keys, keys, self.heads * self.value_dim
+
+    @property
+    def channels(self) -> int:
+        """All of them."""
+        return sum(self.blocks)
+
+
+def slot_of(shape: StateShape, tp: int) -> Slot:
+    """Return what a layer keeps of a request, on each rank."""
+    conv = divide(shape.channels, tp), shape.conv_size - 1
+    return Slot([conv], (divide(shape.heads, tp), shape.key_dim, shape.value_dim))
 
 
 class Ragged:
@@ -84,21 +97,22 @@ class Ragged:
 
 
 class Sharded(nn.Module):
-    """A weight that is no linear layer, cut along axis 0 over tp."""
+    """A weight that is no linear layer of SGLang's, cut along axis 0 over tp."""
 
-    def __init__(self, *shape: int):
+    def __init__(self, *shape: int, blocks: Sequence[int] = ()):
         super().__init__()
-        self.weight = sharded_parameter(*shape)
+        self.weight = sharded_parameter(*shape, blocks=blocks)
 
 
-def sharded_parameter(*shape: int) -> nn.Parameter:
-    """This rank's part of a parameter of the whole `shape`, cut along axis 0."""
+def sharded_parameter(*shape: int, blocks: Sequence[int] = ()) -> nn.Parameter:
+    """This rank's part of a parameter of the whole `shape`, cut along axis 0; blocks: rows that are cut by themselves,
+    as in a fused [q | k | v]."""
     parallel = get_parallel()
-    size = divide(shape[0], parallel.tp_size)
-    parameter = nn.Parameter(torch.empty(size, *shape[1:]), requires_grad=False)
+    parameter = nn.Parameter(torch.empty(divide(shape[0], parallel.tp_size), *shape[1:]), requires_grad=False)
 
     def load(param: nn.Parameter, whole: Tensor) -> None:
-        param.data.copy_(whole.narrow(0, parallel.tp_rank * size, size))
+        parts = whole.split(list(blocks) or len(whole))
+        param.data.copy_(torch.cat([part.chunk(parallel.tp_size)[parallel.tp_rank] for part in parts]))
 
     parameter.weight_loader = load  # type: ignore[attr-defined]
     return parameter
@@ -119,28 +133,29 @@ def column(width: int, out: int) -> ColumnParallelLinear:
     return ColumnParallelLinear(width, out, bias=False)
 
 
-class DeltaAttention(nn.Module):
-    """The mixer of a layer. A family adds its projections and turns them into the inputs of the delta rule."""
+class StateMixer(nn.Module):
+    """The mixer of a layer on its slots. A subclass projects the rows, and turns them into inputs of the delta rule."""
 
-    def __init__(self, model: Any, shape: StateShape, layer: int):
+    def __init__(self, shape: StateShape, layer: int):
         super().__init__()
         self.layer, self.shape = layer, shape
-        hidden, keys, values = model.hidden_size, shape.key_heads * shape.key_dim, shape.heads * shape.value_dim
-        self.q_proj, self.k_proj, self.v_proj = (column(hidden, width) for width in (keys, keys, values))
-        self.q_conv1d, self.k_conv1d, self.v_conv1d = (
-            Sharded(width, 1, shape.conv_size) for width in (keys, keys, values)
-        )
-        self.o_norm = Norm(shape.value_dim, model.norm_eps)
-        self.o_proj = RowParallelLinear(values, hidden, bias=False)
+
+    def columns(self, x: Tensor) -> Tensor:
+        """Rows [R, hidden] -> those of queries, keys and values before the convolution [R, C]."""
+        raise NotImplementedError
+
+    def taps(self) -> Tensor:
+        """Weight of the convolution [C, W]."""
+        raise NotImplementedError
 
     def rule_inputs(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, ragged: Ragged) -> dict[str, Tensor]:
         """Rows x [R, hidden] and what the convolution made of them, q, k [N, L, key heads, K] of unit length, v
         [N, L, H, V] -> arguments of delta_rule. N, L: as of `Ragged.batch`."""
         raise NotImplementedError
 
-    def read_out(self, x: Tensor, o: Tensor) -> Tensor:
-        """Outputs [R, H, V] of the delta rule, normed; a family may gate them by the rows x [R, hidden]."""
-        return self.o_norm(o)
+    def output(self, x: Tensor, o: Tensor) -> Tensor:
+        """Outputs [R, H, V] of the delta rule for rows x [R, hidden] -> [R, hidden]."""
+        raise NotImplementedError
 
     def forward(self, x: Tensor, batch: Any, ragged: Ragged) -> Tensor:
         """[R, hidden] -> [R, hidden]; reads and writes the slots of the batch's requests."""
@@ -153,16 +168,39 @@ class DeltaAttention(nn.Module):
             fresh = ~pool.has_initial_state
             tail = tail.masked_fill(fresh[:, None, None], 0)
             state = state.masked_fill(fresh[:, None, None, None], 0)
-        rows = torch.cat([project(x)[0] for project in (self.q_proj, self.k_proj, self.v_proj)], -1)
-        weight = torch.cat([c.weight for c in (self.q_conv1d, self.k_conv1d, self.v_conv1d)])[:, 0]
-        mixed, tail = ragged.convolved(rows, weight, tail.to(rows.dtype))
+        rows = self.columns(x)
+        mixed, tail = ragged.convolved(rows, self.taps(), tail.to(rows.dtype))
         conv[slots] = tail.mT.to(conv.dtype)
-        widths = [c.weight.shape[0] for c in (self.q_conv1d, self.k_conv1d, self.v_conv1d)]
         head_dims = (self.shape.key_dim, self.shape.key_dim, self.shape.value_dim)
-        parts = ragged.batch(mixed).split(widths, -1)
+        parts = ragged.batch(mixed).split([size // get_parallel().tp_size for size in self.shape.blocks], -1)
         q, k, v = (z.unflatten(-1, (-1, d)) for z, d in zip(parts, head_dims, strict=True))
         o, final = ragged.rule(state, self.rule_inputs(x, l2_normalize(q), l2_normalize(k), v, ragged))
         memory[slots] = final.to(memory.dtype)
+        return self.output(x, o)
+
+
+class DeltaAttention(StateMixer):
+    """The mixer with a tensor for each projection, as flash-linear-attention names them. A family adds its own."""
+
+    def __init__(self, model: Any, shape: StateShape, layer: int):
+        super().__init__(shape, layer)
+        hidden = model.hidden_size
+        self.q_proj, self.k_proj, self.v_proj = (column(hidden, width) for width in shape.blocks)
+        self.q_conv1d, self.k_conv1d, self.v_conv1d = (Sharded(width, 1, shape.conv_size) for width in shape.blocks)
+        self.o_norm = Norm(shape.value_dim, model.norm_eps)
+        self.o_proj = RowParallelLinear(shape.blocks[-1], hidden, bias=False)
+
+    def columns(self, x: Tensor) -> Tensor:
+        return torch.cat([project(x)[0] for project in (self.q_proj, self.k_proj, self.v_proj)], -1)
+
+    def taps(self) -> Tensor:
+        return torch.cat([c.weight for c in (self.q_conv1d, self.k_conv1d, self.v_conv1d)])[:, 0]
+
+    def read_out(self, x: Tensor, o: Tensor) -> Tensor:
+        """Outputs [R, H, V] of the delta rule, normed; a family may gate them by the rows x [R, hidden]."""
+        return self.o_norm(o)
+
+    def output(self, x: Tensor, o: Tensor) -> Tensor:
         return self.o_proj(self.read_out(x, o).to(x.dtype).flatten(-2))[0]
 
 
@@ -192,43 +230,57 @@ class Layer(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
+def embedding(model: Any) -> VocabParallelEmbedding:
+    # padded no further than tp divides: the checksum of a weight is that of the trainer's rows
+    return VocabParallelEmbedding(model.vocab_size, model.hidden_size, padding_size=1)
+
+
 class Decoder(nn.Module):
     """Token ids [R] -> final-norm rows [R, hidden]."""
 
     def __init__(self, model: Any, attention: Any):
+        """attention(model, layer): the mixer of a layer."""
         super().__init__()
-        # padded no further than tp divides: the checksum of a weight is that of the trainer's rows
-        self.embeddings = VocabParallelEmbedding(model.vocab_size, model.hidden_size, padding_size=1)
+        self.backend: Any = None  # of the last pass
+        self.embeddings = embedding(model)
         self.layers = nn.ModuleList(Layer(model, attention(model, i)) for i in range(model.num_layers))
         self.norm = Norm(model.hidden_size, model.norm_eps)
 
-    def forward(self, tokens: Tensor, batch: Any) -> Tensor:
+    @property
+    def table(self) -> VocabParallelEmbedding:
+        return self.embeddings
+
+    def forward(self, tokens: Tensor, positions: Tensor, batch: Any) -> Tensor:
+        """positions [R]: not needed, the states know them."""
+        self.backend = get_attn_backend()
         ragged, x = Ragged(batch), self.embeddings(tokens)
         for layer in self.layers:
             x = layer(x, batch, ragged)
         return self.norm(x)
 
 
-class DeltaForCausalLM(nn.Module):
-    """What SGLang loads and calls. A family's subclass names its attention."""
-
-    attention: Any  # attention(model, layer) -> DeltaAttention
+class ForCausalLM(nn.Module):
+    """What SGLang loads and calls. A family's subclass makes its decoder."""
 
     def __init__(self, config: Any, quant_config: Any = None, prefix: str = "", **_: Any):
         super().__init__()
         if quant_config is not None:
             raise ValueError("quantized weights are not served; start the server without --quantization")
         model = config.typed_model
-        self.model = Decoder(model, type(self).attention)
-        self.lm_head = self.model.embeddings
+        self.model = self.decoder(model)
+        self.lm_head = self.model.table
         if not model.tie_embeddings:
             self.lm_head = ParallelLMHead(model.vocab_size, model.hidden_size, padding_size=1)
         self.logits_processor = LogitsProcessor(config)
         self.config, self.shapes = config, config.hf_shapes
 
+    def decoder(self, model: Any) -> Any:
+        """Make the module that turns tokens, positions and a batch into rows; its `table` is the embedding."""
+        raise NotImplementedError
+
     def forward(self, input_ids: Tensor, positions: Tensor, forward_batch: Any) -> Any:
-        """Token ids [R] -> SGLang's logits of the rows that it asks for. Positions: the state knows them."""
-        rows = self.model(input_ids, forward_batch)
+        """Token ids [R] at positions [R] -> SGLang's logits of the rows that it asks for."""
+        rows = self.model(input_ids, positions, forward_batch)
         return self.logits_processor(input_ids, rows, self.lm_head, forward_batch)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
