@@ -29,7 +29,8 @@ train: .venv/ready ## train a tiny model with REFINE on two CPU ranks; MODEL=a f
 
 train-sglang: .venv/ready .venv-sglang/ready ## the same with rollouts from an SGLang server on the CPU
 	@$(BIN)/megatron-refine train --ranks 2 --config configs/quickstart.yaml \
-		--config configs/engines/quickstart_sglang.yaml $(ARGS)
+		$(if $(MODEL),--config configs/models/$(MODEL).yaml) --config configs/engines/quickstart_sglang.yaml \
+		$(if $(MODEL),run.dir=runs/quickstart_sglang_$(MODEL)) $(ARGS)
 
 bench: .venv/ready ## time steps of the quickstart: NTP-only, fused and two-pass in turn
 	@$(BIN)/torchrun --standalone --nproc-per-node 2 -m megatron_refine bench step --config configs/quickstart.yaml $(ARGS)

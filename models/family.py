@@ -5,6 +5,7 @@ pulls in neither torch nor Megatron.
 """
 
 import functools
+import math
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,14 +22,20 @@ class Slot(NamedTuple):
     """What SGLang keeps of a request in each layer that has a state, on a rank of a server."""
 
     conv: list[tuple[int, ...]]  # shapes; the last rows before a convolution, or a window
-    temporal: tuple[int, ...]  # shape of the memory, in fp32
+    temporal: tuple[int, ...]  # shape of the memory
+
+    @property
+    def bytes(self) -> int:
+        """Of a layer: all of it is fp32."""
+        return 4 * sum(math.prod(shape) for shape in (*self.conv, self.temporal))
 
 
 @dataclass(frozen=True)
 class Serving:
     """How SGLang serves a family."""
 
-    module: str  # offers MODEL, the class that SGLang loads, and slot(model, tp) -> Slot; needs SGLang
+    module: str  # offers MODEL, the class that SGLang loads; needs SGLang
+    slot: Callable[[Any, int], Slot]  # of a model, on each of tp ranks
     by_columns: tuple[str, ...] = ("o_proj.weight", "down_proj.weight")  # ends of names that its ranks cut so
     whole: tuple[str, ...] = ("norm.weight",)  # ends of names that each of its ranks has whole; others: cut by rows
     blocks: Callable[[Any], Mapping[str, Sequence[int]]] = lambda model: {}  # ends of names -> rows cut by themselves
@@ -105,7 +112,7 @@ def reference(model: ModelConfig) -> Callable[..., Any]:
 
 
 def serve(name: str) -> Any:
-    """Import what a family offers SGLang: `MODEL`, the class that it loads, and `slot(model, tp)`. Needs SGLang."""
+    """Import what a family offers SGLang: `MODEL`, the class that it loads. Needs SGLang."""
     serving = of(name).serving
     assert serving, name
     return import_module(serving.module)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from megatron_refine.bench.launches.steps import Steps
 from megatron_refine.config import load
-from megatron_refine.models.family import FAMILIES, serve
+from megatron_refine.models.family import FAMILIES, of, serve
 
 
 def rollouts(path: str, *overrides: str) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def served(mode: str, path: str, *overrides: str) -> dict[str, Any]:
     stand_in_for_sglang()
     family = serve(config.model.family)
     with steps.counting():
-        slot = family.slot(config.model, 1)
+        slot = of(config.model.family).serving.slot(config.model, 1)
         pool = SimpleNamespace(cache_indices=torch.empty(4, dtype=torch.int64), has_initial_state=None)
         conv = [torch.empty(9, *shape) for shape in slot.conv]
         pool.layer_cache = SimpleNamespace(conv=conv, temporal=torch.empty(9, *slot.temporal))

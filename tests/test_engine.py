@@ -25,7 +25,7 @@ from megatron_refine.engine.errors import EngineError, ServerError
 from megatron_refine.engine.fleet import Fleet
 from megatron_refine.engine.launch import command, environment, first_gpus, positions, reserve_port
 from megatron_refine.engine.server import MOVES, Condition, Server
-from megatron_refine.models.family import Serving
+from megatron_refine.models.family import Serving, Slot
 from megatron_refine.platform import hardware
 from megatron_refine.run import preflight
 from tests import sglang_lane as lane
@@ -115,6 +115,7 @@ def test_the_command_line_of_a_server(tmp_path: Path) -> None:
     assert dict(itertools.pairwise(low))["--dtype"] == "bfloat16"
 
 
+SERVING = Serving("", lambda model, tp: Slot([], ()))
 GPUS: list[tuple[list[str], int, int, list[int | None]]] = [  # overrides, GPUs, ranks here, each server's first GPU
     (["engine.sync=disk"], 1, 1, [0]),
     ([], 2, 1, [1]),
@@ -219,9 +220,9 @@ def test_what_cannot_be_recorded_is_refused(override: str, tmp_path: Path) -> No
         small_config(tmp_path, *server, "engine.cuda_graphs=true")
 
 
-def test_lact_is_not_served(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="SGLang does not serve model.family=lact; set engine.kind=native"):
-        small_config(tmp_path, "engine.kind=sglang", "engine.urls=[http://127.0.0.1:1]", model="lact")
+def test_a_family_without_a_server_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="SGLang does not serve model.family=olmo_hybrid; set engine.kind=native"):
+        small_config(tmp_path, "engine.kind=sglang", "engine.urls=[http://127.0.0.1:1]", model="olmo_hybrid")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -263,15 +264,15 @@ def test_checksum_on_a_gpu_is_the_kernels_formula(words: int, dtype: torch.dtype
 
 def test_parts_of_a_server_with_tp_make_up_the_tensor() -> None:
     rows, square = torch.randn(509, 8), torch.randn(6, 8)
-    parts = [guard.server_part(Serving(""), None, "model.embeddings.weight", rows, rank, 2) for rank in range(2)]
+    parts = [guard.server_part(SERVING, None, "model.embeddings.weight", rows, rank, 2) for rank in range(2)]
     assert (
         [len(part) for part in parts] == [255, 255] and torch.cat(parts)[:509].equal(rows) and not parts[1][254].any()
     )
     parts = [
-        guard.server_part(Serving(""), None, "model.layers.0.attn.o_proj.weight", square, rank, 2) for rank in range(2)
+        guard.server_part(SERVING, None, "model.layers.0.attn.o_proj.weight", square, rank, 2) for rank in range(2)
     ]
     assert torch.cat(parts, 1).equal(square)
-    whole = guard.server_part(Serving(""), None, "model.layers.0.attn.o_norm.weight", rows[0], 1, 2)
+    whole = guard.server_part(SERVING, None, "model.layers.0.attn.o_norm.weight", rows[0], 1, 2)
     assert whole.equal(rows[0])
 
 

@@ -30,7 +30,7 @@ class Served:
         self.model = serving.MODEL(SimpleNamespace(typed_model=self.config, hf_shapes={}))
         for parameter in self.model.parameters():
             parameter.data.normal_(0, 0.1, generator=generator)
-        slot = serving.slot(self.config, 1)
+        slot = family.of(self.config.family).serving.slot(self.config, 1)
         self.pools = [
             SimpleNamespace(
                 conv=[torch.full((SLOTS, *shape), 7.0) for shape in slot.conv],

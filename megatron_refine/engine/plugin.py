@@ -79,7 +79,9 @@ class ServedConfig(PretrainedConfig):
     def mamba2_cache_params(self) -> Mamba2CacheParams:
         """Shapes and dtypes of a slot: fp32, which holds rows of any dtype."""
         tp = get_parallel().attn_tp_size
-        slot = family.serve(self.family).slot(self.typed_model, tp)
+        serving = family.of(self.family).serving
+        assert serving
+        slot = serving.slot(self.typed_model, tp)
         conv, temporal = slot.conv[0], slot.temporal
         shape = Mamba2StateShape(
             conv=slot.conv, temporal=temporal,

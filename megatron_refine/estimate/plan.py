@@ -88,7 +88,9 @@ def _server(config: Config) -> list[str]:
         return []
     model, tp = config.model, config.engine.tp
     weights = cost.parameters(model) * itemsize(config) / tp / 2**30
-    state = sum(layer.cost.state_bytes(itemsize(config)) for layer in family.layers(model)) / tp / 2**30
+    serving, layers = family.of(model.family).serving, model.num_layers - len(cost.attending(model))
+    assert serving, "the configuration refuses other families"
+    state = layers * serving.slot(model, tp).bytes / 2**30
     requests = config.engine.max_requests
     return [
         f"a GPU of an SGLang server, tp {tp}: weights {weights:.2f} GiB, states of {requests} requests "

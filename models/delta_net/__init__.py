@@ -2,7 +2,7 @@
 
 from megatron_refine.models.delta_net.config import DeltaNetConfig
 from megatron_refine.models.delta_net.hf import FORMAT, mixer_tensors
-from megatron_refine.models.family import Family, Serving
+from megatron_refine.models.family import Family, Serving, Slot
 from megatron_refine.models.hf import layer_tensors
 from megatron_refine.models.layer import Layer
 from megatron_refine.models.mixers.delta.cost import DeltaCost
@@ -18,6 +18,11 @@ def layers(model: DeltaNetConfig) -> list[Layer]:
     return [layer] * model.num_layers
 
 
+def slot(model: DeltaNetConfig, tp: int) -> Slot:
+    """Return what a server keeps of a request in a layer."""
+    return model.state_shape.slot(tp)
+
+
 FAMILY = Family(
-    "delta_net", DeltaNetConfig, layers, FORMAT, f"{__name__}.reference:logits", Serving(f"{__name__}.serve")
+    "delta_net", DeltaNetConfig, layers, FORMAT, f"{__name__}.reference:logits", Serving(f"{__name__}.serve", slot)
 )

@@ -5,6 +5,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, ValidationInfo, field_validator
 
 from megatron_refine.config import ModelConfig
+from megatron_refine.models.mixers.delta.slots import StateShape
 
 
 class DeltaNetConfig(ModelConfig):
@@ -36,6 +37,11 @@ class DeltaNetConfig(ModelConfig):
     @property
     def head_dim_v(self) -> int:
         return round(self.hidden_size * self.expand_v / self.num_heads)
+
+    @property
+    def state_shape(self) -> StateShape:
+        """What a server keeps of a request, over all ranks."""
+        return StateShape(self.num_heads, self.head_dim_k, self.head_dim_v, self.num_heads, self.conv_size)
 
     def tp_limit(self) -> int:
         """Number of heads: tensor parallelism shards every mixer tensor by heads."""

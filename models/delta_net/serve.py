@@ -6,34 +6,20 @@ from torch import Tensor
 
 from megatron_refine.models.delta_net.config import DeltaNetConfig
 from megatron_refine.models.delta_net.rule import write_strength
-from megatron_refine.models.family import Slot
 from megatron_refine.models.mixers.delta.serve import (
     Decoder,
     DeltaAttention,
     ForCausalLM,
     Ragged,
-    StateShape,
     column,
-    slot_of,
 )
-
-
-def state_shape(model: DeltaNetConfig) -> StateShape:
-    """Return the shape of a layer's state, over all ranks."""
-    heads = model.num_heads
-    return StateShape(heads, model.head_dim_k, model.head_dim_v, heads, model.conv_size)
-
-
-def slot(model: DeltaNetConfig, tp: int) -> Slot:
-    """Return what a layer with a state keeps of a request, on each rank."""
-    return slot_of(state_shape(model), tp)
 
 
 class DeltaNetAttention(DeltaAttention):
     """Adds the write strength."""
 
     def __init__(self, model: DeltaNetConfig, layer: int):
-        super().__init__(model, state_shape(model), layer)
+        super().__init__(model, model.state_shape, layer)
         self.beta_range = 2.0 if model.allow_neg_eigval else 1.0
         self.b_proj = column(model.hidden_size, model.num_heads)
 

@@ -1,6 +1,6 @@
 """Gated DeltaNet (arXiv 2412.06464): the delta rule with a decay of the state, and a gated output norm."""
 
-from megatron_refine.models.family import Family, Serving
+from megatron_refine.models.family import Family, Serving, Slot
 from megatron_refine.models.gated_delta_net.config import GatedDeltaNetConfig
 from megatron_refine.models.gated_delta_net.hf import FORMAT
 from megatron_refine.models.hf import layer_tensors
@@ -19,6 +19,16 @@ def layers(model: GatedDeltaNetConfig) -> list[Layer]:
     return [Layer(MIXER, mixer, mixer.cost, layer_tensors(model, own))] * model.num_layers
 
 
+def slot(model: GatedDeltaNetConfig, tp: int) -> Slot:
+    """Return what a server keeps of a request in a layer."""
+    return model.state_shape.slot(tp)
+
+
 FAMILY = Family(
-    "gated_delta_net", GatedDeltaNetConfig, layers, FORMAT, f"{__name__}.reference:logits", Serving(f"{__name__}.serve")
+    "gated_delta_net",
+    GatedDeltaNetConfig,
+    layers,
+    FORMAT,
+    f"{__name__}.reference:logits",
+    Serving(f"{__name__}.serve", slot),
 )

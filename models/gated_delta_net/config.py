@@ -5,6 +5,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, ValidationInfo, field_validator
 
 from megatron_refine.config import ModelConfig
+from megatron_refine.models.mixers.delta.slots import StateShape
 
 
 class GatedDeltaNetConfig(ModelConfig):
@@ -35,6 +36,11 @@ class GatedDeltaNetConfig(ModelConfig):
     @property
     def head_dim_v(self) -> int:
         return round(self.head_dim * self.expand_v)
+
+    @property
+    def state_shape(self) -> StateShape:
+        """What a server keeps of a request, over all ranks."""
+        return StateShape(self.value_heads, self.head_dim, self.head_dim_v, self.num_heads, self.conv_size)
 
     def tp_limit(self) -> int:
         """Number of key heads: tensor parallelism shards every mixer tensor by them."""

@@ -4,36 +4,23 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_refine.models.family import Slot
 from megatron_refine.models.gated_delta_net.config import GatedDeltaNetConfig
 from megatron_refine.models.mixers.delta.serve import (
     Decoder,
     DeltaAttention,
     ForCausalLM,
     Ragged,
-    StateShape,
     column,
     sharded_parameter,
-    slot_of,
 )
 from megatron_refine.models.mixers.gated_delta.rule import gate_output, gates
-
-
-def state_shape(model: GatedDeltaNetConfig) -> StateShape:
-    """Return the shape of a layer's state, over all ranks."""
-    return StateShape(model.value_heads, model.head_dim, model.head_dim_v, model.num_heads, model.conv_size)
-
-
-def slot(model: GatedDeltaNetConfig, tp: int) -> Slot:
-    """Return what a layer with a state keeps of a request, on each rank."""
-    return slot_of(state_shape(model), tp)
 
 
 class GatedDeltaNetAttention(DeltaAttention):
     """Adds the write strength, the decay and the output gate."""
 
     def __init__(self, model: GatedDeltaNetConfig, layer: int):
-        super().__init__(model, state_shape(model), layer)
+        super().__init__(model, model.state_shape, layer)
         self.beta_range = 2.0 if model.allow_neg_eigval else 1.0
         hidden, heads = model.hidden_size, model.value_heads
         self.a_proj, self.b_proj = column(hidden, heads), column(hidden, heads)

@@ -68,6 +68,11 @@ class LactConfig(ModelConfig):
         """Inner width I of a head's fast weights."""
         return int(self.head_dim * self.inter_multi)
 
+    @property
+    def planes(self) -> int:
+        """Times three matrices [I, D] that a server keeps of a head: W, G; T (prenorm); M (momentum)."""
+        return 2 + self.ttt_prenorm + self.use_momentum
+
     def tp_limit(self) -> int:
         """Number of fast-weight heads: tensor parallelism shards every mixer tensor by them."""
         return self.num_lact_heads

@@ -22,23 +22,11 @@ from torch import Tensor, nn
 from megatron_refine.kernels.lact import Rule, ascent, ended, read, row_lengths, stacked
 from megatron_refine.kernels.window_attention import branch_attention, window_attention
 from megatron_refine.models.common.rope import Table, table
-from megatron_refine.models.family import Slot
 from megatron_refine.models.lact.config import LactConfig
 from megatron_refine.models.lact.inputs import IDENTITY, Inputs, Shape, joined
 from megatron_refine.models.mixers.delta.serve import Decoder, ForCausalLM, Norm, Ragged, sharded_parameter
 
 PADDING = 0  # the slot that is nobody's
-
-
-def planes(model: LactConfig) -> int:
-    """Count the matrices [I, D] triples of a head's state: W, G; T (prenorm); M (momentum)."""
-    return 2 + model.ttt_prenorm + model.use_momentum
-
-
-def slot(model: LactConfig, tp: int) -> Slot:
-    """Return what a layer keeps of a request, on each rank."""
-    heads, size = divide(model.num_lact_heads, tp), 3 * model.inner_dim * model.head_dim
-    return Slot([(model.window_size, 2 * divide(model.hidden_size, tp))], (heads, planes(model) * size + 1))
 
 
 @dataclass
@@ -62,7 +50,7 @@ class Fast:
     def unpack(cls, model: LactConfig, kept: Tensor) -> "Fast":
         """Read rows [N, H, *] of the pool."""
         inner, dim = model.inner_dim, model.head_dim
-        whole = kept[..., :-1].unflatten(-1, (planes(model), 3, inner, dim))
+        whole = kept[..., :-1].unflatten(-1, (model.planes, 3, inner, dim))
         used, step, *more = whole.unbind(2)
         total = more.pop(0) if model.ttt_prenorm else used
         return cls(used, total, more.pop(0) if model.use_momentum else torch.zeros_like(used), step, kept[..., -1])

@@ -4,6 +4,7 @@ from pydantic import Field
 
 from megatron_refine.models.common.hybrid import HybridConfig
 from megatron_refine.models.mixers.attention.config import AttentionConfig
+from megatron_refine.models.mixers.delta.slots import StateShape
 from megatron_refine.models.mixers.gated_delta import GatedDelta
 
 
@@ -34,6 +35,12 @@ class QwenConfig(HybridConfig):
             self.hidden_size, self.linear_num_key_heads, self.linear_key_head_dim, self.linear_num_value_heads,
             self.linear_value_head_dim, self.linear_conv_kernel_dim, self.norm_eps,
         )  # fmt: skip
+
+    @property
+    def state_shape(self) -> StateShape:
+        """What a server keeps of a request in a linear layer, over all ranks."""
+        x = self.linear
+        return StateShape(x.value_heads, x.head_dim, x.head_dim_v, x.num_heads, x.conv_size)
 
     @property
     def full(self) -> AttentionConfig:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from megatron_refine.models.common.qwen.config import QwenConfig
 from megatron_refine.models.common.rope import rope, table
-from megatron_refine.models.family import Slot
 from megatron_refine.models.mixers.attention.inputs import gated, normed
 from megatron_refine.models.mixers.delta.serve import (
     ForCausalLM,
@@ -22,24 +21,11 @@ from megatron_refine.models.mixers.delta.serve import (
     Ragged,
     Sharded,
     StateMixer,
-    StateShape,
     column,
     embedding,
     sharded_parameter,
-    slot_of,
 )
 from megatron_refine.models.mixers.gated_delta.rule import gate_output, gates
-
-
-def state_shape(model: QwenConfig) -> StateShape:
-    """Return the shape of a linear layer's state, over all ranks."""
-    linear = model.linear
-    return StateShape(linear.value_heads, linear.head_dim, linear.head_dim_v, linear.num_heads, linear.conv_size)
-
-
-def slot(model: QwenConfig, tp: int) -> Slot:
-    """Return what a layer with a state keeps of a request, on each rank."""
-    return slot_of(state_shape(model), tp)
 
 
 class ZeroCentred(Norm):
@@ -53,7 +39,7 @@ class LinearAttention(StateMixer):
     """A Gated DeltaNet layer. q, k and v are one tensor, one below the other."""
 
     def __init__(self, model: QwenConfig, layer: int):
-        shape = state_shape(model)
+        shape = model.state_shape
         super().__init__(shape, layer)
         hidden, heads, values = model.hidden_size, shape.heads, shape.blocks[-1]
         self.in_proj_qkv = Sharded(shape.channels, hidden, blocks=shape.blocks)

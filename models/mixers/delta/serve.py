@@ -9,7 +9,6 @@ compare checksums. Imported by SGLang's processes only; needs no Megatron.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,35 +24,7 @@ from torch import Tensor, nn
 
 from megatron_refine.kernels.delta_rule import delta_rule, l2_normalize, packed_delta_rule
 from megatron_refine.kernels.short_conv import short_conv
-from megatron_refine.models.family import Slot
-
-
-@dataclass(frozen=True)
-class StateShape:
-    """Shape of a layer's state, over all ranks."""
-
-    heads: int  # H, of the values
-    key_dim: int  # K
-    value_dim: int  # V
-    key_heads: int  # heads of queries and keys
-    conv_size: int  # W
-
-    @property
-    def blocks(self) -> tuple[int, int, int]:
-        """Columns that pass the convolution: queries, keys, values."""
-        keys = self.key_heads * self.key_dim
-        return keys, keys, self.heads * self.value_dim
-
-    @property
-    def channels(self) -> int:
-        """All of them."""
-        return sum(self.blocks)
-
-
-def slot_of(shape: StateShape, tp: int) -> Slot:
-    """Return what a layer keeps of a request, on each rank."""
-    conv = divide(shape.channels, tp), shape.conv_size - 1
-    return Slot([conv], (divide(shape.heads, tp), shape.key_dim, shape.value_dim))
+from megatron_refine.models.mixers.delta.slots import StateShape
 
 
 class Ragged:
