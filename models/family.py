@@ -1,11 +1,13 @@
 """Model families. Each is a folder beside this file, whose package has one `FAMILY`; nothing else names it.
 
-A family that lives elsewhere goes by its package: `model.family: my.package`, with a `FAMILY` in it. Importing this
-pulls in neither torch nor Megatron.
+A family that lives elsewhere goes by its package: `model.family: my.package`, with a `FAMILY` in it. What a file says
+that may be a stranger's imports nothing: there a package counts that the user's configuration has named, or the
+environment, in MEGATRON_REFINE_FAMILIES. Importing this pulls in neither torch nor Megatron.
 """
 
 import functools
 import math
+import os
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +15,7 @@ from importlib import import_module
 from typing import Any, NamedTuple
 
 from megatron_refine import models
-from megatron_refine.config import ModelConfig
+from megatron_refine.config import ConfigError, ModelConfig
 from megatron_refine.models.hf import Format
 from megatron_refine.models.layer import Layer, named
 
@@ -54,32 +56,59 @@ class Family:
     error_factor: Callable[[Any], float] = lambda model: 1.0  # of rounding errors, against those of the other families
 
 
+PACKAGES = "MEGATRON_REFINE_FAMILIES"  # of the environment: packages of families, separated by commas
+_named: set[str] = set()  # packages that this process's configuration has named
+
+
 def of(name: str) -> Family:
-    """Return a family by its folder's name, or by its package's. Raises KeyError."""
+    """Return a family by its folder's name, or by its package's, which it imports.
+
+    Raises KeyError where there is none, ConfigError where its package lacks another one.
+    """
     if "." not in name and name not in _folders():
         raise KeyError(name)
     package = name if "." in name else f"{models.__name__}.{name}"
     try:
-        found: Family = import_module(package).FAMILY
-    except (ModuleNotFoundError, AttributeError):
-        raise KeyError(name) from None
+        found = getattr(import_module(package), "FAMILY", None)
+    except ModuleNotFoundError as error:
+        if error.name and f"{package}.".startswith(f"{error.name}."):
+            raise KeyError(name) from None
+        raise ConfigError(f"model.family={name}: {error}; install it") from None
+    if not isinstance(found, Family):
+        raise KeyError(name)
+    if "." in name:
+        _named.add(name)
     return found
 
 
+def stored(name: str) -> Family:
+    """Return the family that a checkpoint names: one that has a folder here, or that the user has named.
+
+    Raises KeyError.
+    """
+    if "." in name and name not in _packages():
+        raise KeyError(name)
+    return of(name)
+
+
 def every() -> list[Family]:
-    """Return the families that have a folder here."""
-    return [of(name) for name in _folders()]
+    """Return the families that have a folder here, then those that the user has named."""
+    return [of(name) for name in (*_folders(), *_packages())]
 
 
 def by_model_type(model_type: object) -> Family | None:
-    """Return the family of a config.json's model_type; a family of another package has its package's name there."""
-    for each in every():
-        if model_type in (each.format.model_type, *each.format.also):
-            return each
-    try:
-        return of(model_type) if isinstance(model_type, str) and "." in model_type else None
-    except KeyError:
-        return None
+    """Return the family, one of `every`, that has a config.json's model_type."""
+    return next((x for x in every() if model_type in (x.format.model_type, *x.format.also)), None)
+
+
+def hint(name: object) -> str:
+    """Return what to add to the refusal of a family that a file names."""
+    package = isinstance(name, str) and "." in name
+    return f"; if it is a package that you trust, set {PACKAGES}={name}" if package else ""
+
+
+def _packages() -> list[str]:
+    return sorted({*_named, *filter(None, os.environ.get(PACKAGES, "").replace(" ", "").split(","))})
 
 
 def layers(model: ModelConfig) -> Sequence[Layer]:

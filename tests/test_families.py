@@ -1,5 +1,6 @@
 """A family is one object: nothing else names one, and one of another package does all that ours do."""
 
+import os
 import re
 import subprocess
 import sys
@@ -89,10 +90,16 @@ def test_a_toy_converts_both_ways(ranks: Zygote, tmp_path: Path) -> None:
     hf, megatron, back = (tmp_path / name for name in ("hf", "megatron", "back"))
     write_random(hf, family.of("tests.toy").config.model_validate(TOY))
     for line in (to_megatron(hf, megatron, "--verify"), to_hf(megatron, back, "--verify")):
-        end = ranks(1, convert, arguments=line)[0]
+        refused = ranks(1, convert, arguments=line)[0]  # a file's word alone imports no package
+        assert refused.code and "set MEGATRON_REFINE_FAMILIES=tests.toy" in refused.err
+        end = ranks(1, convert, arguments=line, patch=name_the_toy)[0]
         assert end.code == 0, end.err
     before, after = load_file(hf / "model.safetensors"), load_file(back / "model.safetensors")
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def name_the_toy() -> None:
+    os.environ[family.PACKAGES] = "tests.toy"
 
 
 def parameters_of(config: Config) -> Any:
@@ -119,9 +126,21 @@ def test_the_page_shows_the_toy() -> None:
     assert (ROOT / "tests/toy/__init__.py").read_text(encoding="utf-8") in page
 
 
-def test_an_unknown_model_is_refused_by_name() -> None:
-    with pytest.raises(ConfigError, match="model_type='tests.nowhere': no such family"):
-        model_of({"model_type": "tests.nowhere"}, "config.json")
+def test_an_unknown_model_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no package is imported because a file names it."""
+    (tmp_path / "strangers").mkdir()
+    (tmp_path / "strangers/__init__.py").write_text("raise SystemExit('imported')", encoding="utf-8")
+    (tmp_path / "strangers/child.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("tests.nowhere", "strangers.child", "json.decoder"):
+        with pytest.raises(ConfigError, match=f"model_type='{name}': no such family.* set MEGATRON_REFINE_FAMILIES="):
+            model_of({"model_type": name}, "config.json")
+        with pytest.raises(KeyError):
+            family.stored(name)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/lacking.py").write_text("import not_installed_anywhere", encoding="utf-8")
+    with pytest.raises(ConfigError, match="model.family=a.lacking: No module named 'not_installed_anywhere'"):
+        family.of("a.lacking")
 
 
 def test_servers_need_no_megatron() -> None:

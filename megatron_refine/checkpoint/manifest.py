@@ -137,10 +137,10 @@ def model_in(folder: Path, manifest: dict[str, Any]) -> ModelConfig:
     """The model that a manifest describes. Raises CheckpointError where this version knows no such model."""
     section = manifest["model"]
     try:
-        return family.FAMILIES[section["family"]].model_validate(section)
+        return family.stored(section["family"]).config.model_validate(section)
     except (KeyError, TypeError):
-        known = ", ".join(family.FAMILIES)
-        raise CheckpointError(f"{folder}: model.family is {section.get('family')!r}; known are {known}") from None
+        name, known = section.get("family"), ", ".join(family.FAMILIES)
+        raise CheckpointError(f"{folder}: model.family is {name!r}; known are {known}{family.hint(name)}") from None
     except (ConfigError, ValueError) as error:
         cause = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{folder / MANIFEST}: model: {cause}") from None

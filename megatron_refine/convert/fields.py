@@ -74,7 +74,7 @@ def _family(config: dict[str, Any], where: str) -> tuple[str, Format]:
     if match := family.by_model_type(found):
         return match.name, match.format
     known = ", ".join(sorted(f"{each.format.model_type} ({each.name})" for each in family.every()))
-    raise ConfigError(f"{where}: model_type={found!r}: no such family; there are {known}")
+    raise ConfigError(f"{where}: model_type={found!r}: no such family; there are {known}{family.hint(found)}")
 
 
 def _unknown(config: dict[str, Any], described: Format) -> list[str]:

@@ -140,7 +140,8 @@ class RefineStep:
     ) -> tuple[Rollouts, forward.Forked]:
         """Fork the states at positions [B, c], and have the engine write from there."""
         c, places = self.config.refine, Places.of_each(positions)
-        fork = Fork(main.states(places), main.rows.take(places.tokens - 1, places.sequences))
+        with self.clock("select"):
+            fork = Fork(main.states(places), main.rows.take(places.tokens - 1, places.sequences))
         request = RolloutRequest(
             batch.tokens, positions, batch.sample_ids, c.num_rollouts, c.rollout_len, temperature,
             self.config.run.seed, step, fork,
