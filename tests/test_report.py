@@ -116,7 +116,7 @@ SECTIONS = [
 
 def test_keys_are_those_of_a_row() -> None:
     assert KEYS >= REFINE_ROW.keys() | EVAL.keys() | {"consumed_samples", "attempt", "perf/peak_memory_bytes"}
-    assert len(KEYS) == 4 + 9 + 9 + 5 + 5 + 3 + 12
+    assert len(KEYS) == 4 + 9 + 9 + 5 + 7 + 3 + 12
 
 
 def test_metrics_round_trip_writes_what_is_not_finite_as_null(tmp_path: Path) -> None:
