@@ -40,6 +40,7 @@ class Serving:
     slot: Callable[[Any, int], Slot]  # of a model, on each of tp ranks
     by_columns: tuple[str, ...] = ("o_proj.weight", "down_proj.weight")  # ends of names that its ranks cut so
     whole: tuple[str, ...] = ("norm.weight",)  # ends of names that each of its ranks has whole; others: cut by rows
+    alias: bool = False  # SGLang has a class of its own for the model type: servers know the family by another
     blocks: Callable[[Any], Mapping[str, Sequence[int]]] = lambda model: {}  # ends of names -> rows cut by themselves
 
 
@@ -98,7 +99,10 @@ def every() -> list[Family]:
 
 def by_model_type(model_type: object) -> Family | None:
     """Return the family, one of `every`, that has a config.json's model_type."""
-    return next((x for x in every() if model_type in (x.format.model_type, *x.format.also)), None)
+    for x in every():
+        if model_type in (x.format.model_type, *x.format.also, served_as(x)["model_type"]):
+            return x
+    return None
 
 
 def hint(name: object) -> str:
@@ -109,6 +113,14 @@ def hint(name: object) -> str:
 
 def _packages() -> list[str]:
     return sorted({*_named, *filter(None, os.environ.get(PACKAGES, "").replace(" ", "").split(","))})
+
+
+def served_as(each: Family) -> dict[str, Any]:
+    """Return the fields of config.json by which SGLang knows a family."""
+    told = each.format.model_type, each.format.architecture
+    if each.serving and each.serving.alias:
+        told = f"refine_{told[0]}", f"Refine{told[1]}"
+    return {"model_type": told[0], "architectures": [told[1]]}
 
 
 def layers(model: ModelConfig) -> Sequence[Layer]:

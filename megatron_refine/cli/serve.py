@@ -10,6 +10,7 @@ text. Without --model the server begins with random weights: a job's script star
 
 import argparse
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -18,8 +19,10 @@ from megatron_refine import launcher, usage
 from megatron_refine.checkpoint.source import Source, find
 from megatron_refine.config.paths import path_argument
 from megatron_refine.config.words import spell
+from megatron_refine.convert.fields import CONFIG
 from megatron_refine.errors import CheckpointError
-from megatron_refine.files import TornError, read, write_json
+from megatron_refine.files import TornError, read, read_json, write_json
+from megatron_refine.models import family
 from megatron_refine.models.family import FAMILIES
 from megatron_refine.run import preflight
 
@@ -70,7 +73,7 @@ def _settings(source: Source) -> list[str]:
 
 def serve(config: configuration.Config, port: int, folder: Path, source: Source | None = None) -> int:
     """Start a server of `source`, or one of random weights, for which config.json, written into `folder`, is all."""
-    from megatron_refine.convert.fields import CONFIG, fresh_config
+    from megatron_refine.convert.fields import fresh_config
     from megatron_refine.data.tokenizer import FILES
     from megatron_refine.engine.launch import command, environment, positions
 
@@ -79,13 +82,29 @@ def serve(config: configuration.Config, port: int, folder: Path, source: Source 
     preflight.engine(config)
     folder.mkdir(parents=True, exist_ok=True)
     if source:
-        weights = _weights(source, folder)
+        weights = _known(_weights(source, folder), source, folder)
         line = command(config, weights, port, folder, text=any((weights / name).exists() for name in FILES))
     else:
-        write_json(folder / CONFIG, fresh_config(config.model, config.train.dtype, positions(config)))
+        tree = fresh_config(config.model, config.train.dtype, positions(config))
+        write_json(folder / CONFIG, tree | family.served_as(family.of(config.model.family)))
         line = [*command(config, folder, port, folder), "--load-format", "dummy"]
     os.chdir(folder)  # python -m puts the working directory before all packages
     os.execve(line[0], line, environment(config.engine))
+
+
+def _known(weights: Path, source: Source, folder: Path) -> Path:
+    """Return the folder by a config.json that servers know: itself, or one in `folder` that links to its files."""
+    told, tree = family.served_as(family.of(source.model.family)), read_json(weights / CONFIG)
+    if told["model_type"] == tree.get("model_type"):
+        return weights
+    target = folder.absolute() / "served"
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir()
+    for path in weights.iterdir():
+        (target / path.name).symlink_to(path.absolute())
+    (target / CONFIG).unlink()
+    write_json(target / CONFIG, tree | told)
+    return target
 
 
 def _weights(source: Source, folder: Path) -> Path:

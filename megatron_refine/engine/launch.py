@@ -110,6 +110,8 @@ def command(
         "--model-path", str(weights), "--host", engine.host, "--port", str(port), "--tp", str(engine.tp),
         "--dtype", config.train.dtype,
         "--skip-server-warmup", "--random-seed", str(config.run.seed), "--max-total-tokens", str(tokens),
+        # a state at the end of every prompt, wherever that is; it has no overlap
+        "--mamba-radix-cache-strategy", "no_buffer", "--disable-overlap-schedule",
     ]  # fmt: skip
     arguments += [] if gpu is None else ["--base-gpu-id", str(gpu)]
     arguments += [] if text else ["--skip-tokenizer-init"]

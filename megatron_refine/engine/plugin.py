@@ -4,6 +4,7 @@ each of its processes; needs no Megatron.
 SGLang logs what a plug-in raises and goes on: without the registrations a server then refuses the model by its name.
 """
 
+import copy
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from megatron_refine.models import family
 from megatron_refine.models.cost import attending
 from megatron_refine.models.family import Family
 
-OTHERS = ("window_size",)  # from which SGLang would set up an attention of its own
+OTHERS = ("window_size", "text_config", "vision_config")  # from which SGLang would make something of its own
 BACKENDS = "sglang.srt.layers.attention.hybrid_linear_attn_backend"
 
 
@@ -38,8 +39,9 @@ class ServedConfig(PretrainedConfig):
     family = ""  # a folder of models/
 
     def __init__(self, **fields: Any):
+        own = copy.deepcopy(fields)  # transformers writes into what it is given
         super().__init__(**{name: value for name, value in fields.items() if name not in OTHERS})
-        self.fields = {name: value for name, value in fields.items() if not name.startswith("_")}
+        self.fields = {name: value for name, value in own.items() if not name.startswith("_")}
         if fields:  # transformers also makes an empty one, to see the defaults
             model = self.typed_model
             self.vocab_size, self.hidden_size = model.vocab_size, model.hidden_size
@@ -55,7 +57,7 @@ class ServedConfig(PretrainedConfig):
     @property
     def typed_model(self) -> ModelConfig:
         """Raises ConfigError, one line a problem."""
-        return model_of(self.fields | {"model_type": self.model_type}, "config.json")
+        return model_of(self.fields | {"model_type": family.of(self.family).format.model_type}, "config.json")
 
     @property
     def hf_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -99,8 +101,9 @@ def _config_of(each: Family) -> type[ServedConfig]:
     def __init__(self: Any, **fields: Any) -> None:  # transformers replaces that of a subclass without one
         ServedConfig.__init__(self, **fields)
 
-    own = {"family": each.name, "model_type": each.format.model_type, "__init__": __init__, "__module__": __name__}
-    return type(f"{each.format.architecture}Config", (ServedConfig,), own)
+    told = family.served_as(each)
+    own = {"family": each.name, "model_type": told["model_type"], "__init__": __init__, "__module__": __name__}
+    return type(f"{told['architectures'][0]}Config", (ServedConfig,), own)
 
 
 CONFIGS = {each.name: _config_of(each) for each in family.every() if each.serving}
@@ -110,16 +113,17 @@ globals().update({config.__name__: config for config in CONFIGS.values()})
 def register() -> None:
     """Teach SGLang the config, state and model of every family that is served."""
     for name, config in CONFIGS.items():
-        described = family.of(name).format
-        AutoConfig.register(described.model_type, config, exist_ok=True)
+        told = family.served_as(family.of(name))
+        (architecture,) = told["architectures"]
+        AutoConfig.register(told["model_type"], config, exist_ok=True)
         register_linear_attn_model(
             LinearAttnModelSpec(
                 config_class=config,
                 backend_class_name=f"{StateBackend.__module__}.{StateBackend.__name__}",
                 hybrid_backend_class_name=f"{BACKENDS}.ShortConvHybridAttnBackend",
-                arch_names=[described.architecture],
+                arch_names=[architecture],
                 uses_mamba_radix_cache=True,
                 support_mamba_cache=True,
             )
         )
-        ModelRegistry.models[described.architecture] = family.serve(name).MODEL
+        ModelRegistry.models[architecture] = family.serve(name).MODEL

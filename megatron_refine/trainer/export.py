@@ -16,6 +16,7 @@ from megatron_refine.convert.hf_writer import FORMAT
 from megatron_refine.convert.mapping import Converter
 from megatron_refine.convert.tensorfile import Spec, TensorFileWriter
 from megatron_refine.files import write_json
+from megatron_refine.models import family
 from megatron_refine.trainer.model import global_parameters, unwrap
 from megatron_refine.trainer.parallel import Ranks
 from megatron_refine.trainer.shards import is_sharded, unshard
@@ -72,9 +73,12 @@ def write_stage(model: nn.Module, converter: Converter, ranks: Ranks, folder: Pa
 
 
 def write_rest(folder: Path, model: Any, dtype: torch.dtype, files: dict[str, str], positions: int) -> None:
-    """Write config.json, and the index where several stages wrote a file each. files: name -> file, of all stages;
-    positions: as of `fresh_config`."""
-    write_json(folder / CONFIG, fresh_config(model, str(dtype).removeprefix("torch."), positions), indent=2)
+    """Write a server's config.json, and the index where several stages wrote a file each.
+
+    files: name -> file, of all stages. positions: as of `fresh_config`.
+    """
+    tree = fresh_config(model, str(dtype).removeprefix("torch."), positions)
+    write_json(folder / CONFIG, tree | family.served_as(family.of(model.family)), indent=2)
     if set(files.values()) != {WEIGHTS}:
         tree = {"metadata": {}, "weight_map": dict(sorted(files.items()))}
         write_json(folder / INDEX, tree, indent=2)

@@ -29,7 +29,7 @@ def serving(module: str) -> Serving:
         rows = keys, keys, linear.value_heads * linear.head_dim_v
         return {"in_proj_qkv.weight": rows, "conv1d.weight": rows}
 
-    return Serving(module, lambda model, tp: model.state_shape.slot(tp), BY_COLUMNS, WHOLE, blocks)
+    return Serving(module, lambda model, tp: model.state_shape.slot(tp), BY_COLUMNS, WHOLE, True, blocks)
 
 
 def layers(model: QwenConfig, projections: dict[str, str], together: Sequence[str] = ()) -> list[Layer]:
