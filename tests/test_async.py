@@ -139,6 +139,7 @@ def test_a_writer_that_fails_ends_the_save_on_all_ranks(ranks: Zygote, tmp_path:
         assert first == Path(config.run.dir) / "checkpoints/step_0000004" and last == 5
 
 
+@pytest.mark.slow
 def test_a_run_that_saves_beside_its_steps(ranks: Zygote, tmp_path: Path) -> None:
     """Its metrics are those of one that waits; the screen says when each checkpoint is complete. A signal is answered
     when the last checkpoint is, and the next attempt goes on from it."""
