@@ -75,6 +75,15 @@ def test_config_json_is_read_whole() -> None:
             model_of(tree | wrong, "config.json")
 
 
+@pytest.mark.parametrize("preset", ["qwen3_5_tiny", "qwen3_next_tiny", "olmo_hybrid_tiny"])
+def test_an_export_names_the_kind_of_each_layer(preset: str) -> None:
+    """transformers refuses a config.json that does not, and a preset need not."""
+    model = load(["configs/bench.yaml"], [f"model={preset}"], family.FAMILIES).model
+    tree = fresh_config(model, "float32")
+    assert not model.layer_types and tree["layer_types"] == ["linear_attention"] * 3 + ["full_attention"]
+    assert model_of(tree, "config.json").kinds == model.kinds
+
+
 @pytest.mark.parametrize("size", RELEASED)
 def test_presets_have_the_released_sizes(size: str) -> None:
     config = load(["configs/bench.yaml"], [f"model=qwen3_5_{size}"], family.FAMILIES)

@@ -10,6 +10,11 @@ from megatron_refine.config import ModelConfig
 Kind = Literal["linear_attention", "full_attention"]
 
 
+def pattern(layers: int, every: int = 4) -> list[Kind]:
+    """Return the kinds of a model's layers where none are named: each `every`-th is a full attention layer."""
+    return ["full_attention" if (i + 1) % every == 0 else "linear_attention" for i in range(layers)]
+
+
 class HybridConfig(ModelConfig):
     """Gated DeltaNet layers, and softmax attention layers among them. A family adds the widths of the linear heads."""
 
@@ -33,8 +38,7 @@ class HybridConfig(ModelConfig):
     @property
     def kinds(self) -> list[Kind]:
         """The kind of each layer."""
-        every: list[Kind] = ["full_attention" if i % 4 == 3 else "linear_attention" for i in range(self.num_layers)]
-        return self.layer_types or every
+        return self.layer_types or pattern(self.num_layers)
 
     def tp_limit(self) -> int:
         """Number of shards that both kinds of layers can be cut into."""

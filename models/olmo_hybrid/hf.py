@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from megatron_refine.models.common.hybrid import pattern
 from megatron_refine.models.hf import ABSENT, IGNORED, Format, Key, frame
 
 OURS, THEIRS = "decoder.layers.{}.self_attention.", "model.layers.{}.linear_attn."
@@ -32,7 +33,7 @@ def read(tree: dict[str, Any]) -> dict[str, Any]:
     if found.get("linear_value_head_dim") is None and found.get("linear_key_head_dim"):
         found["linear_value_head_dim"] = 2 * found["linear_key_head_dim"]
     if not found.get("layer_types"):
-        kinds = ["full_attention" if i % 4 == 3 else "linear_attention" for i in range(count)]
+        kinds = pattern(count)
         found["layer_types"] = kinds if "full_attention" in kinds else [*kinds[:-1], "full_attention"]
     return found
 
@@ -40,6 +41,7 @@ def read(tree: dict[str, Any]) -> dict[str, Any]:
 def write(fields: dict[str, Any]) -> dict[str, Any]:
     """Return config.json: the inverse of `read`."""
     theta = fields["rope_theta"]
+    fields = fields | {"layer_types": fields["layer_types"] or pattern(fields["num_hidden_layers"])}
     found = {name: value for name, value in fields.items() if not name.startswith("rope_")}
     if theta is None:
         return found | {"rope_parameters": None, "rope_theta": None}

@@ -3,6 +3,7 @@
 from typing import Any
 
 from megatron_refine.models import hf
+from megatron_refine.models.common.hybrid import pattern
 from megatron_refine.models.hf import ABSENT, Key, Mapping
 
 ROPE = "rope_parameters"
@@ -14,13 +15,13 @@ def read(tree: dict[str, Any]) -> dict[str, Any]:
     found |= {f"{ROPE}.{name}": value for name, value in (tree.get(ROPE) or {}).items()}
     if not found.get("layer_types"):
         every, count = found.get("full_attention_interval") or 4, found.get("num_hidden_layers") or 0
-        kinds = ("linear_attention", "full_attention")
-        found["layer_types"] = [kinds[(i + 1) % every == 0] for i in range(count)]
+        found["layer_types"] = pattern(count, every)
     return found
 
 
 def write(fields: dict[str, Any]) -> dict[str, Any]:
-    """Return config.json: the inverse of `read`."""
+    """Return config.json: the inverse of `read`. Kinds of layers are always named: transformers wants one a layer."""
+    fields = fields | {"layer_types": fields["layer_types"] or pattern(fields["num_hidden_layers"])}
     nested = {name.removeprefix(f"{ROPE}."): value for name, value in fields.items() if name.startswith(f"{ROPE}.")}
     return {name: value for name, value in fields.items() if not name.startswith(f"{ROPE}.")} | {ROPE: nested}
 
