@@ -23,6 +23,13 @@ def attending(model: ModelConfig) -> list[int]:
     return [i for i, layer in enumerate(family.layers(model)) if layer.cost.kernels == "softmax_attention"]
 
 
+def request_bytes(model: ModelConfig, tp: int) -> int:
+    """Count the bytes that a request's states take on each rank of a server, pages of keys and values aside."""
+    serving = family.of(model.family).serving
+    assert serving, "the configuration refuses other families"
+    return (model.num_layers - len(attending(model))) * serving.slot(model, tp).bytes
+
+
 def grouped(layers: Iterable[Layer]) -> list[tuple[Layer, int]]:
     """Return each layer once, with how often it stands there."""
     found: dict[int, tuple[Layer, int]] = {}

@@ -28,7 +28,7 @@ class Slot(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """Of a layer: all of it is fp32."""
+        """Count those of a layer: all of it is fp32."""
         return 4 * sum(math.prod(shape) for shape in (*self.conv, self.temporal))
 
 

@@ -27,7 +27,7 @@ from megatron_refine.engine.fleet import Fleet, client
 from megatron_refine.engine.launch import positions
 from megatron_refine.engine.server import Server
 from megatron_refine.models import family
-from megatron_refine.models.cost import attending
+from megatron_refine.models.cost import request_bytes
 from megatron_refine.platform import hardware
 from megatron_refine.records import RolloutRequest, Rollouts
 from megatron_refine.trainer.export import (
@@ -141,14 +141,9 @@ class SGLangEngine:
         self.say("sglang: " + (f"looking for {', '.join(engine.urls)}" if engine.urls else "starting the servers"))
         folder, start = self._export(version), time.perf_counter()
         self._on_main(lambda fleet: fleet.start(folder))
-        self.say(f"sglang: {len(self._share())} healthy after {time.perf_counter() - start:.0f} s{self._slot()}")
-
-    def _slot(self) -> str:
-        """Say what a request takes of a server's memory, pages of keys and values aside."""
-        model, serving = self.config.model, family.of(self.config.model.family).serving
-        assert serving, "the configuration refuses other families"
-        size = (model.num_layers - len(attending(model))) * serving.slot(model, self.config.engine.tp).bytes
-        return f"; the states of a request take {size / 2**20:.2f} MiB"
+        seconds, size = time.perf_counter() - start, request_bytes(self.config.model, engine.tp) / 2**20
+        states = f"the states of a request take {size:.2f} MiB"
+        self.say(f"sglang: {len(self._share())} healthy after {seconds:.0f} s; {states}")
 
     def _update(self, version: int) -> None:
         """New weights into paused servers, whose state is STALE from here on."""

@@ -9,7 +9,7 @@ from megatron_refine.estimate.table import render
 from megatron_refine.estimate.timing import collective_seconds
 from megatron_refine.estimate.total import estimate
 from megatron_refine.estimate.traffic import step_traffic
-from megatron_refine.models import cost, family
+from megatron_refine.models import cost
 
 SHOWN = 8  # layouts
 
@@ -88,9 +88,7 @@ def _server(config: Config) -> list[str]:
         return []
     model, tp = config.model, config.engine.tp
     weights = cost.parameters(model) * itemsize(config) / tp / 2**30
-    serving, layers = family.of(model.family).serving, model.num_layers - len(cost.attending(model))
-    assert serving, "the configuration refuses other families"
-    state = layers * serving.slot(model, tp).bytes / 2**30
+    state = cost.request_bytes(model, tp) / 2**30
     requests = config.engine.max_requests
     return [
         f"a GPU of an SGLang server, tp {tp}: weights {weights:.2f} GiB, states of {requests} requests "

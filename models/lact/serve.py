@@ -26,8 +26,6 @@ from megatron_refine.models.lact.config import LactConfig
 from megatron_refine.models.lact.inputs import IDENTITY, Inputs, Shape, joined
 from megatron_refine.models.mixers.delta.serve import Decoder, ForCausalLM, Norm, Ragged, sharded_parameter
 
-PADDING = 0  # the slot that is nobody's
-
 
 @dataclass
 class Fast:
@@ -41,7 +39,7 @@ class Fast:
 
     @classmethod
     def new(cls, initial: Tensor, count: int) -> "Fast":
-        """Those of a request before its first token."""
+        """Make those of requests before their first token."""
         used = initial.float().expand(count, *initial.shape)
         zeros = torch.zeros_like(used)
         return cls(used, used, zeros, zeros, zeros[..., 0, 0, 0])
@@ -62,14 +60,14 @@ class Fast:
         return torch.cat([whole, self.momentum[..., None]], -1)
 
     def after(self, x: Inputs, first: int, last: int) -> "Fast":
-        """With rows first .. last of x, which lie in the open chunk."""
+        """Add rows first .. last of x, which lie in the open chunk."""
         tokens = x.tokens.part(slice(None), slice(first, last))
         step, _ = ascent(self.used.to(tokens.x.dtype), tokens.x, tokens.rates)
         momentum = self.momentum if tokens.momentum is None else self.momentum + tokens.momentum.float().sum(-1)
         return Fast(self.used, self.total, self.moved, self.step + step.float(), momentum)
 
     def updated(self, model: LactConfig, initial: Tensor) -> "Fast":
-        """At the end of a chunk."""
+        """Make the update at the end of a chunk."""
         rule = Rule(model.lact_chunk_size, model.use_muon, model.ttt_prenorm)
         mean = self.momentum / model.lact_chunk_size if model.use_momentum else None
         used, total, moved = ended(rule, self.step, self.total, self.moved, row_lengths(initial.float()), mean)
@@ -152,7 +150,7 @@ class LactAttention(nn.Module):
     def forward(self, x: Tensor, batch: Any, ragged: Ragged) -> Tensor:
         """[R, hidden] -> [R, hidden]; reads and writes the slots of the batch's requests."""
         found = get_attn_backend().conv_state_metadata(self.layer, batch)
-        slots, pool = found.cache_indices.clamp(min=PADDING), found.layer_cache
+        slots, pool = found.cache_indices.clamp(min=0), found.layer_cache  # padding has -1
         if ragged.lengths is None:
             mixed = self._decoded(x, batch.positions, pool, slots)
         else:

@@ -8,7 +8,7 @@ from megatron_refine.models.common.qwen.config import QwenConfig
 
 
 class Qwen35Config(QwenConfig):
-    """Those of Qwen's hybrids."""
+    """Has the keys of Qwen's hybrids."""
 
     served: ClassVar[bool] = True
 

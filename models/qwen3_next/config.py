@@ -8,6 +8,6 @@ from megatron_refine.models.common.qwen.config import QwenConfig
 
 
 class Qwen3NextConfig(QwenConfig):
-    """Those of Qwen's hybrids."""
+    """Has the keys of Qwen's hybrids."""
 
     family: Literal["qwen3_next"] = Field(description="Qwen3-Next, with a dense MLP in each layer.")

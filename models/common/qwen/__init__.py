@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from megatron_refine.models.common.qwen.config import QwenConfig
-from megatron_refine.models.family import Serving
+from megatron_refine.models.family import Serving, Slot
 from megatron_refine.models.hf import Mapping, layer_tensors
 from megatron_refine.models.layer import Layer
 from megatron_refine.models.mixers import attention, gated_delta
@@ -14,22 +14,19 @@ from megatron_refine.models.mixers.gated_delta import hf as gated_delta_hf
 NORM = "megatron_refine.models.common.norm:ZeroCentredNorm"
 NORMS = ("input_layernorm", "post_attention_layernorm")
 OURS, THEIRS = "decoder.layers.{}.self_attention.", "model.layers.{}.linear_attn."
-
-
 BY_COLUMNS = ("self_attn.o_proj.weight", "linear_attn.out_proj.weight", "down_proj.weight")
-WHOLE = ("norm.weight",)
 
 
 def serving(module: str) -> Serving:
     """Describe how SGLang serves a family of these."""
 
     def blocks(model: QwenConfig) -> dict[str, tuple[int, ...]]:
-        linear = model.linear
-        keys = linear.num_heads * linear.head_dim
-        rows = keys, keys, linear.value_heads * linear.head_dim_v
-        return {"in_proj_qkv.weight": rows, "conv1d.weight": rows}
+        return dict.fromkeys(("in_proj_qkv.weight", "conv1d.weight"), model.state_shape.blocks)
 
-    return Serving(module, lambda model, tp: model.state_shape.slot(tp), BY_COLUMNS, WHOLE, True, blocks)
+    def slot(model: QwenConfig, tp: int) -> Slot:
+        return model.state_shape.slot(tp)
+
+    return Serving(module, slot, BY_COLUMNS, alias=True, blocks=blocks)
 
 
 def layers(model: QwenConfig, projections: dict[str, str], together: Sequence[str] = ()) -> list[Layer]:
