@@ -2,11 +2,11 @@
 
 from typing import Any
 
+from megatron_refine.models.common import hybrid_hf as hybrid
 from megatron_refine.models.common.hybrid import pattern
-from megatron_refine.models.hf import ABSENT, IGNORED, Format, Key, frame
+from megatron_refine.models.hf import ABSENT, Format, Key
 
 OURS, THEIRS = "decoder.layers.{}.self_attention.", "model.layers.{}.linear_attn."
-EMBEDDING = "model.embed_tokens.weight"
 NORMS = {  # of a layer's mixer and MLP: before them in linear layers, behind them in attention layers
     "linear_attention": ("attention_layer_norm", "feedforward_layer_norm"),
     "full_attention": ("post_attention_layernorm", "post_feedforward_layernorm"),
@@ -41,7 +41,7 @@ def read(tree: dict[str, Any]) -> dict[str, Any]:
 def write(fields: dict[str, Any]) -> dict[str, Any]:
     """Return config.json: the inverse of `read`."""
     theta = fields["rope_theta"]
-    fields = fields | {"layer_types": fields["layer_types"] or pattern(fields["num_hidden_layers"])}
+    fields = hybrid.named(fields)
     found = {name: value for name, value in fields.items() if not name.startswith("rope_")}
     if theta is None:
         return found | {"rope_parameters": None, "rope_theta": None}
@@ -52,37 +52,15 @@ FORMAT = Format(
     model_type="olmo_hybrid",
     architecture="OlmoHybridForCausalLM",
     library="transformers",
-    fields={
-        "vocab_size": Key("vocab_size"),
-        "hidden_size": Key("hidden_size"),
-        "num_hidden_layers": Key("num_layers"),
-        "rms_norm_eps": Key("norm_eps", 1e-6),
-        "initializer_range": Key("init_std", 0.02),
-        "tie_word_embeddings": Key("tie_embeddings", False),
-        "num_attention_heads": Key("num_attention_heads"),
-        "num_key_value_heads": Key("num_key_value_heads"),
+    fields=hybrid.FIELDS | {
         "rope_theta": Key("rope_theta", THETA, null=0.0),
-        "linear_num_key_heads": Key("linear_num_key_heads"),
-        "linear_num_value_heads": Key("linear_num_value_heads"),
-        "linear_key_head_dim": Key("linear_key_head_dim"),
-        "linear_value_head_dim": Key("linear_value_head_dim"),
-        "linear_conv_kernel_dim": Key("linear_conv_kernel_dim", 4),
         "linear_allow_neg_eigval": Key("linear_allow_neg_eigval", True),
-        "layer_types": Key("layer_types"),
     },
-    constants={
-        "hidden_act": ("silu",),
-        "attention_bias": (False,),
-        "attention_dropout": (0.0,),
-        "rope_parameters.rope_type": ("default",),
-        "quantization_config": (None,),
-    },
-    ignored={
-        name: value for name, value in IGNORED.items() if not name.startswith("fuse_")
-    } | dict.fromkeys(  # initialisation
+    constants=hybrid.CONSTANTS,
+    ignored=hybrid.IGNORED | dict.fromkeys(  # initialisation
         ("linear_a_log_min", "linear_a_log_max", "linear_dt_min", "linear_dt_max", "linear_dt_init_floor"), ABSENT
     ),
-    frame=lambda model: frame(model, EMBEDDING),
+    frame=hybrid.around,
     read=read,
     write=write,
 )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from megatron_refine.models.common import hybrid_hf as hybrid
 from megatron_refine.models.common.qwen import hf as qwen
 from megatron_refine.models.hf import ABSENT, Format
 
@@ -24,14 +25,14 @@ FORMAT = Format(
     architecture="Qwen3_5ForCausalLM",
     library="transformers",
     fields=qwen.FIELDS,
-    constants=qwen.CONSTANTS | {"attn_output_gate": (True,), "mlp_only_layers": ([],)},
+    constants=hybrid.CONSTANTS | {"attn_output_gate": (True,), "mlp_only_layers": ([],)},
     ignored=qwen.IGNORED | {
         # what the text model does not read
-        f"{qwen.ROPE}.mrope_section": [11, 11, 10], f"{qwen.ROPE}.mrope_interleaved": True,
+        f"{hybrid.ROPE}.mrope_section": [11, 11, 10], f"{hybrid.ROPE}.mrope_interleaved": True,
         "mamba_ssm_dtype": "float32", "mtp_num_hidden_layers": ABSENT,
         "mtp_use_dedicated_embeddings": ABSENT, "output_gate_type": ABSENT,
     },
-    frame=qwen.around,
+    frame=hybrid.around,
     renamed={"model.language_model.*": "model.{}"},
     unused=("mtp.*", "model.visual.*"),
     read=read,

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from megatron_refine.models.common import hybrid_hf as hybrid
 from megatron_refine.models.common.qwen import hf as qwen
 from megatron_refine.models.hf import ABSENT, Format
 
@@ -22,12 +23,12 @@ FORMAT = Format(
     architecture="Qwen3NextForCausalLM",
     library="transformers",
     fields=qwen.FIELDS,
-    constants=qwen.CONSTANTS | {"num_experts": (0,)},
+    constants=hybrid.CONSTANTS | {"num_experts": (0,)},
     ignored=qwen.IGNORED | dict.fromkeys(  # of the experts that there are none of
         ("moe_intermediate_size", "norm_topk_prob", "num_experts_per_tok", "output_router_logits",
          "router_aux_loss_coef", "shared_expert_intermediate_size"), ABSENT,
     ),
-    frame=qwen.around,
+    frame=hybrid.around,
     unused=("mtp.*",),
     read=read,
     write=qwen.write,
