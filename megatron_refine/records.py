@@ -100,6 +100,18 @@ class RolloutEngine(Protocol):
         ...
 
 
+class LaggingEngine(RolloutEngine, Protocol):
+    """One that writes while the trainer goes on."""
+
+    def begin(self, request: RolloutRequest) -> Any:
+        """Have rollouts written with the weights that the engine has now; `finish` takes what this returns."""
+        ...
+
+    def finish(self, begun: Any, weight_version: int) -> Rollouts:
+        """Wait for them. They are of `weight_version`, the trainer's now, only where they had to be written anew."""
+        ...
+
+
 Reward = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """reward(tokens [B,c,n,k], truth [B,c,k], h_pred [B,c,n,k,h], h_true [B,c,k,h]) -> [B,c,n]"""
 

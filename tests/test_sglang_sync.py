@@ -39,21 +39,27 @@ def config_of(folder: str, model: str, overrides: list[str]) -> Any:
     return config.model_copy(update={"parallel": found})
 
 
-@torch.no_grad()
-def gaps_of_rollouts(engine: Any, model: Any, step: int = 0) -> list[float]:
-    """Mean and largest difference between the log-probabilities of rollouts and the trainer's, n = 2."""
+def request_of(step: int) -> Any:
     from megatron_refine.records import RolloutRequest
-    from megatron_refine.trainer.forward import score_pass
 
     found = batch(4, 192, vocab=509)
-    positions = torch.tensor(POSITIONS)
-    request = RolloutRequest(found.tokens, positions, found.sample_ids, 2, 5, 0.8, 1, step, None)
-    rollouts = engine.rollout(request)
-    gaps = []
+    return RolloutRequest(found.tokens, torch.tensor(POSITIONS), found.sample_ids, 2, 5, 0.8, 1, step, None)
+
+
+def gaps_of_rollouts(engine: Any, model: Any, step: int = 0) -> list[float]:
+    return gaps_of(model, engine.rollout(request_of(step)))
+
+
+@torch.no_grad()
+def gaps_of(model: Any, rollouts: Any) -> list[float]:
+    """Mean and largest difference between the log-probabilities of rollouts and the trainer's, n = 2."""
+    from megatron_refine.trainer.forward import score_pass
+
+    tokens, gaps = request_of(0).tokens, []
     for i in range(4):
-        for j, p in enumerate(positions[i].tolist()):
+        for j, p in enumerate(POSITIONS[i]):
             written = rollouts.tokens[i, j]  # [n, k]
-            whole = torch.cat([found.tokens[i, :p].expand(2, -1), written], 1)
+            whole = torch.cat([tokens[i, :p].expand(2, -1), written], 1)
             ours = score_pass(model, whole, torch.full(whole.shape, 0.8)).logprobs[:, p - 1 : p + 4]
             gaps.append((ours - rollouts.logprobs[i, j]).abs())
     everything = torch.stack(gaps)
@@ -105,6 +111,38 @@ def test_ten_syncs_of_the_same_weights_leave_the_gap_where_it_was(server: Any, r
     means = [mean for mean, _ in gaps]
     # rounding differs with the tokens drawn, by less than an order of magnitude
     assert all(largest < lane.TOLERANCE for _, largest in gaps) and max(means) < 3 * means[0], gaps
+
+
+def lag_behind(folder: str) -> dict[str, Any]:
+    """On a rank: weights that change while a server writes; a sync meanwhile; a server that is killed meanwhile."""
+    config = config_of(folder, "delta_net", ["parallel.tp=2", SMALL_BUCKETS, "engine.max_restarts=1"])
+    with lane.trainer(config) as (engine, module):
+        engine.sync(0)
+        before = [parameter.detach().clone() for parameter in module.parameters()]
+        begun = engine.begin(request_of(0))
+        lane.move_weights(module, 1)
+        engine.sync(1)
+        lagging, fresh = engine.finish(begun, 1), gaps_of_rollouts(engine, module)
+        other = gaps_of(module, lagging)
+        with torch.no_grad():
+            now = [parameter.detach().clone() for parameter in module.parameters()]
+            torch._foreach_copy_(list(module.parameters()), before)
+            own = gaps_of(module, lagging)
+            torch._foreach_copy_(list(module.parameters()), now)
+        begun = engine.begin(request_of(1))
+        if engine.fleet:
+            os.killpg(engine.fleet.servers[0].process.pid, signal.SIGKILL)
+        lane.move_weights(module, 2)
+        anew = engine.finish(begun, 2)
+        versions = [lagging.weight_version, anew.weight_version, engine.version]
+        return {"gaps": [own, fresh, gaps_of(module, anew)], "other": other, "versions": versions} | told(engine)
+
+
+def test_rollouts_are_of_the_weights_that_they_began_with(ranks: Zygote, tmp_path: Path) -> None:
+    found = ranks(2, lag_behind, 600, folder=str(tmp_path))[0]
+    assert found["versions"] == [0, 2, 2] and found["metrics"]["engine/restarts"] == 1, found["lines"]
+    assert all(largest < lane.TOLERANCE for _, largest in found["gaps"]), found["gaps"]
+    assert found["other"][0] > 0.02  # what a mistake about the version would look like
 
 
 def told(engine: Any) -> dict[str, Any]:

@@ -48,7 +48,9 @@ class Prefixes:
 class OfficialStep(RefineStep):
     """A REFINE step on one rank, one optimizer step a batch."""
 
-    def __call__(self, batch: Batch, step: int, refine: bool = True) -> dict[str, float]:
+    def __call__(
+        self, batch: Batch, step: int, refine: bool = True, following: Batch | None = None
+    ) -> dict[str, float]:
         size = self.config.train.micro_batch_size
         micros = [batch.rows(slice(i, i + size)) for i in range(0, len(batch.tokens), size)]
         records = [self._explore(micro, step) for micro in micros]

@@ -158,7 +158,17 @@ def _engine_problems(c: Config) -> Iterator[tuple[bool, str]]:
     )
     if e.kind == "native":
         yield e.offload, "engine.offload=true: makes room for servers, and engine.kind=native has none; leave it out"
+        yield e.lag > 0, "engine.lag=1: is for servers that write beside the training; set engine.lag=0"
         return
+    yield (
+        e.lag > 0 and not e.importance_cap,
+        "engine.lag=1: rollouts of older weights need importance weights; set engine.importance_cap=2",
+    )
+    yield e.lag > 0 and e.offload, "engine.lag=1: servers write during the update, engine.offload=true before; drop one"
+    yield (
+        e.lag > 0 and c.train.phase == "testtime",
+        "engine.lag=1: train.phase=testtime learns from each batch before it reads the next; set engine.lag=0",
+    )
     yield (
         not c.model.served,
         f"engine.kind=sglang: SGLang does not serve model.family={c.model.family}; set engine.kind=native",

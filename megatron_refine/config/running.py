@@ -102,6 +102,13 @@ class Engine(Section):
     )
     bucket_mb: int = Field(0, ge=0, description="MiB of weights in a broadcast. 0: 512 with NCCL, 256 with gloo.")
     max_requests: int = Field(64, ge=1, description="Most requests in flight, per rank.")
+    lag: int = Field(
+        0,
+        ge=0,
+        le=1,
+        description="1: servers write the rollouts of the next batch while the trainer updates, so with weights one "
+        "step old. Needs `engine.importance_cap`. 0: the trainer waits for rollouts of its own weights.",
+    )
     offload: bool = Field(
         False,
         description="Hold gradients and optimizer state in the host's memory while servers write rollouts: for servers "

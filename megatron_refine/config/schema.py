@@ -70,6 +70,10 @@ class Config(Section):
         matched = not self.refine.enabled and self.train.match != "data" and step >= self.refine.start_step
         return self.mini_batch_size if refine or matched else self.train.global_batch_size
 
+    def ahead(self, step: int, total: int) -> bool:
+        """Whether the rollouts of a step of `total` begin before the update of the step before it, a REFINE one too."""
+        return self.engine.lag > 0 and self.refine.enabled and self.refine.start_step < step < total
+
     @property
     def resets(self) -> bool:
         """Whether each batch starts from the same weights, so that there are none to save."""

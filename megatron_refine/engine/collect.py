@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -12,6 +12,33 @@ from megatron_refine.engine.client import Client
 from megatron_refine.engine.errors import ServerError
 from megatron_refine.engine.guard import check_label
 from megatron_refine.records import RolloutRequest
+
+
+class Begun:
+    """Rollouts under way: a thread asks for them, on the ranks that talk to servers."""
+
+    def __init__(self, request: RolloutRequest, version: int):
+        self.request, self.version = request, version
+        self.collector: Collector | None = None
+        self._running: Future[None] | None = None
+
+    def ask(self, clients: Sequence[Client], label: str, max_requests: int) -> None:
+        """Ask for what is missing; for all of it where it was to be written with other weights."""
+        if self.collector is None or self.collector.label != label:
+            self.collector = Collector(self.request, label, max_requests)
+        pool = ThreadPoolExecutor(1)
+        self._running = pool.submit(self.collector.run, clients)
+        pool.shutdown(wait=False)
+
+    def wait(self) -> None:
+        """Return when no request is under way."""
+        if self._running:
+            self._running.exception()
+
+    def result(self) -> None:
+        """Wait for all. Raises ServerError where a request failed, after the others have ended."""
+        if self._running:
+            self._running.result()
 
 
 class Collector:

@@ -20,7 +20,7 @@ from megatron_refine.config import Config
 from megatron_refine.convert.mapping import Converter
 from megatron_refine.engine import guard, weight_sync
 from megatron_refine.engine.client import Client
-from megatron_refine.engine.collect import Collector
+from megatron_refine.engine.collect import Begun
 from megatron_refine.engine.control import Control
 from megatron_refine.engine.errors import EngineError, ServerError
 from megatron_refine.engine.fleet import Fleet, client
@@ -58,6 +58,7 @@ class SGLangEngine:
         self.fleet = Fleet(config, (run / "logs" / "engine").absolute()) if ranks.is_main else None
         self.token = self.control.gather(secrets.token_hex(4))[0]  # no other run's weights have such a label
         self.version: int | None = None  # None: the weights of the servers are in doubt
+        self.begun: Begun | None = None  # rollouts that are still to be finished
         self.servers: list[Server] = []  # as the ranks see them that talk to them
         self.groups: list[weight_sync.UpdateGroup] = []  # of this rank: one on a stage's source, else none
         self.joined = False
@@ -77,6 +78,7 @@ class SGLangEngine:
         """All servers have the trainer's weights, checked, and announce them. Raises EngineError."""
         if weight_version == self.version:
             return
+        self._await_requests()
         started, self.version = self.version is not None, None
         try:
             if started:
@@ -88,28 +90,46 @@ class SGLangEngine:
             self._recover(weight_version, str(error))
         self.version = weight_version
 
-    @torch.no_grad()
     def rollout(self, request: RolloutRequest) -> Rollouts:
         """Raises EngineError. `request.fork` is not used: servers prefill the prefixes themselves."""
+        begun = self.begin(request)
+        return self.finish(begun, begun.version)
+
+    def begin(self, request: RolloutRequest) -> Begun:
+        """Ask the servers; this rank's requests, if it has any, are made by a thread."""
         assert self.version is not None, "sync before the first rollout"
-        version, leads, seconds = self.version, self.ranks.leads_replica, self.config.engine.sync_timeout
-        collector = Collector(request, self.label(version), self.config.engine.max_requests) if leads else None
+        self.begun = begun = Begun(request, self.version)
+        self._ask(begun)
+        return begun
+
+    def _ask(self, begun: Begun) -> None:
+        """Ask for what is missing; for all of it where the servers have other weights than before."""
+        if self.ranks.leads_replica:
+            begun.ask(self._clients(), self.label(begun.version), self.config.engine.max_requests)
+
+    @torch.no_grad()
+    def finish(self, begun: Begun, weight_version: int) -> Rollouts:
+        """Raises EngineError. Where servers failed, they are brought to `weight_version`, and finish with that."""
+        request, seconds = begun.request, self.config.engine.sync_timeout
         while True:
             try:
-                self.control.attempt(lambda: collector.run(self._clients()) if collector else None)
+                self.control.attempt(begun.result)
                 if self.config.engine.offload:  # what servers took beside their pools goes back before the state does
                     self._on_main(lambda fleet: fleet.each(lambda server: weight_sync.flush(server, seconds)))
                 break
             except ServerError as error:
-                self._recover(version, str(error))
+                self._recover(weight_version, str(error))
+                begun.version = weight_version
+                self._ask(begun)
+        self.begun = None
         shape = (*request.positions.shape, request.num_rollouts, request.rollout_len)
         tokens, logprobs = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape)
-        if collector:
-            tokens, logprobs = collector.tensors()
-            self.prompt_tokens += collector.prompt_tokens
-            self.cached_tokens += collector.cached_tokens
+        if begun.collector:
+            tokens, logprobs = begun.collector.tensors()
+            self.prompt_tokens += begun.collector.prompt_tokens
+            self.cached_tokens += begun.collector.cached_tokens
         tokens, logprobs = (over_replica(x.to(request.tokens.device), self.ranks) for x in (tokens, logprobs))
-        return Rollouts(tokens, logprobs, version)
+        return Rollouts(tokens, logprobs, begun.version)
 
     def metrics(self) -> dict[str, float]:
         """Since the last call: seconds of broadcasts (begin to end) and of checks after syncs; tokens of this rank's
@@ -211,6 +231,7 @@ class SGLangEngine:
     def _recover(self, version: int, error: str) -> None:
         """Bring all servers to `version` through the disk, again and again within the budget. Raises EngineError."""
         self.version = None
+        self._await_requests()
         while True:
             self.recoveries += 1
             if self.recoveries > self.config.engine.max_restarts:
@@ -244,6 +265,11 @@ class SGLangEngine:
     def _on_main(self, work: Callable[[Fleet], Any]) -> Any:
         """Rank 0 does it; its result on all ranks. Raises ServerError on all."""
         return self.control.attempt(lambda: work(self.fleet) if self.fleet else None)[0]
+
+    def _await_requests(self) -> None:
+        """No rollouts are under way on any rank when it returns: an update would go through the middle of them."""
+        if self.begun:
+            self.control.attempt(self.begun.wait)
 
     def _share(self) -> list[Server]:
         """Tell every rank where the servers are."""

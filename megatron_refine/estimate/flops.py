@@ -35,13 +35,14 @@ def step_flops(config: Config) -> StepFlops:
     """FLOPs of a step of `train.global_batch_size` full sequences.
 
     The fused update is the backward pass of scoring and rescoring; the two-pass update first runs their rows again.
+    With `engine.lag=1` the next batch is scored as well, for its positions.
     """
     main, forks, branch, decode = _forward(config)
     packed = main + forks + branch
     size = config.train.global_batch_size
     return StepFlops(
         ntp=size * 3 * main,
-        score=size * (main + forks),
+        score=size * (main * (1 + config.engine.lag) + forks),
         rollout=size * decode,
         rescore=size * branch,
         update=size * (2 if config.fused else 3) * packed,

@@ -9,6 +9,7 @@ from megatron_refine.config import Config
 from megatron_refine.data.order import rank_samples, sample_rows
 from megatron_refine.data.packed import PackedRows
 from megatron_refine.estimate.flops import total_steps
+from megatron_refine.records import Batch
 from megatron_refine.step.refine import RefineStep
 
 
@@ -22,8 +23,13 @@ class MidTraining:
 
     def __call__(self, done: Progress, refine: bool) -> dict[str, Any]:
         """One batch on this rank. Returns its metrics."""
+        then = Progress(done.step + 1, done.consumed_samples + self.config.train.global_batch_size)
+        following = self._batch(then, refine) if self.config.ahead(then.step, self.total_steps) else None
+        return self.step(self._batch(done, refine), done.step, refine, following)
+
+    def _batch(self, done: Progress, refine: bool) -> Batch:
         c, ranks, first = self.config, self.step.ranks, done.consumed_samples
         size, mini = c.train.global_batch_size, c.mini_batch_at(done.step, refine)
         samples = rank_samples(first, size, mini, ranks.dp_rank, ranks.dp)
         order = sample_rows(c.run.seed, first, size, len(self.rows))
-        return self.step(self.rows.batch(order[samples - first], samples).to(self.device), done.step, refine)
+        return self.rows.batch(order[samples - first], samples).to(self.device)

@@ -40,6 +40,19 @@ class PostTraining:
 
     def __call__(self, done: Progress, refine: bool) -> dict[str, Any]:
         """One batch on this rank. Returns its metrics."""
+        c, then = self.config, Progress(done.step + 1, done.consumed_samples + self.config.train.global_batch_size)
+        batch, lengths = self._batch(done, refine)
+        following = self._batch(then, refine)[0] if c.ahead(then.step, self.total_steps) else None
+        metrics: dict[str, Any] = self.step(batch, done.step, refine, following) if c.task.inner_step else {}
+        metrics |= self._learn_answers(batch, lengths)
+        if not c.task.inner_step:
+            self.step.updater.advance_schedule()
+            metrics |= {"train/loss": metrics["train/answer_loss"], "train/lr": self.step.updater.lr}
+        metrics["train/optimizer_steps"] = metrics.get("train/optimizer_steps", 0) + 1
+        return metrics
+
+    def _batch(self, done: Progress, refine: bool) -> tuple[Batch, Tensor]:
+        """This rank's prompts with their answers, and how long they are together."""
         c, ranks, first = self.config, self.step.ranks, done.consumed_samples
         size, mini = c.train.global_batch_size, c.mini_batch_at(done.step, refine)
         samples = rank_samples(first, size, mini, ranks.dp_rank, ranks.dp)
@@ -47,14 +60,7 @@ class PostTraining:
         batch, lengths = self.prompts.batch(
             order[samples - first].tolist(), samples.tolist(), order.tolist(), c.shortest_refine_row, answers=True
         )
-        batch, lengths = batch.to(self.device), lengths.to(self.device)
-        metrics: dict[str, Any] = self.step(batch, done.step, refine) if c.task.inner_step else {}
-        metrics |= self._learn_answers(batch, lengths)
-        if not c.task.inner_step:
-            self.step.updater.advance_schedule()
-            metrics |= {"train/loss": metrics["train/answer_loss"], "train/lr": self.step.updater.lr}
-        metrics["train/optimizer_steps"] = metrics.get("train/optimizer_steps", 0) + 1
-        return metrics
+        return batch.to(self.device), lengths.to(self.device)
 
     def _learn_answers(self, batch: Batch, lengths: Tensor) -> dict[str, float]:
         """One optimizer step on the mean cross-entropy of the answers' tokens, of all ranks' sequences."""

@@ -5,17 +5,26 @@ own passes are what the update differentiates (fused); without it, the update ma
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from megatron_refine.config import Config
 from megatron_refine.kernels.places import Places
-from megatron_refine.records import Batch, Experience, Fork, Output, RolloutEngine, RolloutRequest, Rollouts
+from megatron_refine.records import (
+    Batch,
+    Experience,
+    Fork,
+    LaggingEngine,
+    Output,
+    RolloutEngine,
+    RolloutRequest,
+    Rollouts,
+)
 from megatron_refine.step import objective
 from megatron_refine.step.advantage import advantages, zero_variance_groups
 from megatron_refine.step.hooks import resolve
@@ -43,6 +52,20 @@ class Explored:
     correct: Tensor  # [B, T] bool: the true next token has the highest logit
     truth: Tensor  # [B, c, k]
     gap: Tensor  # [B, c, n, k], |engine's log-probability - ours|, infinite where the engine's is not finite
+    version: int  # of the weights that wrote the rollouts
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Rollouts, and where they start."""
+
+    positions: Tensor  # [B, c]
+    rollouts: Rollouts
+
+    def rows(self, index: slice) -> "Drawn":
+        found = self.rollouts
+        part = Rollouts(found.tokens[index], found.logprobs[index], found.weight_version)
+        return Drawn(self.positions[index], part)
 
 
 @dataclass
@@ -54,6 +77,7 @@ class Item:
     ntp_count: Tensor  # real targets of the whole mini-batch, over all ranks; on the device, as the next
     nsp_count: Tensor  # rollout tokens of the whole mini-batch, over all ranks
     explored: Explored | None = None  # a fused update's own pass fills it in
+    drawn: Drawn | None = None  # None: that pass has them written
 
 
 class RefineStep:
@@ -64,66 +88,111 @@ class RefineStep:
         self.reward = resolve("refine.reward", config.refine.reward, REWARDS)
         self.clock = Clock()
         self.last: Explored | None = None  # the first micro-batch of the last REFINE step
+        self._begun: tuple[Tensor, Any] | None = None  # of the next step: positions, rollouts under way
         self._away: Offload | None = None
         self._offloaded = 0  # bytes, by the last offload
 
-    def __call__(self, batch: Batch, step: int, refine: bool) -> dict[str, float]:
+    def __call__(self, batch: Batch, step: int, refine: bool, following: Batch | None = None) -> dict[str, float]:
         """One step on this rank's part of the batch (its part of each mini-batch in turn).
 
+        following: the batch of the next REFINE step, whose rollouts begin before this update where `engine.lag` is 1.
         NTP-only steps make one optimizer step, unless train.match asks for more. Returns the train/, rollout/ and time/
         metrics, means over all ranks.
         Raises MismatchError on all ranks where the engine is too far off; the model has then learned from it.
         """
         size = self.config.train.micro_batch_size
-        micros = [batch.rows(slice(i, i + size)) for i in range(0, len(batch.tokens), size)]
-        run, explored = self._main, list[Explored]()
+        micros, run = [batch.rows(index) for index in self._micros(batch)], self._main
+        drawn, explored = list[Drawn](), list[Explored]()
         if refine:
-            with self.clock("sync"):
-                self.engine.sync(step)  # before the first rollout: it also follows a resume and NTP-only steps
+            drawn = self._meet(batch, step, following)
             run = self._fused if self.config.fused else self._packed
         if refine and not self.config.fused:
             with torch.no_grad(), self._offload(keep_gradients=False):  # once for all: the update starts from zeros
-                waves = [micros[i : i + self.ranks.pp] for i in range(0, len(micros), self.ranks.pp)]
-                explored = [x for wave in waves for x, _ in self.explore_wave(wave, step, keep_graph=False)]
+                for i in range(0, len(micros), self.ranks.pp):
+                    wave = slice(i, i + self.ranks.pp)
+                    found = self.explore_wave(micros[wave], step, keep_graph=False, drawn=drawn[wave])
+                    explored += [x for x, _ in found]
         items, results = list[Item](), list[UpdateResult]()
         count = self.config.mini_batch_at(step, refine) // (self.ranks.dp * size)
         for i in range(0, len(micros), count):
-            items += self._items(micros[i : i + count], step, refine, explored[i : i + count])
+            mini = slice(i, i + count)
+            items += self._items(micros[mini], step, refine, explored[mini], drawn[mini])
             results.append(self._update(items[i:], run))
         self.updater.advance_schedule()
         metrics = self._loss_metrics(results, refine)
         if refine:
             self.last = items[0].explored
-            metrics |= self._rollout_metrics(items, step)
+            metrics |= self._rollout_metrics(items)
             if self.config.engine.offload:
                 metrics["engine/offloaded_bytes"] = self._offloaded
             gaps = metrics["rollout/logprob_gap_mean"], metrics["rollout/logprob_gap_max"]
             check_gap(*gaps, self.config.engine.stop_gap, step + 1)  # a fused update has its rollouts inside: after it
         return metrics | self.clock.take()
 
+    def _meet(self, batch: Batch, step: int, following: Batch | None) -> list[Drawn]:
+        """Bring the engine to the trainer's weights. With `engine.lag=1`, return the rollouts of each micro-batch, and
+        begin those of the following batch."""
+        drawn = self._finish(step) if self._begun else None
+        with self.clock("sync"):
+            self.engine.sync(step)  # before the first rollout: it also follows a resume and NTP-only steps
+        if not self.config.engine.lag:
+            return []
+        if drawn is None:  # in the first step of an attempt, and of REFINE
+            self._begin(batch, step)
+            drawn = self._finish(step)
+        if following:
+            self._begin(following, step + 1)
+        return [drawn.rows(index) for index in self._micros(batch)]
+
+    @torch.no_grad()
+    def _begin(self, batch: Batch, step: int) -> None:
+        """Have the rollouts of a step written from the weights of now, while this goes on."""
+        found = []
+        for micro in map(batch.rows, self._micros(batch)):
+            with self.clock("score"):
+                entropy = forward.score_pass(self.model, micro.tokens).entropy
+            with self.clock("select"):
+                found.append(self._select(micro, entropy, step))
+        positions = torch.cat(found)
+        request = self._request(batch, positions, step, self.config.refine.rollout_temperature)
+        self._begun = positions, cast(LaggingEngine, self.engine).begin(request)
+
+    def _finish(self, step: int) -> Drawn:
+        assert self._begun
+        (positions, begun), self._begun = self._begun, None
+        with self.clock("rollout"):
+            return Drawn(positions, cast(LaggingEngine, self.engine).finish(begun, step))
+
+    def _micros(self, batch: Batch) -> list[slice]:
+        size = self.config.train.micro_batch_size
+        return [slice(i, i + size) for i in range(0, len(batch.tokens), size)]
+
     def explore(
-        self, batch: Batch, step: int, keep_graph: bool, temperature: float | None = None
+        self, batch: Batch, step: int, keep_graph: bool, temperature: float | None = None, drawn: Drawn | None = None
     ) -> tuple[Explored, Output]:
-        """Score, select, rollout, rescore and reward of a micro-batch; `temperature` overrides that of the rollouts."""
-        return self.explore_wave([batch], step, keep_graph, temperature)[0]
+        """Score, select, rollout, rescore and reward of a micro-batch; `temperature` overrides that of the rollouts.
+
+        drawn: the rollouts, where there are some already.
+        """
+        return self.explore_wave([batch], step, keep_graph, temperature, [drawn] if drawn else [])[0]
 
     def explore_wave(
-        self, batches: list[Batch], step: int, keep_graph: bool, temperature: float | None = None
-    ) -> list[tuple[Explored, Output]]:
+        self, batches: list[Batch], step: int, keep_graph: bool, temperature: float | None = None,
+        drawn: Sequence[Drawn] = (),
+    ) -> list[tuple[Explored, Output]]:  # fmt: skip
         """`explore` of micro-batches that pass through the pipeline stages one behind the other."""
         temperature = self.config.refine.rollout_temperature if temperature is None else temperature
-        drawn = list[tuple[Tensor, Rollouts, forward.Forked]]()
+        wrote = list[tuple[Drawn, forward.Forked]]()
         with torch.set_grad_enabled(keep_graph):
             with self.clock("score"):
                 mains = forward.main_passes(self.model, [batch.tokens for batch in batches])
-            for batch, main in zip(batches, mains, strict=True):
-                with self.clock("select"):
-                    positions = self._select(batch, main.scores.entropy, step)
-                drawn.append((positions, *self._rollout(batch, main, positions, step, temperature, keep_graph)))
+            for i, (batch, main) in enumerate(zip(batches, mains, strict=True)):
+                given = drawn[i] if drawn else None
+                wrote.append(self._rollout(batch, main, step, temperature, keep_graph, given))
             with self.clock("rescore"):
-                branches = forward.branch_passes(self.model, [forked for *_, forked in drawn])
-        found = zip(batches, mains, drawn, branches, strict=True)
-        return [self._judge(batch, main, *wrote, branch) for batch, main, wrote, branch in found]
+                branches = forward.branch_passes(self.model, [forked for _, forked in wrote])
+        found = zip(batches, mains, wrote, branches, strict=True)
+        return [self._judge(batch, main, *pair, branch) for batch, main, pair, branch in found]
 
     def _select(self, batch: Batch, entropy: Tensor, step: int) -> Tensor:
         """Positions [B, c]."""
@@ -135,20 +204,28 @@ class RefineStep:
             selection=c.selection, rollout_len=c.rollout_len, margin=c.margin, temperature=c.temperature,
         )  # fmt: skip
 
-    def _rollout(
-        self, batch: Batch, main: forward.MainPass, positions: Tensor, step: int, temperature: float, keep_graph: bool
-    ) -> tuple[Rollouts, forward.Forked]:
-        """Fork the states at positions [B, c], and have the engine write from there."""
-        c, places = self.config.refine, Places.of_each(positions)
-        with self.clock("select"):
-            fork = Fork(main.states(places), main.rows.take(places.tokens - 1, places.sequences))
-        request = RolloutRequest(
+    def _request(
+        self, batch: Batch, positions: Tensor, step: int, temperature: float, fork: Fork | None = None
+    ) -> RolloutRequest:
+        c = self.config.refine
+        return RolloutRequest(
             batch.tokens, positions, batch.sample_ids, c.num_rollouts, c.rollout_len, temperature,
             self.config.run.seed, step, fork,
         )  # fmt: skip
-        with torch.no_grad(), self._offload(keep_gradients=keep_graph), self.clock("rollout"):
-            rollouts = self.engine.rollout(request)
-        return rollouts, forward.Forked(rollouts.tokens, main.rows, places, fork.states, temperature)
+
+    def _rollout(
+        self, batch: Batch, main: forward.MainPass, step: int, temperature: float, keep_graph: bool, drawn: Drawn | None
+    ) -> tuple[Drawn, forward.Forked]:
+        """Select positions [B, c], fork the states there, and have the engine write from them, unless it has."""
+        with self.clock("select"):
+            positions = drawn.positions if drawn else self._select(batch, main.scores.entropy, step)
+            places = Places.of_each(positions)
+            fork = Fork(main.states(places), main.rows.take(places.tokens - 1, places.sequences))
+        if drawn is None:
+            with torch.no_grad(), self._offload(keep_gradients=keep_graph), self.clock("rollout"):
+                request = self._request(batch, positions, step, temperature, fork)
+                drawn = Drawn(positions, self.engine.rollout(request))
+        return drawn, forward.Forked(drawn.rollouts.tokens, main.rows, places, fork.states, temperature)
 
     @contextmanager
     def _offload(self, keep_gradients: bool) -> Iterator[None]:
@@ -167,11 +244,11 @@ class RefineStep:
             self._away = None
 
     def _judge(
-        self, batch: Batch, main: forward.MainPass, positions: Tensor, rollouts: Rollouts, forked: forward.Forked,
-        branch: forward.BranchPass,
-    ) -> tuple[Explored, Output]:  # fmt: skip
+        self, batch: Batch, main: forward.MainPass, drawn: Drawn, forked: forward.Forked, branch: forward.BranchPass
+    ) -> tuple[Explored, Output]:
         """Rewards and advantages, and what the loss is computed from."""
         c, limits = self.config.refine, self.config.engine
+        positions, rollouts = drawn.positions, drawn.rollouts
         with self.clock("reward"), torch.no_grad():
             truth, h_true = _continuations(batch.tokens, main.rows, positions, c.rollout_len)
             rewards = self.reward(rollouts.tokens, truth, branch.hidden, h_true)
@@ -182,14 +259,16 @@ class RefineStep:
                 usable(batch.lengths, c.num_chunks, c.margin, c.rollout_len),
             )  # fmt: skip
         gap, scores = logprob_gap(old, rollouts.logprobs), main.scores
-        explored = Explored(experience, forked.places, rewards, scores.entropy, scores.correct, truth, gap)
+        explored = Explored(
+            experience, forked.places, rewards, scores.entropy, scores.correct, truth, gap, rollouts.weight_version
+        )  # fmt: skip
         return explored, Output(scores.logprobs[:, :-1], branch.logprobs)
 
     def _main(self, model: nn.Module, item: Item) -> Output:
         return forward.ntp_pass(model, item.batch.tokens)
 
     def _fused(self, model: nn.Module, item: Item) -> Output:
-        item.explored, output = self.explore(item.batch, item.step, keep_graph=True)
+        item.explored, output = self.explore(item.batch, item.step, keep_graph=True, drawn=item.drawn)
         return output
 
     def _packed(self, model: nn.Module, item: Item) -> Output:
@@ -198,7 +277,9 @@ class RefineStep:
         temperature = self.config.refine.rollout_temperature
         return forward.packed_pass(model, item.batch.tokens, e.tokens, places, temperature)
 
-    def _items(self, micros: list[Batch], step: int, refine: bool, explored: list[Explored]) -> list[Item]:
+    def _items(
+        self, micros: list[Batch], step: int, refine: bool, explored: list[Explored], drawn: Sequence[Drawn] = ()
+    ) -> list[Item]:
         """A mini-batch. Both losses are means over all of it, whatever each rank holds."""
         c = self.config.refine
         lengths = torch.cat([m.lengths for m in micros])
@@ -206,7 +287,8 @@ class RefineStep:
         counts = sum_over(torch.stack([(lengths - 1).clamp(min=0).sum(), rollouts]).double(), self.ranks.dp_group)
         ntp, nsp = counts.clamp(min=1).unbind()
         records: list[Explored | None] = [*explored] or [None] * len(micros)
-        return [Item(micro, step, ntp, nsp, record) for micro, record in zip(micros, records, strict=True)]
+        written: list[Drawn | None] = [*drawn] or [None] * len(micros)
+        return [Item(micro, step, ntp, nsp, x, y) for micro, x, y in zip(micros, records, written, strict=True)]
 
     def _update(self, items: list[Item], run: Callable[[Any, Item], Output]) -> UpdateResult:
         """One optimizer step on a mini-batch."""
@@ -248,7 +330,7 @@ class RefineStep:
             {"train/nsp_loss": nsp, "train/clip_fraction": clipped, "train/ratio_mean": ratio} if refine else {}
         )
 
-    def _rollout_metrics(self, items: list[Item], version: int) -> dict[str, float]:
+    def _rollout_metrics(self, items: list[Item]) -> dict[str, float]:
         found = [(item.batch.lengths, item.explored) for item in items if item.explored]
         sums = [
             rollout_sums(x.experience, x.rewards, x.entropy, lengths, zero_variance_groups(x.rewards), x.gap)
@@ -256,7 +338,7 @@ class RefineStep:
         ]
         gaps = (x.gap.masked_fill(~x.experience.usable[:, None, None, None], 0) for _, x in found)
         largest = torch.stack([gap.max() for gap in gaps]).max()
-        return rollout_metrics(sums, largest, version, self.ranks.dp_group)
+        return rollout_metrics(sums, largest, min(x.version for _, x in found), self.ranks.dp_group)
 
 
 def _continuations(tokens: Tensor, rows: Rows, positions: Tensor, length: int) -> tuple[Tensor, Tensor]:
