@@ -71,6 +71,7 @@ class RolloutRequest:
     seed: int
     step: int
     fork: Fork | None  # None: the engine prefills the prefixes itself
+    banned: tuple[int, ...] = ()  # ids that are never drawn, but count in log-probabilities
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,14 @@ class Output:
     main: Tensor | None = None  # [B, T-1], log-probabilities of the main stream; None before the last stage
     branches: Tensor | None = None  # [B, c, n, k], those of the branches, where the pass has any
     hidden: Tensor | None = None  # rows for the next stage; None on the last
+
+
+class Text(Protocol):
+    """The part of a tokenizer that a step uses."""
+
+    ends: tuple[int, ...]  # tokens that end a text
+
+    def decode(self, ids: list[int]) -> str: ...
 
 
 class RolloutEngine(Protocol):
@@ -113,7 +122,8 @@ class LaggingEngine(RolloutEngine, Protocol):
 
 
 Reward = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""reward(tokens [B,c,n,k], truth [B,c,k], h_pred [B,c,n,k,h], h_true [B,c,k,h]) -> [B,c,n]"""
+"""reward(tokens [B,c,n,k], truth [B,c,k], h_pred [B,c,n,k,h], h_true [B,c,k,h]) -> [B,c,n]; with a parameter `decode`
+it is given a function from token ids to their text, too"""
 
 Select = Callable[[Tensor, Tensor, int], Tensor]
 """select(entropy [B,T] nats, lengths [B], rollout_len) -> log-weights [B,T] of the index before each start"""

@@ -22,7 +22,7 @@ from megatron_refine.data import prepare as prepare_module
 from megatron_refine.data.corpus import find_corpus
 from megatron_refine.data.order import sample_rows
 from megatron_refine.data.packed import PackedRows
-from megatron_refine.data.packing import RowRule, pack
+from megatron_refine.data.packing import SIDES, RowRule, pack
 from megatron_refine.data.prepare import prepare
 from megatron_refine.data.split import share, threshold_of
 from megatron_refine.data.tokenizer import bos_id, decode, encode_all, load_tokenizer, train_tokenizer
@@ -137,7 +137,7 @@ def test_dropped_documents_are_counted(tmp_path, settings):
 
 def test_token_ids_against_the_vocabulary(tmp_path):
     ids = np.array([5, 70000, 1 << 16])
-    pack([("train", ids), ("valid", ids)], tmp_path, RowRule(8, 2, False, None), 1 << 17, "f")
+    pack([("train", ids), ("valid", ids)], tmp_path, dict.fromkeys(SIDES, RowRule(8, 2, False, None)), 1 << 17, "f")
     rows = PackedRows(tmp_path / "train", 70001)
     assert rows.row(0).dtype == np.int32 and rows.row(0).tolist() == ids.tolist()
     with pytest.raises(ConfigError, match=r"train\.bin: holds token id 70000, but model\.vocab_size=70000 allows"):
@@ -152,19 +152,6 @@ def test_batch_is_padded_right(settings):
     assert batch.sample_ids.tolist() == [17, 18] and len(rows[0]) != len(rows[1])
     assert batch.lengths.tolist() == [len(row) for row in rows]
     assert batch.tokens.tolist() == [row + [0] * (160 - len(row)) for row in rows]
-
-
-# Held-out documents
-def test_no_document_stands_on_both_sides(tmp_path, settings):
-    prepared = prepare(settings(paths=write(tmp_path / "a", DOCUMENTS * 2), split_documents=True, min_length=8))
-    train, valid = ({tuple(row) for row in contents(rows)} for rows in (prepared.train, prepared.valid))
-    assert 0 < len(valid) < len(train) and not train & valid
-
-
-@pytest.mark.parametrize("fraction", [1e-9, 1 - 1e-9])
-def test_each_side_has_a_document(tmp_path, settings, fraction):
-    prepared = prepare(settings(tokenizer="", valid_fraction=fraction))
-    assert (len(prepared.train), len(prepared.valid)) == ((39, 1) if fraction < 0.5 else (1, 39))
 
 
 # Readers

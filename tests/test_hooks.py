@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_refine.config import ConfigError
-from megatron_refine.step.hooks import check_hooks
+from megatron_refine.step.hooks import check_hooks, reading, resolve
 from megatron_refine.step.reward import REWARDS
 from megatron_refine.step.select import SELECTIONS, select_positions
 from tests import parity, runs
@@ -106,6 +106,47 @@ def test_own_functions_are_what_a_run_uses(ranks: Zygote, tmp_path: Path) -> Non
         assert all(positions == [20, 49, 97, 145] for positions in draw["positions"])  # margin, chunks of 192 / 4
         values = [x for sequence in draw["rewards"] for chunk in sequence for x in chunk]
         assert set(values) <= {0.0, 1.0, 2.0, 3.0, 4.0, 5.0}
+
+
+WORDS = ["", "a", "ab", "abc", "abd", " ", "xyz", "b"]
+
+
+def decode(ids: list[int]) -> str:
+    return "".join(WORDS[i] for i in ids)
+
+
+def distance(a: str, b: str) -> int:
+    """Levenshtein's, by its recursion."""
+    if not a or not b:
+        return len(a) + len(b)
+    return min(distance(a[1:], b) + 1, distance(a, b[1:]) + 1, distance(a[1:], b[1:]) + (a[0] != b[0]))
+
+
+@pytest.mark.parametrize("name", ["edit_similarity", "ngram_overlap"])
+def test_rewards_that_read_text(name: str, tmp_path: Path) -> None:
+    """They pass the check that a run makes, and are what their words say, on all texts of up to two words."""
+    path = f"megatron_refine.step.text_rewards:{name}"
+    check_hooks(parity.small_config(tmp_path, f"refine.reward={path}"))
+    reward = reading(resolve("refine.reward", path, REWARDS), decode)
+    pairs = torch.cartesian_prod(torch.arange(8), torch.arange(8))
+    tokens, truth = pairs[None, None].expand(1, 8, -1, -1), torch.tensor([[[i, (3 * i) % 8] for i in range(8)]])
+    found = reward(tokens, truth, None, None)
+    for j, n in torch.cartesian_prod(torch.arange(8), torch.arange(64)).tolist():
+        a, b = decode(tokens[0, j, n].tolist()), decode(truth[0, j].tolist())
+        if name == "edit_similarity":
+            expected = 1 - distance(a, b) / max(len(a), len(b)) if a or b else 1.0
+        else:
+            grams = [{text[i : i + 3] for i in range(len(text) - 2)} or {text} for text in (a, b)]
+            expected = len(grams[0] & grams[1]) / len(grams[0] | grams[1])
+        assert float(found[0, j, n]) == pytest.approx(expected, abs=1e-6), (a, b)
+
+
+def test_a_run_hands_its_tokenizer_to_a_reward_that_reads_text(ranks: Zygote, tmp_path: Path) -> None:
+    own = {"reward": "megatron_refine.step.text_rewards:edit_similarity", "num_chunks": 4, "rollout_len": 5}
+    config = runs.write_config(tmp_path, tmp_path / "cache", refine=own, train={"steps": 1})
+    assert ranks(1, runs.command, arguments=["--config", str(config)], saves=False)[0].code == 0
+    row = next(row for row in runs.rows(tmp_path) if "rollout/reward_mean" in row)
+    assert 0 < row["rollout/reward_mean"] < 1
 
 
 def test_the_documented_example_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

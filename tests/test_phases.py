@@ -41,24 +41,30 @@ def answer_gradients(config: Config, slow: bool) -> Any:
         return metrics["train/answer_loss"], parity.full_gradients(model)
     from megatron_refine.data.order import sample_rows
 
-    total, tokens = torch.zeros((), dtype=torch.float64), 0
+    parts, counts = list[torch.Tensor](), list[int]()
     model.zero_grad_buffer()
     for row in sample_rows(config.run.seed, 0, 4, 6).tolist():
         prompt, answer = (torch.from_numpy(x[row]).long() for x in (phase.prompts.prompts, phase.prompts.answers))
         rows = forward.main_pass(model, torch.cat([prompt, answer])[None]).rows
         logprobs = unwrap(model).logits(rows.local[len(prompt) - 1 : -1, 0])[:, :97].log_softmax(-1)
-        total = total - logprobs.gather(1, answer[:, None]).sum()
-        tokens += len(answer)
-    (total / tokens).backward()
+        parts.append(-logprobs.gather(1, answer[:, None]).sum())
+        counts.append(len(answer))
+    if config.task.answer_mean == "token":
+        loss = torch.stack(parts).sum() / sum(counts)
+    else:  # micro-batches of two sequences, one after the other
+        loss = ((parts[0] + parts[1]) / sum(counts[:2]) + (parts[2] + parts[3]) / sum(counts[2:])) / 2
+    loss.backward()
     finalize_gradients([model])
-    return float(total) / tokens, parity.full_gradients(model)
+    return float(loss), parity.full_gradients(model)
 
 
-@pytest.mark.parametrize("model", ["delta_net", "lact"])
-def test_the_step_on_answers_equals_one_sequence_after_another(model: str, ranks: Zygote, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("model", "mean"), [("delta_net", "token"), ("lact", "token"), ("delta_net", "micro_batch")])
+def test_the_step_on_answers_equals_one_sequence_after_another(
+    model: str, mean: str, ranks: Zygote, tmp_path: Path
+) -> None:
     """Loss and every gradient at tp 1, tp 2 with sp, dp 2: a mean over the answers' tokens, none of the prompts'."""
     post = ["train.phase=posttrain", "task.paths=[x]", "data.tokenizer=x", "refine.enabled=false"]
-    post += ["task.inner_step=false"]
+    post += ["task.inner_step=false", f"task.answer_mean={mean}"]
 
     def run(world: int, *overrides: str, slow: bool = False) -> Any:
         config = parity.small_config(tmp_path, *post, *overrides, model=model)

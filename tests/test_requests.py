@@ -176,6 +176,38 @@ def test_what_a_server_is_asked(scripted: Any) -> None:
     assert sorted(len(prompts[0]) for prompts in ahead) == [1, 3, 8, 16]
 
 
+def test_banned_tokens_are_asked_for_and_their_share_is_given_back(scripted: Any) -> None:
+    """By a softmax with the biases of the request; 3 takes nearly all of it, 5 nearly nothing."""
+    logits, bodies = torch.tensor([0.3, -1.0, 0.5, 9.0, 0.1, -30.0, -95.0], dtype=torch.float64), list[Any]()
+
+    def answer(path: str, body: Any) -> tuple[int, Any]:
+        bodies.append(body)
+        found = [generated("v") for _ in body["input_ids"]]
+        biases = body["sampling_params"].get("logit_bias", {})
+        biased = logits + torch.tensor([biases.get(str(i), 0.0) for i in range(7)], dtype=torch.float64)
+        logprobs = (biased / 0.7).softmax(-1).float().log()
+        shown = [[value if value > -torch.inf else None for value in logprobs.tolist()][i] for i in range(7)]
+        for one in found:
+            one["output_ids"] = [0, 1, 4]
+            one["meta_info"]["output_token_logprobs"] = [[shown[i], i, None] for i in (0, 1, 4)]
+            asked = body.get("token_ids_logprob", [])
+            one["meta_info"]["output_token_ids_logprobs"] = [[[shown[i], i, None] for i in asked]] * 3
+        return 200, found
+
+    for ids in ((3,), (3, 5), (6,)):
+        asked = dataclasses.replace(request(2), temperature=0.7, banned=ids)
+        collector = Collector(asked, "v", 1)
+        collector.run([Client(scripted(answer), 5.0)])
+        truth = (logits / 0.7).log_softmax(-1)[[0, 1, 4]].float()
+        # the server tells fp32 of up to 100 nats
+        torch.testing.assert_close(collector.tensors()[1][0, 0, 0], truth, rtol=0, atol=2e-5)
+    biases = [body["sampling_params"].get("logit_bias") for body in bodies]
+    assert {"3": -42.0, "5": -42.0} in biases  # at temperature 0.7; none where a prompt is only read
+    assert all(("logit_bias" in body["sampling_params"]) == ("token_ids_logprob" in body) for body in bodies)
+    with pytest.raises(ServerError, match="drew token 1 in spite of its logit_bias"):
+        Collector(dataclasses.replace(request(2), banned=(1, 4)), "v", 1).run([Client(scripted(answer), 5.0)])
+
+
 def test_rollouts_are_those_of_their_place(scripted: Any) -> None:
     """A server answers with the length of the prefix and the number of the rollout; no log-probability is NaN."""
 

@@ -139,6 +139,36 @@ def test_draws_follow_the_softmax_at_any_layout(temperature: float, ranks: Zygot
     assert first["ends"].tolist() == [[0] * ROWS, [VOCAB - 1] * ROWS]
 
 
+def banned(config: Config, ids: tuple[int, ...], temperature: float) -> Any:
+    """On a rank: draws that never take some ids."""
+    from megatron_refine.trainer.head import sample
+
+    _, inner, weight = build(config)
+    rows = rows_and_targets()[0]
+    uniforms = random.uniform(6, torch.arange(ROWS))
+    return *sample(inner, rows, uniforms, temperature, banned=ids), weight
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 0.7])
+def test_banned_ids_are_not_drawn_and_count_in_log_probabilities(
+    temperature: float, ranks: Zygote, tmp_path: Path
+) -> None:
+    """By the whole softmax, the banned ids taken out of what is drawn from: the likeliest ones are among them."""
+    for tp in (1, 2):
+        config, rows = small_config(tmp_path, f"parallel.tp={tp}"), rows_and_targets()[0]
+        (_, _, weight), *_ = ranks(tp, banned, config=config, ids=(), temperature=1.0)
+        logits = (rows @ weight[:VOCAB].mT) / (temperature or 1.0)
+        ids = tuple(logits.argmax(-1)[:6].unique().tolist()) + (0, VOCAB - 1)
+        open_ones = logits.index_fill(1, torch.tensor(ids), -torch.inf)
+        cumulative = open_ones.softmax(-1).cumsum(-1)
+        wanted = (cumulative <= random.uniform(6, torch.arange(ROWS))[:, None]).sum(-1)
+        wanted = wanted if temperature else open_ones.argmax(-1)
+        for tokens, logprobs, _ in ranks(tp, banned, config=config, ids=ids, temperature=temperature):
+            assert tokens.equal(wanted) and not set(tokens.tolist()) & set(ids)
+            expected = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+            torch.testing.assert_close(logprobs, expected, **EXACT)
+
+
 def extremes(config: Config) -> dict[str, list[list[int]]]:
     """On a rank: samples where logits tie, and where most ids have probability 0.
 

@@ -106,21 +106,21 @@ def test_predictions_of_a_run_are_scored_as_today() -> None:
     assert score_table(rows).splitlines() == ["trec    50.0 ± 50.0  (n 2)", "qasper  100.0 ± 0.0  (n 1)"]
 
 
-def held_out(tmp_path: Path) -> dict[str, Any]:
+def held_out(tmp_path: Path, ntp_only: str) -> dict[str, Any]:
     """On a rank: metrics of held-out rows, and what the passes held of the layers when they were done."""
     from megatron_refine.data.packed import PackedRows
-    from megatron_refine.data.packing import RowRule, pack
+    from megatron_refine.data.packing import SIDES, RowRule, pack
     from megatron_refine.eval import heldout
     from megatron_refine.step.refine import RefineStep
     from megatron_refine.trainer import forward
     from megatron_refine.trainer.model import unwrap
 
-    config = small_config(tmp_path, "refine.enabled=false", "eval.sequences=5")
+    config = small_config(tmp_path, ntp_only, "eval.sequences=5")
     model, ranks = build(config, torch.float32)
     ids = [torch.randint(0, 97, (length,), generator=torch.Generator().manual_seed(length)).numpy()
            for length in (192, 180, 192, 100, 3)]  # fmt: skip
     if ranks.is_main:
-        pack([("valid", row) for row in ids], tmp_path, RowRule(192, 2, False, None), 97, "f")
+        pack([("valid", row) for row in ids], tmp_path, dict.fromkeys(SIDES, RowRule(192, 2, False, None)), 97, "f")
     torch.distributed.barrier()
     rows = PackedRows(tmp_path / "valid", 97)
     step = RefineStep(config, model, None, None, ranks)  # type: ignore[arg-type]
@@ -130,19 +130,22 @@ def held_out(tmp_path: Path) -> dict[str, Any]:
             lambda _, __, kwargs, ___: collected.append(kwargs["packed_seq_params"].handles), with_kwargs=True
         )  # fmt: skip
     metrics = heldout.HeldOut(step, rows, torch.device("cpu"))()
-    sums = torch.zeros(4, dtype=torch.float64)
+    sums = torch.zeros(5, dtype=torch.float64)
     for i in range(0, 5, 2):
         batch = rows.batch(range(i, min(i + 2, 5)), range(i, min(i + 2, 5)))
         with torch.no_grad():
             scores = forward.main_pass(model, batch.tokens).scores
-        sums += heldout._sums(batch, scores.logprobs[:, :-1], scores.correct, scores.entropy)[:4]
-    names = ("eval/ntp_loss", "eval/ntp_accuracy", "eval/entropy")
-    expected = dict(zip(names, (sums[:3] / sums[3]).tolist(), strict=True))
+        sums += heldout._sums(batch, scores.logprobs[:, :-1], scores.correct, scores.entropy)[:5]
+    names = ("eval/ntp_loss", "eval/ntp_accuracy", "eval/sampled_accuracy", "eval/entropy")
+    expected = dict(zip(names, (sums[:4] / sums[4]).tolist(), strict=True))
     return {"metrics": metrics, "expected": expected, "handles": collected[: len(collected) // 2]}
 
 
-def test_held_out_rows_are_scored_without_the_handles_of_the_layers(ranks: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ntp_only", ["refine.enabled=false", "eval.rollouts=false"])
+def test_held_out_rows_are_scored_without_the_handles_of_the_layers(
+    ntp_only: str, ranks: Any, tmp_path: Path
+) -> None:  # fmt: skip
     """Bit by bit what a pass that keeps them gives."""
-    found = ranks(1, held_out, timeout=60, tmp_path=tmp_path)[0]
+    found = ranks(1, held_out, timeout=60, tmp_path=tmp_path, ntp_only=ntp_only)[0]
     assert found["metrics"] == found["expected"] and found["metrics"]["eval/ntp_loss"] > 4
     assert found["handles"] and all(handles is None for handles in found["handles"])

@@ -43,7 +43,8 @@ def request_of(step: int) -> Any:
     from megatron_refine.records import RolloutRequest
 
     found = batch(4, 192, vocab=509)
-    return RolloutRequest(found.tokens, torch.tensor(POSITIONS), found.sample_ids, 2, 5, 0.8, 1, step, None)
+    banned = (0, 200, 508)
+    return RolloutRequest(found.tokens, torch.tensor(POSITIONS), found.sample_ids, 2, 5, 0.8, 1, step, None, banned)
 
 
 def gaps_of_rollouts(engine: Any, model: Any, step: int = 0) -> list[float]:
@@ -56,6 +57,7 @@ def gaps_of(model: Any, rollouts: Any) -> list[float]:
     from megatron_refine.trainer.forward import score_pass
 
     tokens, gaps = request_of(0).tokens, []
+    assert not torch.isin(rollouts.tokens, torch.tensor(request_of(0).banned)).any()
     for i in range(4):
         for j, p in enumerate(POSITIONS[i]):
             written = rollouts.tokens[i, j]  # [n, k]

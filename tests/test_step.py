@@ -128,9 +128,9 @@ def what_is_drawn(config: Config) -> Any:
     step, found = make_step(config, torch.float32), []
     decode, select = NativeEngine._decode, refine.select_positions
 
-    def decoded(self: Any, fork: Any, draws: torch.Tensor, temperature: float) -> Any:
+    def decoded(self: Any, fork: Any, draws: torch.Tensor, *how: Any) -> Any:
         found[-1]["draws"] = draws
-        return decode(self, fork, draws, temperature)
+        return decode(self, fork, draws, *how)
 
     def selected(entropy: torch.Tensor, lengths: torch.Tensor, uniform: torch.Tensor, **rest: Any) -> torch.Tensor:
         found[-1]["uniform"] = uniform
@@ -258,6 +258,33 @@ def test_metrics_of_a_step_are_means_over_its_mini_batches(ranks: Any, tmp_path:
     assert metrics["rollout/entropy_mean"] == pytest.approx(float(torch.cat(entropies).mean()), **exact)
     rewards = torch.cat([half[2].rewards for half in halves])
     assert metrics["rollout/reward_std"] == pytest.approx(float(rewards.double().std(correction=0)))
+
+
+def of_sequences(config: Config) -> Any:
+    """On a rank: a step whose policy loss is a mean over tokens, and over rollouts; and its rollouts' rewards."""
+    found = []
+    for mean in ("token", "sequence"):
+        own = config.model_copy(update={"refine": config.refine.model_copy(update={"loss_mean": mean})})
+        step = make_step(own, torch.float64)
+        metrics = step(batch(4), 3, refine=True)
+        found.append((metrics, full_gradients(step.model), step.last))
+    return found
+
+
+def test_a_mean_over_rollouts_is_k_times_that_over_tokens(ranks: Any, tmp_path: Path) -> None:
+    """And rewards of all kinds are reported, whichever is configured."""
+    settings = ["refine.ntp_coef=0", "refine.nsp_coef=1", "refine.reward=hybrid", "train.micro_batch_size=4"]
+    token, sequence = ranks(1, of_sequences, config=small_config(tmp_path, *settings))[0]
+    assert sequence[0]["train/nsp_loss"] == pytest.approx(5 * token[0]["train/nsp_loss"], rel=1e-12)
+    assert max(relative(sequence[1], {n: 5 * g for n, g in token[1].items()}).values()) < 1e-12
+    metrics, rewards, kinds = token[0], token[2].rewards, token[2].kinds
+    assert kinds.sum(-1).allclose(rewards)
+    tokens, truth = token[2].experience.tokens, token[2].truth
+    matches = (tokens == truth[:, :, None]).double().mean(-1)
+    assert kinds[..., 1].double().allclose(matches)
+    assert metrics["rollout/binary_mean"] == pytest.approx(float(matches.mean()))
+    assert metrics["rollout/hybrid_mean"] == pytest.approx(metrics["rollout/reward_mean"])
+    assert metrics["rollout/cosine_mean"] == pytest.approx(float(kinds[..., 0].mean()))
 
 
 def mini_batch_steps(config: Config) -> Any:

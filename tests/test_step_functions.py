@@ -17,6 +17,7 @@ from megatron_refine.records import Experience
 from megatron_refine.step.advantage import advantages, zero_variance_groups
 from megatron_refine.step.hooks import resolve
 from megatron_refine.step.metrics import rollout_sums
+from megatron_refine.step.mismatch import token_weights
 from megatron_refine.step.objective import next_token_sums, policy_terms
 from megatron_refine.step.reward import binary, cosine, hybrid
 from megatron_refine.step.select import SELECTIONS, select_positions, smoothed_entropy, usable
@@ -202,6 +203,16 @@ def test_advantages_equal_the_loop(shape: tuple[int, int, int]) -> None:
             assert mine.tolist() == pytest.approx(normalized(group.tolist(), eps), rel=1e-12)  # fp64
 
 
+@pytest.mark.parametrize("shape", [(3, 8, 1), (2, 4, 5), (2, 1, 1)])
+def test_advantages_without_the_standard_deviation(shape: tuple[int, int, int]) -> None:
+    rewards = random(*shape)
+    found = advantages(rewards, 1e-2, scaled=False)
+    mean = rewards.mean((1, 2), keepdim=True) if shape[2] == 1 else rewards.mean(2, keepdim=True)
+    expected = rewards if shape[1:] == (1, 1) else rewards - mean
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    assert not advantages(torch.full((1, 8, 1), 0.3), scaled=False).any()
+
+
 @pytest.mark.parametrize("shape", [(1, 8, 1), (1, 6, 1), (1, 2, 3), (2, 4, 5)])
 @pytest.mark.parametrize("ulps", [0, 1, 3])
 def test_rewards_equal_up_to_rounding_teach_nothing(shape: tuple[int, int, int], ulps: int) -> None:
@@ -232,16 +243,22 @@ def test_groups_without_variance_teach_nothing() -> None:
 
 @pytest.mark.parametrize("case", range(6))
 def test_equals_the_official_code(case: int) -> None:
-    """Of unpadded rows: tests/golden/README.md. fp32, sums of up to 16 products in another order."""
+    """Of unpadded rows: tests/golden/README.md. fp32, sums of up to 16 products in another order. The values of the
+    keys are those of a preset under configs/official.yaml."""
+    from megatron_refine.config import load
+    from megatron_refine.models.family import FAMILIES
     from megatron_refine.step.refine import _continuations
 
+    folder = Path(__file__).parents[1] / "configs"
+    config = load([str(folder / "posttrain_delta_net_1.3b.yaml"), str(folder / "official.yaml")], [], FAMILIES)
+    c, limits = config.refine, config.engine
     stored = load_file(Path(__file__).parent / "golden/official_step/values.safetensors")
     own = {name.removeprefix(f"case{case}."): t for name, t in stored.items() if name.startswith(f"case{case}.")}
     length, k = own["tokens"].shape[1], own["rollouts"].shape[-1]
     for mode in SELECTIONS:
         found = select_positions(
             own["entropy"], torch.full((len(own["tokens"]),), length), own[f"u.{mode}"],
-            selection=mode, rollout_len=k, margin=20, temperature=1.0,
+            selection=mode, rollout_len=k, margin=c.margin, temperature=c.temperature,
         )  # fmt: skip
         assert found.equal(own[f"positions.{mode}"]), mode
     rows: Any = SimpleNamespace(take=lambda index, sequences: own["hidden"][sequences, index])
@@ -252,11 +269,13 @@ def test_equals_the_official_code(case: int) -> None:
         earned = reward(own["rollouts"], truth, own["h_pred"], h_true)
         torch.testing.assert_close(earned, own[f"reward.{name}"], **close)
     earned = own["reward.hybrid"]
-    torch.testing.assert_close(advantages(earned), own["advantage.hybrid"], rtol=1e-3, atol=1e-5)  # near-equal groups
-    logprobs = own["logprobs"].requires_grad_()
-    terms = policy_terms(logprobs, own["old_logprobs"], own["advantage.hybrid"], 0.2, 0.2, 3.0)
-    torch.testing.assert_close(terms.loss.mean()[None], own["loss"], **close)
-    (gradient,) = torch.autograd.grad(terms.loss.mean(), logprobs)
+    found = advantages(earned, c.advantage_eps, c.advantage_std)
+    torch.testing.assert_close(found, own["advantage.hybrid"], rtol=1e-3, atol=1e-5)  # near-equal groups
+    logprobs, old = own["logprobs"].requires_grad_(), own["old_logprobs"]
+    terms = policy_terms(logprobs, old, own["advantage.hybrid"], c.clip_low, c.clip_high, c.dual_clip)
+    loss = (terms.loss * token_weights(old, old - 50, limits.mask_gap, limits.importance_cap)).mean()  # none is masked
+    torch.testing.assert_close(loss[None], own["loss"], **close)
+    (gradient,) = torch.autograd.grad(loss, logprobs)
     torch.testing.assert_close(gradient, own["grad.logprobs"], **close)
 
 
@@ -317,10 +336,13 @@ def test_unusable_rows_count_for_no_rollout_metric() -> None:
     weights = random(3, 2, 2, 2, seed=3)
     weights[1:, 0, 1] = 0  # masked: one of an unusable row, one of a usable one
     experience = Experience(nothing, nothing, nothing, nothing, weights, torch.tensor([True, False, True]))
-    found = rollout_sums(experience, rewards, entropy, torch.tensor([6, 2, 4]), zero, gap)
-    r, g = rewards[[0, 2]], gap[[0, 2]]
+    kinds = random(3, 2, 2, 2, seed=4)
+    found = rollout_sums(experience, rewards, kinds, entropy, torch.tensor([6, 2, 4]), zero, gap)
+    r, g, (cosines, binaries) = rewards[[0, 2]], gap[[0, 2]], kinds[[0, 2]].unbind(-1)
     tokens = entropy[0].sum() + entropy[1, :2].sum() + entropy[2, :4].sum()
-    expected = torch.stack([r.sum(), (r**2).sum(), r.new_tensor(8), tokens, *r.new_tensor([12, 1.5, 2]), g.sum()])
+    both = cosines.sum(), binaries.sum()
+    of_rewards = r.sum(), (r**2).sum(), *both, r.new_tensor(8)
+    expected = torch.stack([*of_rewards, tokens, *r.new_tensor([12, 1.5, 2]), g.sum()])
     weight = float(weights[[0, 2]].sum())
     assert found.tolist() == pytest.approx([*expected.tolist(), 16, 1, weight, 14], rel=1e-12)  # fp64
 

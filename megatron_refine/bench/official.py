@@ -107,7 +107,7 @@ class OfficialStep(RefineStep):
         draws = uniform(self.config.run.seed, ROLLOUT, step, samples, starts, numbers, places).flatten(1)  # [k, R]
         parts = [
             write(self.model, batch.tokens[sequences[i : i + ROWS]], lengths[i : i + ROWS], draws[:, i : i + ROWS],
-                  c.rollout_temperature)
+                  c.rollout_temperature, self.banned)
             for i in range(0, len(lengths), ROWS)
         ]  # fmt: skip
         return torch.cat([p.tokens for p in parts]), torch.cat([p.logprobs for p in parts])
@@ -163,7 +163,9 @@ def _rows(tokens: Tensor, lengths: Tensor, rollouts: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def write(model: nn.Module, tokens: Tensor, lengths: Tensor, draws: Tensor, temperature: float) -> Rollouts:
+def write(
+    model: nn.Module, tokens: Tensor, lengths: Tensor, draws: Tensor, temperature: float, banned: tuple[int, ...] = ()
+) -> Rollouts:
     """Continue each prefix of `lengths` [R] tokens of `tokens` [R, T] in rows of full length: draws [k, R].
 
     The delta rule is prefilled and decoded from its state; LaCT, which has no cache there, runs anew for every token.
@@ -183,7 +185,7 @@ def write(model: nn.Module, tokens: Tensor, lengths: Tensor, draws: Tensor, temp
             if cached:
                 places = Places.read(row, lengths)
                 states = {layer: handle.at(places) for layer, handle in handles.items()}
-        token, logprob = head.sample(unwrap(model), hidden, u, temperature)
+        token, logprob = head.sample(unwrap(model), hidden, u, temperature, banned=banned)
         written.append(token)
         logprobs.append(logprob)
     return Rollouts(torch.stack(written, 1), torch.stack(logprobs, 1), 0)

@@ -116,6 +116,10 @@ def _training_problems(c: Config) -> Iterator[tuple[bool, str]]:
         c.data.min_length > length,
         (f"data.min_length={c.data.min_length}: exceeds data.seq_length={length}; 0 means data.seq_length"),
     )
+    yield (
+        c.data.valid_min_length > length,
+        f"data.valid_min_length={c.data.valid_min_length}: exceeds data.seq_length={length}; 0 means data.min_length",
+    )
     start, steps = c.refine.start_step, c.train.steps
     yield (
         c.refine.enabled and start > steps,

@@ -1,5 +1,7 @@
 """Sections on what a run reads: documents and prompts."""
 
+from typing import Literal
+
 from pydantic import Field
 
 from megatron_refine.config.base import Section
@@ -46,6 +48,12 @@ class Data(Section):
         description="Least length of a row in tokens: shorter documents are dropped, rows between it and "
         "`data.seq_length` are padded and masked. 0: `data.seq_length`.",
     )
+    valid_min_length: int = Field(
+        0,
+        ge=0,
+        description="The same for held-out documents. Those too short for rollouts count in the NTP loss alone. 0: as "
+        "for training.",
+    )
     split_documents: bool = Field(
         False, description="Cut a document into rows of `data.seq_length` tokens. false: keep the first row only."
     )
@@ -71,6 +79,11 @@ class Task(Section):
         32, ge=1, description="Most tokens that are written as an answer, where a file has no column `max_gen_tokens`."
     )
     add_eos: bool = Field(False, description="posttrain: end each answer with EOS. The official code does not.")
+    answer_mean: Literal["token", "micro_batch"] = Field(
+        "token",
+        description="posttrain: the answers' loss is a mean over their tokens. `micro_batch`: over the means of "
+        "micro-batches, as in the official code, so that tokens of short answers count more.",
+    )
     skip_too_long: bool = Field(
         False, description="Leave out and count rows that `data.seq_length` cannot hold. false: they are an error."
     )

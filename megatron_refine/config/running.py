@@ -156,6 +156,11 @@ class Eval(Section):
 
     every: int = Field(0, ge=0, description="Steps between evaluations. 0: before and after each part of the run only.")
     sequences: int = Field(16, ge=0, description="Number of held-out sequences to evaluate on. 0: none.")
+    rollouts: bool = Field(
+        True,
+        description="Write rollouts of held-out sequences, for `eval/reward_mean` and `eval/greedy_match`. false: the "
+        "losses alone, in a third of the time.",
+    )
     tasks: list[str] = Field(
         default_factory=list, description="Tasks of `megatron-refine evaluate`, or groups of them: docs/evaluation.md."
     )

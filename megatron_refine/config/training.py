@@ -191,8 +191,20 @@ class Refine(Section):
     rollout_temperature: float = Field(
         1.0, ge=0, description="T: temperature at which rollouts are drawn and scored. 0: greedy rollouts."
     )
+    ban_eos: bool = Field(
+        True,
+        description="Never draw a token that ends a text in a rollout, as the official code does. Log-probabilities "
+        "stay those of the whole vocabulary. false: draw it like any other; it ends no rollout.",
+    )
     advantage_eps: float = Field(
         1e-6, gt=0, description="Epsilon that is added to the standard deviation of a group's rewards."
+    )
+    advantage_std: bool = Field(
+        True, description="Divide advantages by the standard deviation of their group. false: subtract its mean alone."
+    )
+    loss_mean: Literal["token", "sequence"] = Field(
+        "token",
+        description="The policy loss is a mean over rollout tokens, or over rollouts, each the sum over its k tokens.",
     )
     ntp_coef: float = Field(1.0, ge=0, description="Weight of the NTP loss in a REFINE step.")
     nsp_coef: float = Field(0.2, ge=0, description="Weight of the NSP (policy) loss in a REFINE step.")

@@ -1,6 +1,6 @@
 """A document's rows, and their packed form: Megatron's .bin/.idx with a record of what they hold beside them."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -26,8 +26,12 @@ class RowRule:
 
     @classmethod
     def of(cls, data: Data, bos: int | None) -> "RowRule":
-        """Return the rule of a configuration; `bos` is the token that begins every row, or None."""
+        """Return the rule of a configuration for training; `bos` is the token that begins every row, or None."""
         return cls(data.seq_length, max(data.min_length or data.seq_length, _SHORTEST_ROW), data.split_documents, bos)
+
+    def held_out(self, data: Data) -> "RowRule":
+        """Return the rule for documents that are held out."""
+        return replace(self, min_length=max(data.valid_min_length or self.min_length, _SHORTEST_ROW))
 
     def document_length(self, ids: np.ndarray) -> int:
         """Return the number of tokens of the document as one uncut row."""
@@ -117,12 +121,15 @@ class RowWriter:
 
 
 def pack(
-    documents: Iterable[tuple[str, np.ndarray]], folder: Path, rule: RowRule, vocab_size: int, fingerprint: str,
-    note: str = "",
+    documents: Iterable[tuple[str, np.ndarray]], folder: Path, rules: Mapping[str, RowRule], vocab_size: int,
+    fingerprint: str, note: str = "",
 ) -> dict[str, Record]:  # fmt: skip
-    """Write documents, pairs of a side and token ids [length], to `folder/train.*` and `folder/valid.*`."""
+    """Write documents, pairs of a side and token ids [length], to `folder/train.*` and `folder/valid.*`, by the rule of
+    each side."""
     with ExitStack() as stack:
-        writers = {side: stack.enter_context(RowWriter(folder / side, rule, vocab_size, fingerprint)) for side in SIDES}
+        writers = {
+            side: stack.enter_context(RowWriter(folder / side, rules[side], vocab_size, fingerprint)) for side in SIDES
+        }
         writers["valid"].record.note = note
         for side, ids in documents:
             writers[side].add(ids)

@@ -81,11 +81,13 @@ def prepare(config: Config, say: Callable[[str], None] = lambda _: None) -> Prep
         path, tokenizer = _get_tokenizer(config, sources, _hash(identity[:1] + identity[2:]), say)
         say(stated(path, tokenizer))
         rule = RowRule.of(data, bos_id(tokenizer, path) if data.add_bos else None)
-        fingerprint = _hash([_FORMAT, identity, digest(path), vars(rule), data.text_column])
+        rules = {"train": rule, "valid": rule.held_out(data)}
+        own = [vars(rules["valid"])] if rules["valid"] != rule else []
+        fingerprint = _hash([_FORMAT, identity, digest(path), vars(rule), data.text_column, *own])
         folder = cache_dir / f"rows-{fingerprint[:16]}"
         if not folder.exists():
             say(f"tokenizing {len(sources.train.files) + len(sources.valid.files if sources.valid else ()):,} files")
-            _write_folder(folder, sources, tokenizer, rule, config.model.vocab_size, fingerprint, data.valid_fraction)
+            _write_folder(folder, sources, tokenizer, rules, config.model.vocab_size, fingerprint, data.valid_fraction)
     except OSError as error:  # the corpus' own failures are ConfigErrors already
         raise ConfigError(f"data.cache_dir={cache_dir}: {error.strerror}; free space or name another folder") from None
     train, valid = (PackedRows(folder / side, config.model.vocab_size) for side in SIDES)
@@ -130,26 +132,26 @@ def _training_texts(sources: _Sources) -> Iterable[str]:
 
 
 def _write_folder(
-    folder: Path, sources: _Sources, tokenizer: Tokenizer, rule: RowRule, vocab_size: int, fingerprint: str,
-    fraction: float,
+    folder: Path, sources: _Sources, tokenizer: Tokenizer, rules: dict[str, RowRule], vocab_size: int,
+    fingerprint: str, fraction: float,
 ) -> None:  # fmt: skip
     """Pack into a folder of our own, then rename it: `folder` is absent or complete."""
-    unfinished = temporary(folder)
+    unfinished, rule = temporary(folder), rules["train"]
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     try:
-        records = pack(sources.sided(tokenizer, sources.threshold), unfinished, rule, vocab_size, fingerprint)
-        _check_lengths(sources, records, rule)
+        records = pack(sources.sided(tokenizer, sources.threshold), unfinished, rules, vocab_size, fingerprint)
+        _check_lengths(sources, records, rules)
         if not all(records[side].rows for side in SIDES):
             # A small corpus may have all its long documents on one side, or one alone. (Its trained tokenizer has then
             # seen what changes sides.)
             documents = functools.partial(encode_all, tokenizer)
             threshold = adjusted_threshold(documents(sources.train.documents()), rule, sources.threshold)
             if threshold is not None:
-                pack(sources.sided(tokenizer, threshold), unfinished, rule, vocab_size, fingerprint)
+                pack(sources.sided(tokenizer, threshold), unfinished, rules, vocab_size, fingerprint)
             else:
                 parts, note = cut_in_two(documents(sources.train.documents()), rule, fraction)
-                pack(parts, unfinished, rule.splitting, vocab_size, fingerprint, note)
+                pack(parts, unfinished, dict.fromkeys(SIDES, rule.splitting), vocab_size, fingerprint, note)
         unfinished.rename(folder)
     except OSError:
         if not folder.exists():
@@ -159,19 +161,23 @@ def _write_folder(
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _check_lengths(sources: _Sources, records: dict[str, Record], rule: RowRule) -> None:
+def _check_lengths(sources: _Sources, records: dict[str, Record], rules: dict[str, RowRule]) -> None:
     """Raise ConfigError where a corpus has no documents, or none long enough."""
-    corpora: list[tuple[Corpus, list[Record]]] = [(sources.train, [*records.values()])]
+    corpora = [(sources.train, [*records.values()], rules["train"], "min_length")]
     if sources.valid:
-        corpora = [(sources.train, [records["train"]]), (sources.valid, [records["valid"]])]
-    for corpus, parts in corpora:
+        own = "min_length" if rules["valid"] == rules["train"] else "valid_min_length"
+        corpora = [
+            (sources.train, [records["train"]], rules["train"], "min_length"),
+            (sources.valid, [records["valid"]], rules["valid"], own),
+        ]
+    for corpus, parts, rule, key in corpora:
         if not any(part.documents for part in parts):
             raise _no_documents(corpus)
         if not any(part.rows for part in parts):
             longest = max(part.longest for part in parts)
             raise ConfigError(
                 f"{corpus.key}: no document is long enough: the longest has {longest} tokens, a row needs "
-                f"{rule.min_length}; lower data.min_length (0: data.seq_length={rule.seq_length}) or name longer text"
+                f"{rule.min_length}; lower data.{key} (0: data.seq_length={rule.seq_length}) or name longer text"
             )
 
 

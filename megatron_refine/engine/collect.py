@@ -1,5 +1,6 @@
 """Rollouts of a micro-batch from servers: token ids out, token ids and log-probabilities back."""
 
+import math
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,6 +13,9 @@ from megatron_refine.engine.client import Client
 from megatron_refine.engine.errors import ServerError
 from megatron_refine.engine.guard import check_label
 from megatron_refine.records import RolloutRequest
+from megatron_refine.trainer.head import scored_at
+
+UNLIKELY = 60.0  # nats: a banned token is not drawn in a lifetime, and its log-probability is still told in fp32
 
 
 class Begun:
@@ -79,21 +83,29 @@ class Collector:
         r = self.request
         if all((i, j) in self.found for j in range(len(self.positions[i]))):
             return
-        sampling = {"max_new_tokens": r.rollout_len, "temperature": r.temperature, "ignore_eos": True, "top_p": 1.0}
-        sampling |= {"top_k": -1, "min_p": 0.0}  # whatever generation_config.json of the served folder says
         missing = [(j, p) for j, p in enumerate(self.positions[i]) if (i, j) not in self.found]
         for p in sorted({p for _, p in missing if p > 1}):
-            self._ask(client, [self.prefixes[i][: p - 1]], {"max_new_tokens": 0})
-        answers = self._ask(client, [self.prefixes[i][:p] for _, p in missing for _ in range(r.num_rollouts)], sampling)
+            self._ask(client, [self.prefixes[i][: p - 1]], sampling_params={"max_new_tokens": 0})
+        prompts = [self.prefixes[i][:p] for _, p in missing for _ in range(r.num_rollouts)]
+        answers = self._ask(client, prompts, **self._drawing())
         rollouts = [self._rollout(client, answer) for answer in answers]
         for place, (j, _) in enumerate(missing):
             self.found[i, j] = rollouts[place * r.num_rollouts : (place + 1) * r.num_rollouts]
 
-    def _ask(self, client: Client, prompts: list[list[int]], sampling: dict[str, Any]) -> list[dict[str, Any]]:
+    def _drawing(self) -> dict[str, Any]:
+        """How a rollout is drawn: from the whole distribution, whatever generation_config.json of the served folder
+        says."""
+        r = self.request
+        sampling = {"max_new_tokens": r.rollout_len, "temperature": r.temperature, "ignore_eos": True, "top_p": 1.0}
+        sampling |= {"top_k": -1, "min_p": 0.0}
+        if not r.banned:
+            return {"sampling_params": sampling}
+        bias = {str(token): -UNLIKELY * scored_at(r.temperature) for token in r.banned}
+        return {"sampling_params": sampling | {"logit_bias": bias}, "token_ids_logprob": list(r.banned)}
+
+    def _ask(self, client: Client, prompts: list[list[int]], **how: Any) -> list[dict[str, Any]]:
         # the version is part of the cache's key: a state of other weights is never found
-        answers = client.generate(
-            input_ids=prompts, sampling_params=sampling, return_logprob=True, extra_key=self.label
-        )
+        answers = client.generate(input_ids=prompts, return_logprob=True, extra_key=self.label, **how)
         with self._counting:
             self.prompt_tokens += sum(answer["meta_info"]["prompt_tokens"] for answer in answers)
             self.cached_tokens += sum(answer["meta_info"]["cached_tokens"] for answer in answers)
@@ -101,9 +113,23 @@ class Collector:
 
     def _rollout(self, client: Client, answer: dict[str, Any]) -> tuple[list[int], list[float]]:
         check_label(client.url, answer, self.label)
-        tokens = answer["output_ids"]
-        logprobs = [entry[0] for entry in answer["meta_info"]["output_token_logprobs"]]
+        tokens, meta = answer["output_ids"], answer["meta_info"]
+        logprobs = [float("nan") if entry[0] is None else entry[0] for entry in meta["output_token_logprobs"]]
         if len(tokens) != self.request.rollout_len or len(logprobs) != len(tokens):
-            reason = answer["meta_info"].get("finish_reason")
+            reason = meta.get("finish_reason")
             raise ServerError(f"{client.url}: {len(tokens)} of {self.request.rollout_len} tokens: {reason}")
-        return tokens, [float("nan") if value is None else value for value in logprobs]
+        if not self.request.banned:
+            return tokens, logprobs
+        if drawn := set(tokens) & set(self.request.banned):
+            raise ServerError(f"{client.url}: drew token {min(drawn)} in spite of its logit_bias")
+        apart = meta["output_token_ids_logprobs"]
+        return tokens, [whole(own, entries) for own, entries in zip(logprobs, apart, strict=True)]
+
+
+def whole(logprob: float, banned: list[Any]) -> float:
+    """The log-probability over the whole vocabulary of a token that was drawn with banned ones at -UNLIKELY.
+
+    banned: of each such token an entry (log-probability, ...), None where it is 0 in fp32. Where a banned token has
+    odds o against all others, the server has it at o exp(-UNLIKELY), and the others are too likely by the factor 1 + o.
+    """
+    return logprob - math.log1p(sum(math.exp(entry[0] + UNLIKELY) for entry in banned if entry[0] is not None))

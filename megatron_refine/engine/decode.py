@@ -18,10 +18,12 @@ from megatron_refine.trainer.rows import Rows, sample
 
 @torch.no_grad()
 def decode(
-    model: nn.Module, states: dict[int, Any], hidden: Tensor, draws: Tensor, temperature: float
-) -> tuple[Tensor, Tensor]:
+    model: nn.Module, states: dict[int, Any], hidden: Tensor, draws: Tensor, temperature: float,
+    banned: tuple[int, ...] = (),
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Continue N branches: their states by layer, the rows [N, h] that predict their first tokens, draws [k, N].
 
+    banned: ids that are not drawn, as in `sample`.
     Returns: tokens and log-probabilities [k, N].
     """
     inner = unwrap(model)
@@ -30,7 +32,7 @@ def decode(
     for j, u in enumerate(draws):
         if j:
             rows, states = forward.decode_step(model, tokens[-1], states)
-        token, logprob = sample(inner, rows.span(len(hidden)), u, temperature)
+        token, logprob = sample(inner, rows.span(len(hidden)), u, temperature, banned=banned)
         tokens.append(token)
         logprobs.append(logprob)
     return torch.stack(tokens), torch.stack(logprobs)
@@ -46,7 +48,9 @@ class Group:
 
 
 @torch.no_grad()
-def decode_across_stages(model: nn.Module, groups: Sequence[Group], temperature: float) -> list[tuple[Tensor, Tensor]]:
+def decode_across_stages(
+    model: nn.Module, groups: Sequence[Group], temperature: float, banned: tuple[int, ...] = ()
+) -> list[tuple[Tensor, Tensor]]:
     """`decode` of several groups, as many as there are stages: while one is on a stage, another is on the next.
 
     The last stage draws a group's tokens and sends them to the first, which embeds them in the group's next turn.
@@ -64,7 +68,7 @@ def decode_across_stages(model: nn.Module, groups: Sequence[Group], temperature:
                 rows, group.states = forward.decode_step(model, tokens[j - 1], group.states, link)
             if link.stage == link.last:
                 held = rows.span(len(group.hidden))
-                tokens[j], logprobs[j] = sample(inner, held, group.draws[j], temperature)
+                tokens[j], logprobs[j] = sample(inner, held, group.draws[j], temperature, banned=banned)
                 if j < len(tokens) - 1:
                     link.send(tokens[j], 0)
     link.wait()
@@ -82,26 +86,26 @@ class DecodeGraphs:
         self._recorded: dict[Any, tuple[list[Tensor], Any, tuple[Tensor, Tensor]]] = {}
 
     def __call__(
-        self, states: dict[int, Any], hidden: Tensor, draws: Tensor, temperature: float
+        self, states: dict[int, Any], hidden: Tensor, draws: Tensor, temperature: float, banned: tuple[int, ...] = ()
     ) -> tuple[Tensor, Tensor]:
         """States: `fixed`."""
         given: list[Tensor] = []
         shape = _taken_apart(states, given)
         given += [hidden, draws]
-        key = temperature, shape, tuple((tensor.shape, tensor.dtype) for tensor in given)
+        key = temperature, banned, shape, tuple((tensor.shape, tensor.dtype) for tensor in given)
         if key not in self._recorded:
-            self._recorded[key] = self._record(shape, given, temperature)
+            self._recorded[key] = self._record(shape, given, temperature, banned)
         own, replay, (tokens, logprobs) = self._recorded[key]
         for mine, theirs in zip(own, given, strict=True):
             mine.copy_(theirs)
         replay()
         return tokens.clone(), logprobs.clone()
 
-    def _record(self, shape: Any, given: list[Tensor], temperature: float) -> Any:
+    def _record(self, shape: Any, given: list[Tensor], temperature: float, banned: tuple[int, ...]) -> Any:
         own = [tensor.clone() for tensor in given]
         *left, hidden, draws = own
         kept = _put_together(shape, iter(left))
-        replay, found = hardware.record(lambda: decode(self.model, kept, hidden, draws, temperature))
+        replay, found = hardware.record(lambda: decode(self.model, kept, hidden, draws, temperature, banned))
         return own, replay, found
 
 

@@ -40,23 +40,26 @@ class NativeEngine:
         rollouts = torch.arange(positions.shape[1] * n, device=positions.device).view(-1, n)
         places = torch.arange(request.rollout_len, device=positions.device).view(-1, 1, 1, 1)
         draws = uniform(request.seed, ROLLOUT, request.step, samples, positions, rollouts, places)  # [k, B, c, n]
-        tokens, logprobs = self._decode(request.fork, draws.flatten(1, 2), request.temperature)
+        tokens, logprobs = self._decode(request.fork, draws.flatten(1, 2), request.temperature, request.banned)
         return Rollouts(tokens.T.reshape(*shape, -1), logprobs.T.reshape(*shape, -1), self.weight_version)
 
-    def _decode(self, fork: Fork, draws: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    def _decode(
+        self, fork: Fork, draws: Tensor, temperature: float, banned: tuple[int, ...]
+    ) -> tuple[Tensor, Tensor]:
         """draws [k, P, n] -> tokens, log-probabilities [k, P * n]."""
         stages = unwrap(self.model).pg_collection.pp.size()
         if stages == 1:
             given = _group(fork, draws, slice(None))
-            return self._on_one_stage(given, temperature)
+            return self._on_one_stage(given, temperature, banned)
         size = -(-draws.shape[1] // stages)
         parts = [slice(start, start + size) for start in range(0, draws.shape[1], size)]
-        found = decode_across_stages(self.model, [_group(fork, draws, part) for part in parts], temperature)
+        groups = [_group(fork, draws, part) for part in parts]
+        found = decode_across_stages(self.model, groups, temperature, banned)
         tokens, logprobs = zip(*found, strict=True)
         return torch.cat(tokens, 1), torch.cat(logprobs, 1)
 
-    def _on_one_stage(self, group: Group, temperature: float) -> tuple[Tensor, Tensor]:
-        given = group.hidden, group.draws, temperature
+    def _on_one_stage(self, group: Group, temperature: float, banned: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        given = group.hidden, group.draws, temperature, banned
         states = fixed(group.states, len(group.draws) - 1) if self._graphs else None
         if self._graphs is None or states is None:
             return decode(self.model, group.states, *given)

@@ -17,6 +17,7 @@ class HeldOut:
 
     def __init__(self, step: RefineStep, rows: PackedRows, device: torch.device):
         self.step, self.rows, self.device = step, rows, device
+        self.explores = step.config.refine.enabled and step.config.eval.rollouts
         self.sample: tuple[Batch, Explored] | None = None  # this rank's first sequences, for the report
 
     @torch.no_grad()
@@ -25,18 +26,20 @@ class HeldOut:
         config, ranks = self.step.config, self.step.ranks
         everyone = range(min(config.eval.sequences, len(self.rows)))
         mine = everyone[ranks.dp_rank :: ranks.dp]
-        total = torch.zeros(7, dtype=torch.float64, device=self.device)
+        total = torch.zeros(8, dtype=torch.float64, device=self.device)
         for i in range(0, -(-len(everyone) // ranks.dp), config.train.micro_batch_size):
             # a replica without a sequence of its own takes part all the same: engines want all ranks in step
             index = mine[i : i + config.train.micro_batch_size] or everyone[:1]
             batch = self.rows.batch(index, index).to(self.device)
-            sums = self._rollouts(batch) if config.refine.enabled else self._tokens(batch)
+            sums = self._rollouts(batch) if self.explores else self._tokens(batch)
             total += sums * (i < len(mine))
         self.step.clock.take()  # no part of a training step's seconds
-        loss, correct, entropy, tokens, reward, matches, rollouts = sum_over(total, ranks.dp_group).tolist()
+        loss, correct, sampled, entropy, tokens, *rest = sum_over(total, ranks.dp_group).tolist()
+        reward, matches, rollouts = rest
         metrics = {
             "eval/ntp_loss": loss / max(tokens, 1),
             "eval/ntp_accuracy": correct / max(tokens, 1),
+            "eval/sampled_accuracy": sampled / max(tokens, 1),  # expected, of a token drawn at each place
             "eval/entropy": entropy / max(tokens, 1),
         }
         return metrics | (
@@ -55,14 +58,15 @@ class HeldOut:
         match = (greedy.experience.tokens == greedy.truth[:, :, None]).double().mean(-1)[use]
         assert output.main is not None
         total = _sums(batch, output.main, explored.correct, explored.entropy)
-        total[4:] = torch.stack([explored.rewards[use].double().sum(), match.sum(), match.new_tensor(match.numel())])
+        total[5:] = torch.stack([explored.rewards[use].double().sum(), match.sum(), match.new_tensor(match.numel())])
         return total
 
 
 def _sums(batch: Batch, logprobs: Tensor, correct: Tensor, entropy: Tensor) -> Tensor:
-    """[loss, correct, entropy, tokens, 0, 0, 0] over real targets; logprobs [B, T-1], correct, entropy [B, T]."""
+    """[loss, correct, probability, entropy, tokens, 0, 0, 0] over real targets; logprobs [B, T-1]; correct and entropy
+    [B, T]."""
     real = torch.arange(1, logprobs.shape[1] + 1, device=logprobs.device) < batch.lengths[:, None]
-    sums = [-logprobs, correct[:, :-1], entropy[:, :-1], real]
+    sums = [-logprobs, correct[:, :-1], logprobs.exp(), entropy[:, :-1], real]
     return torch.stack(
         [(x * real).sum().double() for x in sums] + [torch.zeros((), dtype=torch.float64, device=real.device)] * 3
     )

@@ -27,7 +27,7 @@ class AnswerItem:
 
     batch: Batch  # tokens with answers; lengths of the prompts
     lengths: Tensor  # [B], with answers
-    count: float  # answer tokens of the whole batch, over all ranks
+    count: float  # what the sum over its answers' tokens is divided by
 
 
 class PostTraining:
@@ -65,10 +65,14 @@ class PostTraining:
     def _learn_answers(self, batch: Batch, lengths: Tensor) -> dict[str, float]:
         """One optimizer step on the mean cross-entropy of the answers' tokens, of all ranks' sequences."""
         step, size = self.step, self.config.train.micro_batch_size
-        local = (lengths - batch.lengths).sum().double()
-        count = float(sum_over(local, step.ranks.dp_group))
+        tokens = lengths - batch.lengths
         parts = [slice(i, i + size) for i in range(0, len(lengths), size)]
-        items = [AnswerItem(batch.rows(part), lengths[part], count) for part in parts]
+        if self.config.task.answer_mean == "micro_batch":
+            number = len(parts) * step.ranks.dp
+            counts = [max(float(tokens[part].sum()), 1.0) * number for part in parts]
+        else:
+            counts = [float(sum_over(tokens.sum().double(), step.ranks.dp_group))] * len(parts)
+        items = [AnswerItem(batch.rows(part), lengths[part], n) for part, n in zip(parts, counts, strict=True)]
         with step.clock("answer"):
             result = step.updater.update(items, _forward, _answer_loss, batch.tokens.shape[1], 1)
         return {"train/answer_loss": result.sums[0]} | step.clock.take()

@@ -13,9 +13,9 @@ METRICS = "metrics.jsonl"
 
 _NAMES = {
     "train": "loss ntp_loss nsp_loss answer_loss grad_norm lr clip_fraction ratio_mean optimizer_steps",
-    "rollout": "reward_mean reward_std entropy_mean zero_variance_groups "
+    "rollout": "reward_mean reward_std cosine_mean binary_mean hybrid_mean entropy_mean zero_variance_groups "
     "logprob_gap_mean logprob_gap_max masked_fraction importance_mean weight_version",
-    "eval": "ntp_loss ntp_accuracy entropy reward_mean greedy_match",
+    "eval": "ntp_loss ntp_accuracy sampled_accuracy entropy reward_mean greedy_match",
     "engine": "recoveries restarts transfer_seconds guard_seconds prompt_tokens cached_tokens computed_tokens "
     "offloaded_bytes",
     "perf": "tokens_per_sec mfu peak_memory_bytes",

@@ -89,7 +89,7 @@ class Session:
         model = build_model(config, self.ranks)
         self.updater = Updater(config, model, self.ranks)
         self.engine = _engine(config, model, self.ranks, self.say)
-        self.step = RefineStep(config, model, self.engine, self.updater, self.ranks)
+        self.step = RefineStep(config, model, self.engine, self.updater, self.ranks, self.sources.tokenizer)
         self.answerer = Answerer(
             model, self.sources.tokenizer, self.ranks, bos=self.sources.bos,
             batch_size=config.eval.batch_size or config.train.micro_batch_size,
@@ -204,7 +204,7 @@ class Session:
         """The eval/ metrics of the held-out sequences and the task/ metrics of the tasks, of those there are."""
         metrics: dict[str, float] = {}
         if self.heldout:
-            if self.config.refine.enabled:
+            if self.heldout.explores:
                 self.engine.sync(self.progress.step)
             metrics |= self.heldout()
             if self.folder and self.heldout.sample:

@@ -8,17 +8,19 @@ from torch import Tensor
 ROUNDING = 4 * torch.finfo(torch.float32).eps
 
 
-def advantages(rewards: Tensor, eps: float = 1e-6) -> Tensor:
+def advantages(rewards: Tensor, eps: float = 1e-6, scaled: bool = True) -> Tensor:
     """(R - mean) / (std + eps) over a group, std unbiased; exactly 0 where `_equal`: [B, c, n] -> [B, c, n].
 
-    With one rollout a position (n = 1) the group is the c positions of a sequence; with more, the n rollouts of a
-    position. A group of one keeps its reward (mean 0, std 1).
+    Without `scaled`, R - mean (Dr. GRPO, arXiv 2503.20783). With one rollout a position (n = 1) the group is the c
+    positions of a sequence; with more, the n rollouts of a position. A group of one keeps its reward (mean 0, std 1).
     """
     group = _groups(rewards)
     if group.shape[-1] == 1:
-        return rewards / (1 + eps)
-    scaled = (group - group.mean(-1, keepdim=True)) / (group.std(-1, keepdim=True) + eps)
-    return scaled.masked_fill(_equal(group)[..., None], 0).view(rewards.shape)
+        return rewards / (1 + eps) if scaled else rewards
+    found = group - group.mean(-1, keepdim=True)
+    if scaled:
+        found = found / (group.std(-1, keepdim=True) + eps)
+    return found.masked_fill(_equal(group)[..., None], 0).view(rewards.shape)
 
 
 def zero_variance_groups(rewards: Tensor) -> Tensor:

@@ -1,7 +1,9 @@
 """Built-in functions by name, others by import path `package.module:function`."""
 
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
+from inspect import signature
 from typing import Any
 
 import torch
@@ -28,6 +30,11 @@ def resolve(key: str, name: str, builtin: dict[str, Callable[..., Any]]) -> Call
     return found
 
 
+def reading(reward: Callable[..., Any], decode: Callable[[list[int]], str] | None) -> Callable[..., Any]:
+    """The reward as a function of four tensors, whether it reads text (has a parameter `decode`) or not."""
+    return partial(reward, decode=decode) if "decode" in signature(reward).parameters else reward
+
+
 def check_hooks(config: Config) -> None:
     """Call the functions of the user's own on small random input. Raises ConfigError where one cannot be used."""
     r, device = config.refine, hardware.device()
@@ -38,7 +45,7 @@ def check_hooks(config: Config) -> None:
         states = torch.rand(*shape, config.model.hidden_size, device=device)
         true_states = torch.rand(b, c, k, config.model.hidden_size, device=device)
         called = "(tokens [B, c, n, k], truth [B, c, k], h_pred [B, c, n, k, h], h_true [B, c, k, h])"
-        _try("refine.reward", r.reward, called, (tokens, truth, states, true_states), (b, c, n))
+        _try("refine.reward", r.reward, called, (tokens, truth, states, true_states), (b, c, n), _numbers)
     if ":" in r.selection:
         length = max(64, config.shortest_refine_row)
         entropy = torch.rand(b, length, device=device)
@@ -47,11 +54,21 @@ def check_hooks(config: Config) -> None:
              (entropy, lengths, k), (b, length))  # fmt: skip
 
 
-def _try(key: str, name: str, called: str, arguments: tuple[Any, ...], shape: tuple[int, ...]) -> None:
-    function = resolve(key, name, {})
+def _numbers(ids: list[int]) -> str:
+    """Stands in for the tokenizer, which is not there yet."""
+    return " ".join(map(str, ids))
+
+
+def _try(
+    key: str, name: str, called: str, arguments: tuple[Any, ...], shape: tuple[int, ...],
+    decode: Callable[[list[int]], str] | None = None,
+) -> None:  # fmt: skip
     try:
+        function = reading(resolve(key, name, {}), decode)
         with torch.no_grad():
             found = function(*arguments)
+    except ConfigError:
+        raise
     except Exception as error:  # whatever is wrong with it
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ConfigError(f"{key}={name}: called as {called} it raises {reason}; correct it") from None

@@ -24,13 +24,14 @@ from megatron_refine.records import (
     RolloutEngine,
     RolloutRequest,
     Rollouts,
+    Text,
 )
 from megatron_refine.step import objective
 from megatron_refine.step.advantage import advantages, zero_variance_groups
-from megatron_refine.step.hooks import resolve
+from megatron_refine.step.hooks import reading, resolve
 from megatron_refine.step.metrics import rollout_metrics, rollout_sums
 from megatron_refine.step.mismatch import check_gap, logprob_gap, token_weights
-from megatron_refine.step.reward import REWARDS
+from megatron_refine.step.reward import REWARDS, binary, cosine
 from megatron_refine.step.select import select_positions, usable
 from megatron_refine.trainer import forward
 from megatron_refine.trainer.clock import Clock
@@ -48,6 +49,7 @@ class Explored:
     experience: Experience
     places: Places  # of its positions
     rewards: Tensor  # [B, c, n]
+    kinds: Tensor  # [B, c, n, 2], the cosine and the binary reward, whichever is configured
     entropy: Tensor  # [B, T]
     correct: Tensor  # [B, T] bool: the true next token has the highest logit
     truth: Tensor  # [B, c, k]
@@ -83,9 +85,14 @@ class Item:
 class RefineStep:
     """Runs training steps on batches."""
 
-    def __init__(self, config: Config, model: nn.Module, engine: RolloutEngine, updater: Updater, ranks: Ranks):
+    def __init__(
+        self, config: Config, model: nn.Module, engine: RolloutEngine, updater: Updater, ranks: Ranks,
+        text: Text | None = None,
+    ):  # fmt: skip
+        """text: the tokenizer; without one no token is known to end a text, and no reward can read one."""
+        self.banned = text.ends if text and config.refine.ban_eos else ()
         self.config, self.model, self.engine, self.updater, self.ranks = config, model, engine, updater, ranks
-        self.reward = resolve("refine.reward", config.refine.reward, REWARDS)
+        self.reward = reading(resolve("refine.reward", config.refine.reward, REWARDS), text.decode if text else None)
         self.clock = Clock()
         self.last: Explored | None = None  # the first micro-batch of the last REFINE step
         self._begun: tuple[Tensor, Any] | None = None  # of the next step: positions, rollouts under way
@@ -210,7 +217,7 @@ class RefineStep:
         c = self.config.refine
         return RolloutRequest(
             batch.tokens, positions, batch.sample_ids, c.num_rollouts, c.rollout_len, temperature,
-            self.config.run.seed, step, fork,
+            self.config.run.seed, step, fork, self.banned,
         )  # fmt: skip
 
     def _rollout(
@@ -251,16 +258,18 @@ class RefineStep:
         positions, rollouts = drawn.positions, drawn.rollouts
         with self.clock("reward"), torch.no_grad():
             truth, h_true = _continuations(batch.tokens, main.rows, positions, c.rollout_len)
-            rewards = self.reward(rollouts.tokens, truth, branch.hidden, h_true)
+            given = rollouts.tokens, truth, branch.hidden, h_true
+            rewards, kinds = self.reward(*given), torch.stack([cosine(*given), binary(*given)], -1)
             old = branch.logprobs.detach()
             experience = Experience(
-                positions, rollouts.tokens, old, advantages(rewards, c.advantage_eps),
+                positions, rollouts.tokens, old, advantages(rewards, c.advantage_eps, c.advantage_std),
                 token_weights(old, rollouts.logprobs, limits.mask_gap, limits.importance_cap),
                 usable(batch.lengths, c.num_chunks, c.margin, c.rollout_len),
             )  # fmt: skip
         gap, scores = logprob_gap(old, rollouts.logprobs), main.scores
         explored = Explored(
-            experience, forked.places, rewards, scores.entropy, scores.correct, truth, gap, rollouts.weight_version
+            experience, forked.places, rewards, kinds, scores.entropy, scores.correct, truth, gap,
+            rollouts.weight_version,
         )  # fmt: skip
         return explored, Output(scores.logprobs[:, :-1], branch.logprobs)
 
@@ -313,6 +322,8 @@ class RefineStep:
         parts = (terms.loss * e.weights, terms.clipped, terms.ratio)
         count = item.nsp_count.to(terms.loss.dtype)
         nsp, clipped, ratio = ((part * e.usable[:, None, None, None]).sum() / count for part in parts)
+        if c.loss_mean == "sequence":
+            nsp = nsp * c.rollout_len
         return c.ntp_coef * ntp + c.nsp_coef * nsp, torch.stack([ntp, nsp, clipped, ratio])
 
     def _loss_metrics(self, results: list[UpdateResult], refine: bool) -> dict[str, float]:
@@ -333,7 +344,7 @@ class RefineStep:
     def _rollout_metrics(self, items: list[Item]) -> dict[str, float]:
         found = [(item.batch.lengths, item.explored) for item in items if item.explored]
         sums = [
-            rollout_sums(x.experience, x.rewards, x.entropy, lengths, zero_variance_groups(x.rewards), x.gap)
+            rollout_sums(x.experience, x.rewards, x.kinds, x.entropy, lengths, zero_variance_groups(x.rewards), x.gap)
             for lengths, x in found
         ]
         gaps = (x.gap.masked_fill(~x.experience.usable[:, None, None, None], 0) for _, x in found)

@@ -160,24 +160,31 @@ def _add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
 
 @torch.no_grad()
 def sample(
-    model: RefineModel, rows: Tensor, uniform: Tensor, temperature: float, top_p: float = 1.0
-) -> tuple[Tensor, Tensor]:
+    model: RefineModel, rows: Tensor, uniform: Tensor, temperature: float, top_p: float = 1.0,
+    banned: tuple[int, ...] = (),
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Draw one token after each row, by inverting the cumulative distribution at `uniform` [R] in [0, 1).
 
     Sums run in fp64, in the order of the ids whatever tp is, so that a layout changes a draw only where rounding of a
     logit does. Temperature 0 takes the highest logit, the lowest id of equal ones. Below 1, `top_p` leaves the fewest
-    most probable tokens that have this probability together (nucleus sampling, arXiv 1904.09751).
+    most probable tokens that have this probability together (nucleus sampling, arXiv 1904.09751). `banned` ids are not
+    drawn, and count in the distribution.
     Returns: tokens [R], their log-probabilities [R], `scored_at` the temperature, among the tokens that were left.
     """
     logits, group = model.logits(rows), model.pg_collection.tp
-    rank = group.rank()
+    rank, width = group.rank(), logits.shape[1]
+    shut = [i - rank * width for i in banned if 0 <= i - rank * width < width]
+    kept = [logits[:, i].clone() for i in shut]
+    for i in shut:  # one by one: a list of ids would have to travel to the device
+        logits[:, i] = torch.finfo(logits.dtype).min / 2
     highest, first = logits.max(-1)  # the first of equal ones
     shifted = (logits - highest[:, None]).double() / scored_at(temperature)
     if top_p < 1 and temperature > 0:
         shifted = _nucleus(shifted, highest.double() / temperature, top_p, group)
     cumulative = shifted.exp().cumsum(-1)
-    mine = torch.stack([highest.double() / scored_at(temperature), cumulative[:, -1]])
-    tops, sums = _gather(mine, group).unbind(1)  # of each rank's logits, [tp, R]
+    apart = [((logit - highest).double() / scored_at(temperature)).exp() for logit in kept]
+    mine = torch.stack([highest.double() / scored_at(temperature), cumulative[:, -1], sum(apart, cumulative[:, -1])])
+    tops, sums, whole = _gather(mine, group).unbind(1)  # of each rank's logits, [tp, R]
     offsets = tops - tops.amax(0)  # of each rank's highest logit below the highest of all
     scales = offsets.exp()
     if temperature == 0:
@@ -185,10 +192,10 @@ def sample(
     else:
         owner, index = _invert_cdf(cumulative * scales[rank, :, None], sums * scales, uniform.double(), rank)
     drawn = shifted.gather(1, index[:, None])[:, 0] + offsets[rank]
-    token = (index + rank * logits.shape[1]).clamp(max=model.real_vocab - 1)
+    token = (index + rank * width).clamp(max=model.real_vocab - 1)
     candidates = _gather(torch.stack([token.double(), drawn]), group)  # ids are exact in fp64
     token, drawn = candidates[owner, :, torch.arange(len(owner), device=owner.device)].unbind(-1)
-    total = (sums * scales).sum(0)
+    total = (whole * scales).sum(0)
     return token.long(), (drawn - total.log()).to(logits.dtype)
 
 

@@ -95,12 +95,13 @@ def score(
 
 
 def sample(
-    model: RefineModel, held: Held, uniform: Tensor, temperature: float, top_p: float = 1.0
-) -> tuple[Tensor, Tensor]:
+    model: RefineModel, held: Held, uniform: Tensor, temperature: float, top_p: float = 1.0,
+    banned: tuple[int, ...] = (),
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`head.sample` after each of the N rows, for all context parallel ranks: uniform [N] -> tokens, logprobs."""
     if held.places is None:
-        return head.sample(model, held.rows, uniform, temperature, top_p)
-    tokens, logprobs = head.sample(model, held.rows, uniform[held.places], temperature, top_p)
+        return head.sample(model, held.rows, uniform, temperature, top_p, banned)
+    tokens, logprobs = head.sample(model, held.rows, uniform[held.places], temperature, top_p, banned)
     return everywhere(model, tokens, held), everywhere(model, logprobs, held)
 
 
