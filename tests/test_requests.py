@@ -156,6 +156,23 @@ def test_prefixes_of_a_sequence_go_out_in_order_to_one_server(rollouts: int, scr
     assert tokens.shape == logprobs.shape == (2, 3, rollouts, 3)
 
 
+def test_sequences_of_a_server_go_side_by_side(scripted: Any) -> None:
+    """The longer chain ends alone; no more sequences at once than there may be requests."""
+    asked: list[list[int]] = []
+
+    def answer(path: str, body: Any) -> tuple[int, Any]:
+        asked.append([len(prompt) for prompt in body["input_ids"]])
+        return 200, [generated("v") for _ in body["input_ids"]]
+
+    one = request()
+    three = dataclasses.replace(
+        one, tokens=torch.arange(60).view(3, 20), sample_ids=torch.tensor([10, 11, 12]),
+        positions=torch.tensor([[9, 4, 9], [2, 1, 17], [3, 5, 8]]),
+    )  # fmt: skip
+    Collector(three, "v", 2).run([Client(scripted(answer), 5.0)])
+    assert asked == [[3, 1], [8, 16], [9, 4, 9, 2, 1, 17], [2], [4], [7], [3, 5, 8]]
+
+
 def test_what_a_server_is_asked(scripted: Any) -> None:
     """The whole distribution at the temperature, whatever the served folder's generation_config.json says; states are
     found under the version alone."""
@@ -284,13 +301,13 @@ def test_a_collector_keeps_what_it_has(scripted: Any) -> None:
 
     def answer(path: str, body: Any) -> tuple[int, Any]:
         seen.append(len(body["input_ids"][0]))
-        return (200, [generated("v") for _ in body["input_ids"]]) if len(seen) != 3 else (500, "lost")
+        return (200, [generated("v") for _ in body["input_ids"]]) if len(seen) != 5 else (500, "lost")
 
     collector, clients = Collector(request(), "v", 1), [Client(scripted(answer), 5.0)]
     with pytest.raises(ServerError, match="500: lost"):
         collector.run(clients)
     collector.run(clients)
-    assert seen == [3, 8, 9, 1, 16, 2, 3, 8, 9]  # the second sequence is not asked again
+    assert seen == [3, 8, 9, 1, 16, 1, 16, 2]  # the first sequence is not asked again
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_refine import extras
 from megatron_refine.kernels import tuning
-from megatron_refine.kernels.delta_rule.chunk import chunk_delta_rule
+from megatron_refine.kernels.delta_rule.chunk import CHUNK, chunk_delta_rule
 from megatron_refine.kernels.fused import fused
 from megatron_refine.kernels.places import Places
 from megatron_refine.platform import hardware
@@ -55,7 +55,7 @@ def packed_delta_rule(
 
     Args: q, k [1, R, G, K], v [1, R, H, V], beta, g [1, R, H], shaped as for `delta_rule`; state [N, H, K, V]; lengths,
     N numbers above 0 that add up to R.
-    Returns: o [1, R, H, V], final states [N, H, K, V]. No row is computed besides the R.
+    Returns: o [1, R, H, V], final states [N, H, K, V]. No row is computed besides the R, and those that fill up chunks.
     """
     if on_gpu(q) and q.dtype != torch.float64:
         _require_fla()
@@ -63,13 +63,18 @@ def packed_delta_rule(
 
         return fla_packed(q, k, v, beta, g, state, lengths)
     starts, o, finals = [0, *itertools.accumulate(lengths)], torch.empty(0), torch.empty_like(state)
-    for length in sorted(set(lengths)):  # sequences of one length at once
-        mine = [i for i, own in enumerate(lengths) if own == length]
-        rows = torch.tensor([starts[i] for i in mine])[:, None] + torch.arange(length)
-        q_, k_, v_, beta_ = (x[0, rows] for x in (q, k, v, beta))
-        found, final, _ = chunk_delta_rule(q_, k_, v_, beta_, None if g is None else g[0, rows], state[mine])
+    # sequences of as many chunks at once, as zeros fill up the last one in any case; within one chunk, of one length
+    sizes = [length if length <= CHUNK else -(-length // CHUNK) * CHUNK for length in lengths]
+    for size in sorted(set(sizes)):
+        mine = [i for i, own in enumerate(sizes) if own == size]
+        own, places = torch.tensor([lengths[i] for i in mine]), torch.arange(max(lengths[i] for i in mine))
+        rows = torch.tensor([starts[i] for i in mine])[:, None] + places.minimum(own[:, None] - 1)
+        real = (places < own[:, None])[..., None]
+        k_, beta_, *g_ = (x[0, rows] for x in (k, beta, *([] if g is None else [g])))
+        k_, beta_, decay = k_ * real[..., None], beta_ * real, g_[0] * real if g_ else None
+        found, final, _ = chunk_delta_rule(q[0, rows], k_, v[0, rows], beta_, decay, state[mine])
         o = o if len(o) else found.new_empty(v.shape)
-        o[0, rows], finals[mine] = found, final.to(finals.dtype)
+        o[0, rows[real[..., 0]]], finals[mine] = found[real[..., 0]], final.to(finals.dtype)
     return o, finals
 
 

@@ -10,7 +10,7 @@ import httpx
 from megatron_refine.engine.errors import ServerError
 
 HEALTH_TIMEOUT = 5.0  # seconds
-IN_WORDS = ("/flush_cache",)  # the one endpoint that answers with a sentence
+IN_WORDS = ("/flush_cache", "/freeze_gc")  # they answer with a sentence
 
 
 class Client:

@@ -4,6 +4,7 @@ import math
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -50,7 +51,8 @@ class Collector:
 
     All prefixes of a sequence go to one server. First all but the last token of each, in the order of their lengths:
     SGLang keeps the state at the end of every prompt, so each is computed from where the one before it ended. Then all
-    c * n rollouts at once: each starts from such a state, and computes one token of its prompt.
+    c * n rollouts at once: each starts from such a state, and computes one token of its prompt. Sequences go side by
+    side, up to `max_requests` of them, so that a server computes them as one batch.
     """
 
     def __init__(self, request: RolloutRequest, label: str, max_requests: int):
@@ -64,11 +66,10 @@ class Collector:
 
     def run(self, clients: Sequence[Client]) -> None:
         """Ask for all that is missing. Raises ServerError where a request failed, after the others have ended."""
-        samples = self.request.sample_ids.tolist()
-        with ThreadPoolExecutor(min(self.max_requests, len(samples))) as pool:
-            running = [
-                pool.submit(self._sequence, i, clients[sample % len(clients)]) for i, sample in enumerate(samples)
-            ]
+        samples, size = self.request.sample_ids.tolist(), max(1, self.max_requests // len(clients))
+        shares = [[i for i, sample in enumerate(samples) if sample % len(clients) == k] for k in range(len(clients))]
+        with ThreadPoolExecutor(len(clients)) as pool:
+            running = [pool.submit(self._share, *given, size) for given in zip(clients, shares, strict=True)]
         for future in running:
             future.result()
 
@@ -79,18 +80,24 @@ class Collector:
         logprobs = torch.tensor([[[p for _, p in rollouts] for rollouts in row] for row in order])
         return tokens, logprobs
 
-    def _sequence(self, i: int, client: Client) -> None:
-        r = self.request
-        if all((i, j) in self.found for j in range(len(self.positions[i]))):
+    def _share(self, client: Client, sequences: list[int], size: int) -> None:
+        for start in range(0, len(sequences), size):
+            self._group(client, sequences[start : start + size])
+
+    def _group(self, client: Client, sequences: list[int]) -> None:
+        n, places = self.request.num_rollouts, [(i, j) for i in sequences for j in range(len(self.positions[i]))]
+        missing = [place for place in places if place not in self.found]
+        if not missing:
             return
-        missing = [(j, p) for j, p in enumerate(self.positions[i]) if (i, j) not in self.found]
-        for p in sorted({p for _, p in missing if p > 1}):
-            self._ask(client, [self.prefixes[i][: p - 1]], sampling_params={"max_new_tokens": 0})
-        prompts = [self.prefixes[i][:p] for _, p in missing for _ in range(r.num_rollouts)]
+        chains = [sorted({self.positions[i][j] for own, j in missing if own == i} - {0, 1}) for i in sequences]
+        for level in zip_longest(*chains):
+            prefixes = [self.prefixes[i][: p - 1] for i, p in zip(sequences, level, strict=True) if p]
+            self._ask(client, prefixes, sampling_params={"max_new_tokens": 0})
+        prompts = [self.prefixes[i][: self.positions[i][j]] for i, j in missing for _ in range(n)]
         answers = self._ask(client, prompts, **self._drawing())
         rollouts = [self._rollout(client, answer) for answer in answers]
-        for place, (j, _) in enumerate(missing):
-            self.found[i, j] = rollouts[place * r.num_rollouts : (place + 1) * r.num_rollouts]
+        for number, place in enumerate(missing):
+            self.found[place] = rollouts[number * n : (number + 1) * n]
 
     def _drawing(self) -> dict[str, Any]:
         """How a rollout is drawn: from the whole distribution, whatever generation_config.json of the served folder

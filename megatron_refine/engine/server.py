@@ -94,6 +94,7 @@ class Server:
             self.client.generate(
                 timeout=max(seconds, 1.0), input_ids=[[0, 0]], sampling_params={"max_new_tokens": 2, "ignore_eos": True}
             )
+            self.client.post("/freeze_gc")  # on a CPU each flush collects garbage, among all modules: half a second
         except ServerError as error:
             self.move(Condition.DEAD)
             raise ServerError(f"{error} (the first request); {self._words()}") from None
