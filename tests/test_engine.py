@@ -163,6 +163,8 @@ def test_too_few_gpus_are_one_line(tmp_path: Path) -> None:
         first_gpus(lane_config(tmp_path, "engine.tp=2", "engine.sync=disk"), 1, 1)
     with pytest.raises(ConfigError, match="--attention-backend triton: it needs layers of softmax attention"):
         preflight.engine(lane_config(tmp_path, "engine.args=[--attention-backend=triton]"))
+    with pytest.raises(ConfigError, match="--enable-memory-saver: a server that gives its memory back has no weights"):
+        preflight.engine(lane_config(tmp_path, "engine.args=[--enable-memory-saver]"))
 
 
 def test_a_server_has_room_for_what_a_run_asks(tmp_path: Path) -> None:

@@ -2,9 +2,11 @@
 
 import json
 import math
+import statistics
 from html.parser import HTMLParser
 from pathlib import Path
 from random import Random
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -14,7 +16,7 @@ from megatron_refine.report.html import write_report
 from megatron_refine.report.metrics import KEYS, MetricsLog, Row, read
 from megatron_refine.report.page import visible
 from megatron_refine.report.screen import comparison, duration, eval_line, step_line
-from megatron_refine.report.summary import StepTimes, milestones, step_times
+from megatron_refine.report.summary import StepTimes, milestones, sharpened, step_times
 
 REFINE_ROW: Row = {
     "step": 12, "train/loss": 2.19, "train/ntp_loss": 2.19, "train/nsp_loss": -0.002, "rollout/reward_mean": 0.42,
@@ -116,7 +118,7 @@ SECTIONS = [
 
 def test_keys_are_those_of_a_row() -> None:
     assert KEYS >= REFINE_ROW.keys() | EVAL.keys() | {"consumed_samples", "attempt", "perf/peak_memory_bytes"}
-    assert len(KEYS) == 4 + 9 + 9 + 5 + 7 + 3 + 12
+    assert len(KEYS) == 4 + 9 + 12 + 6 + 7 + 3 + 12
 
 
 def test_metrics_round_trip_writes_what_is_not_finite_as_null(tmp_path: Path) -> None:
@@ -271,11 +273,46 @@ def test_runs_are_compared_in_one_picture(tmp_path: Path, capsys: pytest.Capture
     assert capsys.readouterr().out.count("after REFINE") == 2
 
 
+def test_runs_of_a_label_are_one_curve(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of any number; an evaluation that only some have is left out of the curve."""
+    words = []
+    for number in range(8):
+        name = f"{number % 2}/seed={number}"
+        log = MetricsLog(tmp_path / name / "metrics.jsonl")
+        for row in synthetic_rows(40, 20):
+            more = {key: row[key] + 0.01 * number for key in ("eval/reward_mean",) if key in row}
+            log.append(row | more)
+        log.close()
+        words.append(f"kind {number % 2}={tmp_path / name}")
+    picture = tmp_path / "curves.svg"
+    assert compare.main([*words, "--out", str(picture)]) == 0
+    text = picture.read_text(encoding="utf-8")
+    assert text.count(">kind 0<") == text.count(">kind 1<") == 1
+    shown = capsys.readouterr().out
+    rewards = [EVAL["eval/reward_mean"] + 0.01 * number for number in (0, 2, 4, 6)]
+    line = f"{statistics.mean(rewards):.3f} ± {statistics.stdev(rewards):.3f}  ({rewards[0]:.3f} to {rewards[-1]:.3f})"
+    assert "kind 0, 4 runs" in shown and f" {line}\n" in shown
+
+
+def test_rewards_that_rise_by_sharpening_are_told() -> None:
+    def framed(**after: float) -> Any:
+        first = {"eval/reward_mean": 0.5, "eval/greedy_match": 0.3, "eval/entropy": 2.0}
+        return [("before", {}), ("after NTP", first), ("after REFINE", {f"eval/{k}": v for k, v in after.items()})]
+
+    told = sharpened(framed(reward_mean=0.52, greedy_match=0.28, entropy=1.9))
+    assert told.startswith("sharper, not better: ") and "rose by 0.020" in told and "entropy by 0.10 nats" in told
+    assert not sharpened(framed(reward_mean=0.52, greedy_match=0.31, entropy=1.9))
+    assert not sharpened(framed(reward_mean=0.48, greedy_match=0.28, entropy=1.9))
+    assert not sharpened(framed(reward_mean=0.52, greedy_match=0.28, entropy=1.99))
+    assert not sharpened(framed(entropy=1.0)) and not sharpened(framed()[:2])
+
+
 @pytest.mark.parametrize(
     ("folders", "message"),
     [
-        (["run"], "2 to 6 folders"),
-        (["run", "other/run"], "of different names"),
+        (["run"], "two folders or more"),
+        (["run", "run"], "each named once"),
+        (["run", "other/run"], "need labels; write LABEL=RUN_DIR"),
         (["run", "empty"], "empty: no metrics.jsonl with a step in it"),
         (["run", "broken"], "metrics.jsonl:1: not a row: damaged"),
     ],

@@ -1,6 +1,7 @@
 """What servers are asked and told, and what is made of their answers. Servers here are scripted ones."""
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -251,47 +252,59 @@ def test_rollouts_are_those_of_their_place(scripted: Any) -> None:
 
 
 def probes(config: Config) -> dict[str, str]:
-    """On a rank: what `check_probes` says of servers that are right, off in the mean, and not finite; and on whose
-    side a probe is scored at which temperature."""
+    """On a rank: what `check_probes` says of servers that are right, and of one that is off in some part or not finite;
+    a server's log-probabilities are those of the trainer's whole logits, at the temperature of each place."""
     from megatron_refine.trainer import forward
     from tests.parity import build
 
     model, _ = build(config, torch.float32)
     asked: list[Any] = []
 
+    def logprobs(text: list[int], at: float) -> list[float]:
+        own = torch.tensor([text])
+        with torch.no_grad():
+            rows = forward._rows(model, own, forward.Branches(main_len=len(text)))
+            logits = forward.unwrap(model).logits(rows.local[:, 0])
+        return (logits[:-1] / at).log_softmax(-1).gather(1, own[0, 1:, None])[:, 0].tolist()
+
     class Asked:
         url = "http://a:1"
 
         def generate(self, **body: Any) -> Any:
             asked.append(body)
-            meta = {"input_token_logprobs": [[None, 0, None]] * 70, "output_token_logprobs": [[-1.0, 0, None]] * 6}
-            return [{"output_ids": list(range(6)), "meta_info": meta | {"weight_version": "v"}}]
+            found = []
+            for number, prompt in enumerate(body["input_ids"]):
+                written = [(number + j) % 97 for j in range(6)]
+                read = [[None, 0, None]] + [[p, 0, None] for p in logprobs(prompt + written, 1.0)[: len(prompt) - 1]]
+                drawn = [[p, 0, None] for p in logprobs(prompt + written, 0.5)[len(prompt) - 1 :]]
+                meta = {"input_token_logprobs": read, "output_token_logprobs": drawn, "weight_version": "v"}
+                found.append({"output_ids": written, "meta_info": meta})
+            return found
 
     server: Any = Server(Asked(), 1, Path())  # type: ignore[arg-type]
-    tokens, _ = guard.ask_probe(server, config, "v")
-    own, found = torch.tensor([tokens]), {"asked": str(sorted(asked[0].items()))}
-    with torch.no_grad():
-        rows = forward._rows(model, own, forward.Branches(main_len=76)).local[:-1, 0]
-        logits = forward.unwrap(model).logits(rows)
-        logits[69:] /= config.refine.rollout_temperature
-        right = logits.log_softmax(-1).gather(1, own[0, 1:, None])[:, 0]
-        for name, wrong in (("right", 0.0), ("off", 2e-3), ("below", 5e-4), ("nan", float("nan"))):
-            theirs = (right + wrong).tolist()
-            try:
-                guard.check_probes(model, config, [("u", tokens, right.tolist()), ("v", tokens, theirs)])
-                found[name] = ""
-            except ServerError as error:
-                found[name] = str(error)
+    right = guard.ask_probe(server, config, "v")
+    found = {"asked": str([sorted(body.items()) for body in asked])}
+    for name, part, wrong in (
+        ("right", "prompts", 0.0), ("off", "prompts", 2e-3), ("below", "prompts", 5e-4), ("nan", "prompts", math.nan),
+        ("hit", "prefix hits", 2e-3),
+    ):  # fmt: skip
+        theirs = [("v", *rest[:4], [p + wrong * (rest[0] == part) for p in rest[4]]) for _, *rest in right]
+        try:
+            guard.check_probes(model, config, [right, theirs])  # type: ignore[list-item]
+            found[name] = ""
+        except ServerError as error:
+            found[name] = str(error)
     return found
 
 
 def test_a_probe_that_is_off_or_not_finite_is_refused(ranks: Zygote, tmp_path: Path) -> None:
-    """Its prompt is scored at temperature 1, what the server wrote at that of the rollouts."""
+    """Its prompts are scored at temperature 1, what the server wrote at that of the rollouts."""
     config = small_config(tmp_path, "refine.rollout_temperature=0.5")
     found = ranks(1, probes, config=config)[0]
     assert found["right"] == found["below"] == ""
-    assert found["off"].startswith("v: the probe's log-probabilities are 0.002 nats") and "above 0.001" in found["off"]
-    assert found["nan"].startswith("v: the probe's log-probabilities are nan nats")
+    assert found["off"].startswith("v: the probe's log-probabilities (prompts) are 0.002 nats")
+    assert "above 0.001" in found["off"] and found["hit"].startswith("v: the probe's log-probabilities (prefix hits)")
+    assert found["nan"].startswith("v: the probe's log-probabilities (prompts) are nan nats")
     for words in ("'extra_key', 'v'", "'temperature': 0.5", "'max_new_tokens': 6", "('logprob_start_len', 0)"):
         assert words in found["asked"], words
 

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from megatron_refine.engine.client import Client
 from megatron_refine.engine.errors import ServerError
 from megatron_refine.engine.launch import Process, reserve_port, wait_until
 from megatron_refine.engine.server import Server
+from megatron_refine.engine.weight_sync import pause
 from tests import runs
 from tests import sglang_lane as lane
 from tests.zygote import Zygote
@@ -108,6 +110,28 @@ def test_more_requests_than_slots(served: Served) -> None:
     """Slots go from one request to the next; none leaves its state to another."""
     prompts = [lane.random_prompt(20 + 3 * i, seed=6) for i in range(40)]
     assert served.gap(prompts, served.generate(prompts)) < lane.TOLERANCE
+
+
+def test_requests_that_are_retracted_go_on_where_they_were(served: Served) -> None:
+    """A pause takes the states of running requests away; they are computed anew. One of an idle server does nothing."""
+    seconds, prompts = 60.0, [lane.random_prompt(40 + 29 * i, seed=7) for i in range(6)]
+    pause(served.server, seconds)
+    served.server.client.post("/continue_generation", seconds)
+    with ThreadPoolExecutor(1) as pool:
+        long = SAMPLING | {"max_new_tokens": 150}
+        answers = pool.submit(served.generate, prompts, sampling_params=long, timeout=120.0)
+        assert wait_until(lambda: running(served.server) == len(prompts), seconds, 0.02)
+        pause(served.server, seconds)
+        assert not answers.done() and running(served.server) == 0
+        served.server.client.post("/continue_generation", seconds)
+        found = answers.result()
+    assert all(len(answer["output_ids"]) == 150 for answer in found)
+    assert served.gap(prompts, found) < lane.TOLERANCE
+
+
+def running(server: Server) -> int:
+    """Requests in the server's batch."""
+    return int(server.client.get("/v1/loads")["loads"][0]["num_running_reqs"])
 
 
 def test_a_folder_that_lacks_a_tensor_is_not_served(ranks: Zygote, tmp_path: Path) -> None:

@@ -95,6 +95,15 @@ def test_weights_arrive_whole_in_both_modes(server: Any, layout: str, ranks: Zyg
     assert layout != "tp2" or 0 < computed / len(modes) <= 1.05 * needed, found["metrics"]
 
 
+@pytest.mark.parametrize("model", ["lact", "qwen3_5"])
+def test_servers_of_two_ranks_have_their_parts(model: str, ranks: Zygote, tmp_path: Path) -> None:
+    """By the checksum of every tensor on each rank, and the log-probabilities of rollouts."""
+    overrides, modes = ["engine.tp=2"], ["disk", "distributed", "disk"]
+    found = ranks(1, sync_often, 600, folder=str(tmp_path), model=model, overrides=overrides, modes=modes)[0]
+    assert found["metrics"]["engine/recoveries"] == 0, found["lines"]
+    assert all(largest < lane.TOLERANCE for _, largest in found["gaps"]), found["gaps"]
+
+
 def sync_unchanged(folder: str, model: str, overrides: list[str]) -> list[list[float]]:
     config = config_of(folder, model, overrides)
     with lane.trainer(config) as (engine, module):

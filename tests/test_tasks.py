@@ -21,7 +21,9 @@ def test_groups():
         ("ruler", 13),
         ("ruler_qa", 2),
         ("longbench", 14),
+        ("longbench12", 12),
     ]
+    assert set(GROUPS["longbench"]) - set(GROUPS["longbench12"]) == {"musique", "gov_report"}
     assert all(TASKS[name].name == name for name in TASKS) and len(TASKS) == 13 + 2 + 14 + 2
     assert not GROUPS.keys() & TASKS.keys()
 
@@ -42,7 +44,7 @@ def test_names_become_tasks():
         ("nhia", "eval.tasks=nhia: no such task; did you mean niah?"),
         ("niah_single1", "eval.tasks=niah_single1: no such task; did you mean niah_single_1?"),
         ("Trec", "eval.tasks=Trec: no such task; did you mean trec?"),
-        ("", "eval.tasks=: no such task; groups are niah, ruler, ruler_qa, longbench, tasks niah_single_1, "),
+        ("", "eval.tasks=: no such task; groups are niah, ruler, ruler_qa, longbench, longbench12, tasks niah_single"),
     ],
 )
 def test_unknown_names(name, expected):

@@ -1,9 +1,12 @@
 """After every sync: has each server the trainer's weights, and does it compute what the trainer computes?
 
 Checksums compare every tensor, on every rank of a server. They cannot see a wrong computation or a stale cache, which
-the probe does: a fixed prompt, scored and continued by the server, whose log-probabilities the trainer computes too.
+the probe does: fixed prompts, scored and continued by the server, several requests at once and from states that it has
+kept, whose log-probabilities the trainer computes too. Wrong states were met under just these conditions (sglang#32555,
+#31833, #37836).
 """
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -18,10 +21,13 @@ from megatron_refine.models.family import Serving
 from megatron_refine.platform import hardware
 from megatron_refine.trainer import forward, head
 
-PROMPT, CONTINUATION = 70, 6  # tokens: past a chunk of the kernels, and some of decoding
+PROMPTS, CONTINUATION = (70, 41), 6  # tokens: past a chunk of the kernels and within one, and some of decoding
+CONTINUED = ((1, 1), (2, 2), (3, 1), (4, 3))  # a token, and how often it follows the text that was written
 DEFAULT_GAP = {"fp32": 1e-3, "bf16": 0.05}
 Sums = dict[str, list[str]]
 """Name of a tensor -> its checksum on each rank of a server."""
+Probed = tuple[str, str, list[int], int, int, list[float]]
+"""(URL, part of the probe, text, first, written, log-probabilities of text[first:]); the server wrote text[written:]"""
 
 
 def server_part(serving: Serving, model: Any, name: str, whole: Tensor, rank: int, tp: int) -> Tensor:
@@ -65,21 +71,32 @@ def compare_checksums(url: str, found: Sums, expected: Sums) -> None:
         )
 
 
-def ask_probe(server: Server, config: Config, label: str) -> tuple[list[int], list[float]]:
-    """The probe's tokens and their log-probabilities, from the second token on. Raises ServerError.
-
-    A server scores a prompt at temperature 1, what it wrote at that of the rollouts.
-    """
+def ask_probe(server: Server, config: Config, label: str) -> list[Probed]:
+    """Have a server score and continue two prompts at once, then continue the longer text, several times at once, from
+    the state that it has kept of it. Raises ServerError."""
     generator = torch.Generator().manual_seed(0)
-    prompt = torch.randint(0, config.model.vocab_size, (PROMPT,), generator=generator).tolist()
+    prompts = [torch.randint(0, config.model.vocab_size, (n,), generator=generator).tolist() for n in PROMPTS]
     sampling = {"max_new_tokens": CONTINUATION, "temperature": config.refine.rollout_temperature, "ignore_eos": True}
-    (answer,) = server.client.generate(
-        input_ids=[prompt], sampling_params=sampling, return_logprob=True, logprob_start_len=0, extra_key=label
-    )
-    check_label(server.url, answer, label)
-    meta = answer["meta_info"]
-    scored = meta["input_token_logprobs"][1:] + meta["output_token_logprobs"]  # the first token has none
-    return prompt + answer["output_ids"], [entry[0] for entry in scored]
+
+    def ask(kind: str, prompts: list[list[int]], first: list[int], **more: Any) -> list[Probed]:
+        answers = server.client.generate(
+            input_ids=prompts, sampling_params=sampling, return_logprob=True, extra_key=label, **more
+        )
+        found = []
+        for answer, prompt, start in zip(answers, prompts, first, strict=True):
+            check_label(server.url, answer, label)
+            meta = answer["meta_info"]
+            read = [] if start == len(prompt) else meta["input_token_logprobs"][start:]
+            entries = read + meta["output_token_logprobs"]
+            logprobs = [math.nan if entry[0] is None else entry[0] for entry in entries]
+            text = prompt + answer["output_ids"]
+            found.append((server.url, kind, text, start, len(prompt), logprobs))
+        return found
+
+    scored = ask("prompts", prompts, [1] * len(prompts), logprob_start_len=0)  # a first token has none
+    kept = scored[0][2]
+    continued = [kept + [token % config.model.vocab_size] * number for token, number in CONTINUED]
+    return scored + ask("prefix hits", continued, [len(text) for text in continued])
 
 
 def check_label(url: str, answer: dict[str, Any], label: str) -> None:
@@ -90,20 +107,29 @@ def check_label(url: str, answer: dict[str, Any], label: str) -> None:
 
 
 @torch.no_grad()
-def check_probes(model: nn.Module, config: Config, answers: list[tuple[str, list[int], list[float]]]) -> None:
-    """Every rank: the probes [(url, tokens, log-probabilities)] against the trainer's own.
+def check_probes(model: nn.Module, config: Config, answers: list[list[Probed]]) -> None:
+    """Every rank: what each server said against the trainer's own log-probabilities.
 
-    Raises ServerError, on all ranks alike, where the mean gap of a server exceeds engine.probe_gap.
+    A server scores a prompt at temperature 1, what it wrote at that of the rollouts. Raises ServerError, on all ranks
+    alike, where the mean gap of a part of a probe exceeds engine.probe_gap.
     """
-    tokens = torch.tensor([tokens for _, tokens, _ in answers], device=hardware.device())
-    at = torch.ones(tokens.shape, dtype=torch.float64, device=tokens.device)
-    at[:, PROMPT - 1 :] = head.scored_at(config.refine.rollout_temperature)  # rows that predict the continuation
-    ours = forward.score_pass(model, tokens, at).logprobs[:, :-1].cpu()
+    probes = [probe for each in answers for probe in each]
+    longest = max(len(tokens) for _, _, tokens, *_ in probes)
+    texts = torch.zeros(len(probes), longest, dtype=torch.int64)
+    at = torch.ones(texts.shape, dtype=torch.float64)
+    for row, (_, _, tokens, _, written, _) in enumerate(probes):
+        texts[row, : len(tokens)] = torch.tensor(tokens)
+        at[row, written - 1 :] = head.scored_at(config.refine.rollout_temperature)  # rows that predict what was written
+    ours = forward.score_pass(model, texts.to(hardware.device()), at.to(hardware.device())).logprobs.cpu()
+    gaps: dict[tuple[str, str], list[Tensor]] = {}
+    for (url, kind, tokens, first, _, theirs), own in zip(probes, ours, strict=True):
+        gap = (own[first - 1 : len(tokens) - 1] - torch.tensor(theirs, dtype=own.dtype)).abs()
+        gaps.setdefault((url, kind), []).append(gap)
     limit = config.engine.probe_gap or DEFAULT_GAP[config.train.precision]
-    for (url, _, theirs), own in zip(answers, ours, strict=True):
-        gap = float((own - torch.tensor(theirs, dtype=own.dtype)).abs().mean())
-        if not gap <= limit:  # a NaN fails too
+    for (url, kind), found in gaps.items():
+        mean = float(torch.cat(found).mean())
+        if not mean <= limit:  # a NaN fails too
             raise ServerError(
-                f"{url}: the probe's log-probabilities are {gap:.2g} nats from the trainer's in the "
-                f"mean, above {limit:g} (engine.probe_gap)"
+                f"{url}: the probe's log-probabilities ({kind}) are {mean:.2g} nats from the trainer's in the mean, "
+                f"above {limit:g} (engine.probe_gap)"
             )

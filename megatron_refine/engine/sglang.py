@@ -212,11 +212,11 @@ class SGLangEngine:
         parts = self.control.attempt(lambda: self._expected(kinds))
         expected = {kind: {k: v for part in parts for k, v in part[kind].items()} for kind in kinds}
 
-        def announce(fleet: Fleet) -> list[tuple[str, list[int], list[float]]]:
+        def announce(fleet: Fleet) -> list[list[guard.Probed]]:
             for server, sums in zip(fleet.servers, found, strict=True):
                 guard.compare_checksums(server.url, sums, expected[server.tp, server.device])
             fleet.each(lambda server: weight_sync.resume(server, label, seconds))
-            return fleet.each(lambda server: (server.url, *guard.ask_probe(server, self.config, label)))
+            return fleet.each(lambda server: guard.ask_probe(server, self.config, label))
 
         guard.check_probes(self.model, self.config, self._on_main(announce))
         self._on_main(lambda fleet: fleet.healthy())

@@ -42,7 +42,7 @@ def _lengths(model: str, groups: Sequence[Sequence[Scored]]) -> str:
         heads += [f"{s.task} {_length(s.length or 0)}" for s in found]
         cells += [_cell(s.score) for s in found]
         if len(found) > 1:
-            heads.append("avg")
+            heads.append(f"avg of {len(found)}")
             cells.append(f"{100 * sum(s.score.mean for s in found) / len(found):.1f}")
     return _table(heads, cells)
 
@@ -50,7 +50,7 @@ def _lengths(model: str, groups: Sequence[Sequence[Scored]]) -> str:
 def _single(model: str, scored: Sequence[Scored]) -> str:
     mean = 100 * sum(s.score.mean for s in scored) / len(scored)
     heads, cells = [s.task for s in scored], [_cell(s.score) for s in scored]
-    return _table(["model", *heads, "avg"], [model, *cells, f"{mean:.1f}"])
+    return _table(["model", *heads, f"avg of {len(scored)}"], [model, *cells, f"{mean:.1f}"])
 
 
 def _cell(score: Score) -> str:

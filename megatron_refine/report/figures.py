@@ -1,7 +1,7 @@
 """The report's figures, from rows of metrics. Each function returns an <svg> element."""
 
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from itertools import cycle, pairwise
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -114,21 +114,50 @@ def gaps(rows: Sequence[Row]) -> str:
     return draw("gaps", paint)
 
 
-def compared(runs: Mapping[str, Sequence[Row]]) -> str:
-    """Draw NTP loss and reward of up to six runs, by name, a colour each. Points are held-out sequences."""
+def compared(runs: Mapping[str, Sequence[Sequence[Row]]]) -> str:
+    """Draw NTP loss, reward with its standard deviation, and accuracy of runs by label, a colour each.
+
+    Points are held-out sequences. Of several runs of a label the mean is drawn, and the range between them.
+    """
 
     def paint(axes: Sequence[Axes]) -> None:
-        loss, reward = axes
+        loss, reward, accuracy = axes
         loss.set(title="NTP loss, nats a token", xlabel="step")
-        reward.set(title="reward of the rollouts, mean", xlabel="step")
-        for (name, rows), color in zip(runs.items(), _PALETTE, strict=False):
-            _curve(loss, [row for row in rows if "train/ntp_loss" in row], "train/ntp_loss", color, name)
-            held_out = [row for row in rows if is_evaluation(row)]
+        reward.set(title="reward of the rollouts, mean (line) and std (dotted)", xlabel="step")
+        accuracy.set(title="held-out accuracy of the argmax", xlabel="step")
+        for (label, group), color in zip(runs.items(), cycle(_PALETTE)):  # noqa: B905 - the colours have no end
+            _curve(loss, _mean_rows(group, "train/ntp_loss"), "train/ntp_loss", color, label)
+            _range(loss, group, "train/ntp_loss", color)
+            held_out = _mean_rows(group, "eval/ntp_loss")
             loss.plot(_column(held_out, "step"), _column(held_out, "eval/ntp_loss"), "o", color=color, ms=4)
-            _curve(reward, [row for row in rows if is_refine(row)], "rollout/reward_mean", color, name)
+            _curve(reward, _mean_rows(group, "rollout/reward_mean"), "rollout/reward_mean", color, label)
+            _range(reward, group, "rollout/reward_mean", color)
+            spread = _mean_rows(group, "rollout/reward_std")
+            reward.plot(_column(spread, "step"), _column(spread, "rollout/reward_std"), ":", color=color, lw=1)
+            right = _mean_rows(group, "eval/ntp_accuracy")
+            accuracy.plot(_column(right, "step"), _column(right, "eval/ntp_accuracy"), "o-", color=color, ms=4)
+            _range(accuracy, group, "eval/ntp_accuracy", color)
         loss.legend()
 
-    return draw("compared", paint, widths=(1, 1))
+    return draw("compared", paint, widths=(1, 1, 1))
+
+
+def _by_step(group: Sequence[Sequence[Row]], key: str) -> dict[int, list[float]]:
+    """The values of all runs at each step that all of them have."""
+    found = [{row["step"]: row[key] for row in rows if row.get(key) is not None} for rows in group]
+    steps = sorted(set.intersection(*(set(values) for values in found)))
+    return {step: [values[step] for values in found] for step in steps}
+
+
+def _mean_rows(group: Sequence[Sequence[Row]], key: str) -> list[Row]:
+    return [{"step": step, key: sum(values) / len(values)} for step, values in _by_step(group, key).items()]
+
+
+def _range(axes: Axes, group: Sequence[Sequence[Row]], key: str, color: str) -> None:
+    values = _by_step(group, key)
+    if len(group) > 1 and values:
+        low, high = zip(*((min(each), max(each)) for each in values.values()), strict=True)
+        axes.fill_between(list(values), low, high, color=color, alpha=0.15, lw=0)
 
 
 def _column(rows: Sequence[Row], key: str) -> Values:

@@ -14,7 +14,7 @@ from megatron_refine.files import Appended, TornError, numbered, read_json, read
 from megatron_refine.report import history
 from megatron_refine.report.metrics import METRICS, MetricsLog, Row, read
 from megatron_refine.report.screen import comparison, eval_line, step_line
-from megatron_refine.report.summary import is_step, milestones, step_times
+from megatron_refine.report.summary import is_step, milestones, sharpened, step_times
 from megatron_refine.report.tracking import Tracking
 
 PROGRESS = "progress.json"
@@ -76,7 +76,10 @@ class RunFolder:
 
         rows = read(self.metrics.path)
         baseline = read(Path(self.config.run.baseline) / METRICS) if self.config.run.baseline else []
-        self.say(comparison(milestones(rows, baseline), step_times(rows)))
+        framed = milestones(rows, baseline)
+        self.say(comparison(framed, step_times(rows)))
+        if line := sharpened(framed):
+            self.say(line)
         self.say(f"report {write_report(self.path, baseline)}")
 
     def close(self, code: int) -> None:

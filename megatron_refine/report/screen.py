@@ -2,10 +2,10 @@
 
 import math
 from collections.abc import Sequence
-from statistics import median
+from statistics import mean, median, stdev
 
 from megatron_refine.report.metrics import Row
-from megatron_refine.report.summary import StepTimes, is_refine
+from megatron_refine.report.summary import StepTimes, is_evaluation, is_refine
 
 COLUMNS = {  # heading -> key, format
     "ntp loss": ("eval/ntp_loss", ".3f"),
@@ -40,8 +40,8 @@ def _losses(metrics: Row) -> str:
     text += f" ntp {number(metrics, 'train/ntp_loss', '.2f')}"
     nsp = number(metrics, "train/nsp_loss", ".3f")
     text += "" if nsp == "0.000" else f" nsp {nsp}"
-    mean, spread = (number(metrics, f"rollout/reward_{key}", ".2f") for key in ("mean", "std"))
-    return f"{text} reward {mean}±{spread}"
+    reward, deviation = (number(metrics, f"rollout/reward_{key}", ".2f") for key in ("mean", "std"))
+    return f"{text} reward {reward}±{deviation}"
 
 
 def eval_line(metrics: Row) -> str:
@@ -66,6 +66,19 @@ def comparison(evals: Sequence[tuple[str, Row]], times: StepTimes) -> str:
         cells = (f"  {number(row, key, form):>{max(8, len(name))}}" for name, (key, form) in COLUMNS.items())
         lines.append(f"{label:<{width}}{row['step']:>6}" + "".join(cells))
     return "\n".join(lines + [median_line(times)])
+
+
+def spread(runs: Sequence[Sequence[Row]]) -> str:
+    """Describe the last evaluations of several runs: a row a metric, with mean, standard deviation, lowest, highest."""
+    last = [[row for row in rows if is_evaluation(row)][-1:] for rows in runs]
+    lines = []
+    for heading, (key, form) in COLUMNS.items():
+        values = [row[0][key] for row in last if row and row[0].get(key) is not None]
+        if values:
+            deviation = stdev(values) if len(values) > 1 else 0.0
+            told = (format(value, form) for value in (mean(values), deviation, min(values), max(values)))
+            lines.append("{:<14}{:>8} ± {}  ({} to {})".format(heading, *told))
+    return "\n".join(lines)
 
 
 def median_line(times: StepTimes) -> str:

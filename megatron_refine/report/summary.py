@@ -43,6 +43,30 @@ def step_times(rows: Sequence[Row]) -> StepTimes:
     )
 
 
+# What counts as a change between two evaluations of the same sequences with the same draws.
+SHARPER = {"eval/reward_mean": 0.005, "eval/greedy_match": -0.005, "eval/entropy": -0.02}
+
+
+def sharpened(framed: Sequence[tuple[str, Row]]) -> str:
+    """Say in one line that REFINE has made the distribution sharper and not better: the reward of sampled rollouts rose
+    while their greedy match and the entropy fell. "" otherwise. framed: as `milestones` gives them."""
+    rows = dict(framed)
+    before, after = rows.get("after NTP") or rows.get("before"), rows.get("after REFINE")
+    changes = {key: _change(before, after, key) for key in SHARPER} if before and after else {}
+    if not changes or not all(changes[key] * step > step * step for key, step in SHARPER.items()):
+        return ""
+    reward, match, entropy = changes.values()
+    return (
+        f"sharper, not better: with REFINE the reward of sampled rollouts rose by {reward:.3f}, while greedy match "
+        f"fell by {-match:.3f} and entropy by {-entropy:.2f} nats; lower refine.nsp_coef or optimizer.lr"
+    )
+
+
+def _change(before: Row, after: Row, key: str) -> float:
+    first, last = before.get(key), after.get(key)
+    return 0.0 if first is None or last is None else last - first
+
+
 def milestones(rows: Sequence[Row], baseline: Sequence[Row] = ()) -> list[tuple[str, Row]]:
     """Return those evaluations that frame the parts of a run, labelled: before, after NTP, after REFINE.
 

@@ -202,6 +202,9 @@ def engine(config: Config) -> None:
     if ("--attention-backend", "triton") in itertools.pairwise(words) and not cost.attending(config.model):
         what = "it needs layers of softmax attention, and the model has none; leave it out, or choose fa3"
         raise ConfigError(f"engine.args: --attention-backend triton: {what}")
+    if "--enable-memory-saver" in words:
+        what = "a server that gives its memory back has no weights until the next sync, and answers all the same"
+        raise ConfigError(f"engine.args: --enable-memory-saver: {what}; leave it out")
     for i in cost.attending(config.model)[:1]:
         keys = family.layers(config.model)[i].settings.kv_heads
         if keys % config.engine.tp:
