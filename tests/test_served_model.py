@@ -70,10 +70,15 @@ class Served:
 def compare(name: str) -> None:
     """On a rank: batches of all kinds against each request alone."""
     one, many, parts = Served(name), Served(name), Served(name)
-    prompts = [torch.randint(0, one.config.vocab_size, (length,)) for length in (70, 1, 3, 3)]
+    prompts = [torch.randint(0, one.config.vocab_size, (length,)) for length in (70, 1, 16, 3)]
     slots = [2, 5, 1, 3]
     whole = [one.run([slot], [prompt], fresh=True)[0] for slot, prompt in zip(slots, prompts, strict=True)]
     for own, truth in zip(many.run(slots, prompts, fresh=True), whole, strict=True):
+        torch.testing.assert_close(own, truth, **SAME)
+    # last tokens of prompts, as rollouts have them; of LaCT one after a chunk's end; beside a longer part
+    ends = [torch.randint(0, one.config.vocab_size, (length,)) for length in (1, 1, 1, 4)]
+    apart = [one.run([slot], [end], fresh=False)[0] for slot, end in zip(slots, ends, strict=True)]
+    for own, truth in zip(many.run(slots, ends, fresh=False), apart, strict=True):
         torch.testing.assert_close(own, truth, **SAME)
     rows = [parts.run([4], [part], fresh=i == 0)[0] for i, part in enumerate(prompts[0].split([1, 59, 10]))]
     torch.testing.assert_close(torch.cat(rows), whole[0], **SAME)

@@ -8,6 +8,7 @@ A slot's `temporal` holds, head by head in fp32, W as it is read, T where that i
 momentum, G, and the sum of the open chunk's momenta. Its `conv` is a ring of the last window_size keys and values.
 """
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -154,10 +155,26 @@ class LactAttention(nn.Module):
         if ragged.lengths is None:
             mixed = self._decoded(x, batch.positions, pool, slots)
         else:
-            begun = batch.extend_prefix_lens_cpu
-            parts = zip(x.split(ragged.lengths), begun, slots.split(1), strict=True)
-            mixed = torch.cat([self._extended(rows, int(before), pool, slot) for rows, before, slot in parts])
+            mixed = self._parts(x, batch.positions, [int(n) for n in batch.extend_prefix_lens_cpu], pool, slots, ragged)
         return self.o_proj(mixed.to(x.dtype))[0]
+
+    def _parts(
+        self, x: Tensor, positions: Tensor, begun: list[int], pool: Any, slots: Tensor, ragged: Ragged
+    ) -> Tensor:
+        """A part of each request's prompt: rows [R, hidden]. Single rows, as of rollouts' last ones, go together."""
+        lengths = ragged.lengths or []
+        single = [i for i, length in enumerate(lengths) if length == 1 and begun[i]]
+        starts, mixed = [0, *itertools.accumulate(lengths)], list[Tensor]([x] * len(lengths))
+        if due := [i for i in single if begun[i] % self.model.lact_chunk_size == 0]:
+            self.update(pool, slots[due])
+        if single:
+            rows = [starts[i] for i in single]
+            found = self._decoded(x[rows], positions[rows], pool, slots[single])
+            for i, row in zip(single, found.split(1), strict=True):
+                mixed[i] = row
+        for i in set(range(len(lengths))) - set(single):
+            mixed[i] = self._extended(x[starts[i] : starts[i + 1]], begun[i], pool, slots[i : i + 1])
+        return torch.cat(mixed)
 
     def _turn(self, positions: Tensor, dtype: torch.dtype) -> Table:
         return table(positions, self.shape.attention_dim // 2, self.model.rope_theta, dtype)
