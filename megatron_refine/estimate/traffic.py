@@ -121,8 +121,8 @@ def _of_head(config: Config, each: Pass, traffic: object) -> Iterator[Traffic]:
         share = r.rollout_len / max(1, r.rollout_len - 1)  # the first token is drawn from a main row
         groups = min(p.pp, r.num_chunks * config.train.micro_batch_size)
         drawn = -(-each.rows // p.cp)
-        yield traffic("tp", "all_gather", share * groups, 2 * p.tp * drawn * 2 * FP32 / groups)  # in fp64
-        yield traffic("tp", "all_gather", share * groups, 2 * p.tp * drawn * 2 * FP32 / groups)
+        for numbers in (3, 2):  # in fp64
+            yield traffic("tp", "all_gather", share * groups, numbers * p.tp * drawn * 2 * FP32 / groups)
         yield traffic("cp", "all_reduce", share * groups, each.rows * INT64 / groups)
         yield traffic("cp", "all_reduce", share * groups, each.rows * FP32 / groups)
 
