@@ -59,7 +59,7 @@ test-next: .venv/ready .venv-next/ready ## the core's tests and a short run on t
 		--durations=15 $(ARGS)
 
 test-sglang: .venv/ready .venv-sglang/ready ## the tests against real SGLang servers on the CPU
-	@$(PYTEST) -n $(JOBS) --maxprocesses 2 --dist loadgroup -m sglang --durations=15 $(ARGS)
+	@$(PYTEST) -n $(JOBS) --maxprocesses 2 --dist worksteal -m sglang --durations=15 $(ARGS)
 
 test-slurm: .venv/ready ## as root: the tests on a real SLURM cluster and between two hosts, both on this machine
 	@command -v slurmctld slurmd munged ip > /dev/null || { \

@@ -35,7 +35,7 @@ def ranks() -> Iterator[Zygote]:
     zygote.close()
 
 
-@pytest.fixture(scope="session", params=sglang_lane.SERVED.values())
+@pytest.fixture(scope="session", params=sglang_lane.MODELS)
 def sglang_server(
     request: pytest.FixtureRequest, ranks: Zygote, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Path, str, "Server"]]:

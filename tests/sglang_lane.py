@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -31,8 +30,6 @@ MODELS: dict[str, dict[str, Any]] = {
     | {"linear_num_key_heads": 4, "linear_num_value_heads": 8, "linear_key_head_dim": 32, "linear_value_head_dim": 16}
     | {"layer_types": ["linear_attention", "full_attention"], "partial_rotary_factor": 0.5},
 }
-# a server is shared by all tests of its model, which one worker of pytest runs
-SERVED = {name: pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in MODELS}
 # prompts above 128 tokens are prefilled in parts
 SERVER_ARGS = ["--max-total-tokens", "16384", "--max-running-requests", "16", "--mem-fraction-static", "0.1"]
 SERVER_ARGS += ["--chunked-prefill-size", "128"]

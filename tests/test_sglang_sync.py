@@ -140,7 +140,7 @@ def lag_behind(folder: str, model: str, url: str) -> dict[str, Any]:
         return {"gaps": gaps, "other": other, "version": lagging.weight_version} | told(engine)
 
 
-@pytest.mark.parametrize("sglang_server", [lane.SERVED["delta_net"]], indirect=True)
+@pytest.mark.parametrize("sglang_server", ["delta_net"], indirect=True)
 def test_rollouts_are_of_the_weights_that_they_began_with(server: Any, ranks: Zygote, tmp_path: Path) -> None:
     url, model = server
     found = ranks(2, lag_behind, 120, folder=str(tmp_path), model=model, url=url)[0]
@@ -236,7 +236,7 @@ SAID = {
 
 
 # the way of the tensors is that of both families
-@pytest.mark.parametrize("sglang_server", [lane.SERVED["delta_net"]], indirect=True)
+@pytest.mark.parametrize("sglang_server", ["delta_net"], indirect=True)
 @pytest.mark.parametrize("fault", [name for name in FAULTS if name != "killed"])
 def test_a_damaged_sync_is_seen_and_made_good(server: Any, fault: str, ranks: Zygote, tmp_path: Path) -> None:
     url, model = server
