@@ -274,7 +274,7 @@ def test_runs_are_compared_in_one_picture(tmp_path: Path, capsys: pytest.Capture
 
 
 def test_runs_of_a_label_are_one_curve(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Of any number; an evaluation that only some have is left out of the curve."""
+    """Draw any number of runs; leave out an evaluation that only some of them have."""
     words = []
     for number in range(8):
         name = f"{number % 2}/seed={number}"

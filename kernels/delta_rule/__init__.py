@@ -70,9 +70,9 @@ def packed_delta_rule(
         own, places = torch.tensor([lengths[i] for i in mine]), torch.arange(max(lengths[i] for i in mine))
         rows = torch.tensor([starts[i] for i in mine])[:, None] + places.minimum(own[:, None] - 1)
         real = (places < own[:, None])[..., None]
-        k_, beta_, *g_ = (x[0, rows] for x in (k, beta, *([] if g is None else [g])))
-        k_, beta_, decay = k_ * real[..., None], beta_ * real, g_[0] * real if g_ else None
-        found, final, _ = chunk_delta_rule(q[0, rows], k_, v[0, rows], beta_, decay, state[mine])
+        keys, rates = k[0, rows] * real[..., None], beta[0, rows] * real
+        decay = None if g is None else g[0, rows] * real
+        found, final, _ = chunk_delta_rule(q[0, rows], keys, v[0, rows], rates, decay, state[mine])
         o = o if len(o) else found.new_empty(v.shape)
         o[0, rows[real[..., 0]]], finals[mine] = found[real[..., 0]], final.to(finals.dtype)
     return o, finals

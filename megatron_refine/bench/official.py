@@ -51,8 +51,7 @@ class OfficialStep(RefineStep):
     def __call__(
         self, batch: Batch, step: int, refine: bool = True, following: Batch | None = None
     ) -> dict[str, float]:
-        size = self.config.train.micro_batch_size
-        micros = [batch.rows(slice(i, i + size)) for i in range(0, len(batch.tokens), size)]
+        micros = [batch.rows(index) for index in self._micros(batch)]
         records = [self._explore(micro, step) for micro in micros]
         real = torch.cat([usable(m.lengths, *self._limits()) for m in micros]).sum()
         count = float(real * self.config.branch_rows)
