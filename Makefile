@@ -35,7 +35,7 @@ train-sglang: .venv/ready .venv-sglang/ready ## the same with rollouts from an S
 
 STUDY := full
 study: .venv/ready ## does REFINE teach? some 40 minutes on two cores, resumed; STUDY=small: a few
-	@$(BIN)/python -m megatron_refine.study configs/study/$(STUDY).yaml $(if $(filter full,$(STUDY)),--page docs/learning.md) $(ARGS)
+	@$(BIN)/megatron-refine study configs/study/$(STUDY).yaml $(if $(filter full,$(STUDY)),--page docs/learning.md) $(ARGS)
 
 bench: .venv/ready ## time steps of the quickstart: NTP-only, fused and two-pass in turn
 	@$(BIN)/torchrun --standalone --nproc-per-node 2 -m megatron_refine bench step --config configs/quickstart.yaml $(ARGS)

@@ -1,6 +1,7 @@
 """The study: texts that ask for what they store, the control's rewards, the statistics, and the whole of it, small."""
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from random import Random
@@ -9,13 +10,15 @@ from statistics import fmean
 import pytest
 import torch
 
+from megatron_refine.cli import study
 from megatron_refine.config import ConfigError
+from megatron_refine.files import read
 from megatron_refine.step.reward import binary
-from megatron_refine.study import __main__ as study
 from megatron_refine.study.documents import QUERY, STORE, Documents, Language
 from megatron_refine.study.findings import Difference, holm, no_worse, sign_flip
 from megatron_refine.study.plan import bases, continuations, read_plan
 from megatron_refine.study.rewards import shuffled
+from megatron_refine.study.run import finished
 from tests import runs
 from tests.zygote import Zygote
 
@@ -57,6 +60,14 @@ def test_shuffled_rewards_are_those_of_their_group_and_say_nothing_of_a_rollout(
     apart = [x - x.mean(-1, keepdim=True) for x in (true, dealt)]
     correlation = (apart[0] * apart[1]).sum() / (apart[0] * apart[0]).sum()
     assert abs(float(correlation)) < 0.06  # 8,000 rollouts: four standard errors
+
+
+def test_the_page_has_the_prose_of_its_template() -> None:
+    template, page = (read(ROOT / f"docs/learning.md{end}") for end in (".in", ""))
+    place = 0
+    for prose in re.split(r"\{\w+\}", template):
+        place = page.find(prose, place) + len(prose)
+        assert place >= len(prose), f"docs/learning.md lacks {prose[:80]!r}; write it anew with make study"
 
 
 def test_statistics() -> None:
@@ -123,7 +134,7 @@ def test_the_small_study_from_beginning_to_end(
     assert "ended with code 75" in capsys.readouterr().err
     assert study.main(command, train) == 0 and len(started) == 2 * 2 * 5 + 1  # the stopped one twice, the others once
     plan = read_plan(Path(command[0]))
-    ends = study.ends(plan)
+    ends = finished(plan)
     assert len(ends) == 2 * 2 * 5
     reward = {
         arm: fmean(last["eval/reward_mean"] for run, _, last in ends if run.arm == arm)

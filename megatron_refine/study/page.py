@@ -1,30 +1,31 @@
 """The tables and sentences of a study, and docs/learning.md, whose template holds the prose around them."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from statistics import fmean, median, stdev
 
+from megatron_refine.report import metrics
 from megatron_refine.report.metrics import Row
+from megatron_refine.report.summary import is_step
 from megatron_refine.study.findings import KEYS, Difference, Ends, differences, holm, no_worse, values
 from megatron_refine.study.plan import Contrast, Metric, Plan
+from megatron_refine.study.run import finished
 
 NOTE = "<!-- Written by `make study`: edit learning.md.in instead. -->\n\n"
 PERCENT = {"greedy match", "recall", "accuracy", "sampled accuracy"}
 DIGITS = {"reward": 4, "loss": 4, "entropy": 3}
 
 
-def page(template: str, plan: Plan, ends: Ends, steps: Mapping[str, Sequence[Row]]) -> str:
-    """Fill in {contrasts}, {arms}, {seeds} and {costs} of the template.
-
-    steps: by arm, rows of training steps, all of one model.
-    """
-    parts: dict[str, Callable[[], str]] = {
-        "contrasts": lambda: "\n\n".join(_contrasts(plan, ends)),
-        "arms": lambda: _arms(plan, ends),
-        "seeds": lambda: _seeds(ends),
-        "costs": lambda: _costs(steps),
+def page(template: str, plan: Plan) -> str:
+    """Fill in {contrasts}, {arms}, {seeds} and {costs} of the template, from the runs that have finished."""
+    ends = finished(plan)
+    parts = {
+        "contrasts": "\n\n".join(_contrasts(plan, ends)),
+        "arms": _arms(plan, ends),
+        "seeds": _seeds(ends),
+        "costs": _costs(ends),
     }
     for name, part in parts.items():
-        template = template.replace(f"{{{name}}}", part())
+        template = template.replace(f"{{{name}}}", part)
     return NOTE + template
 
 
@@ -98,10 +99,18 @@ def _seeds(ends: Ends) -> str:
     return _table(["model", "base", "seed", "arm", *KEYS], rows)
 
 
-def _costs(steps: Mapping[str, Sequence[Row]]) -> str:
-    times = {arm: median(row["time/step"] for row in rows) for arm, rows in steps.items() if rows}
-    least = min(times.values())
-    return _table(["arm", "step, least = 1"], [[arm, f"{seconds / least:.2f}"] for arm, seconds in times.items()])
+def _costs(ends: Ends) -> str:
+    """A line an arm: the median of all its steps, over the least of these medians of its model."""
+    times: dict[str, dict[str, list[float]]] = {}
+    for run, *_ in ends:
+        if run.arm:
+            found = times.setdefault(run.model, {}).setdefault(run.arm, [])
+            found += [row["time/step"] for row in metrics.read(run.folder / metrics.METRICS) if is_step(row)]
+    lines = []
+    for model, arms in times.items():
+        medians = {arm: median(seconds) for arm, seconds in arms.items()}
+        lines += [[model, arm, f"{seconds / min(medians.values()):.2f}"] for arm, seconds in medians.items()]
+    return _table(["model", "arm", "step, least = 1"], lines)
 
 
 def _number(metric: Metric, value: float, sign: bool = False) -> str:

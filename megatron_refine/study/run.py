@@ -39,6 +39,12 @@ def evaluations(run: Run) -> tuple[Row, Row] | None:
     return (rows[0], rows[-1]) if rows and rows[-1]["step"] >= run.keys["train.steps"] else None
 
 
+def finished(plan: Plan) -> list[tuple[Run, Row, Row]]:
+    """Return the runs that have finished, with their first and last evaluations."""
+    found = [(run, evaluations(run)) for run in (*bases(plan), *continuations(plan))]
+    return [(run, *both) for run, both in found if both]
+
+
 def _run_stage(plan: Plan, runs: Sequence[Run], jobs: int, say: Callable[[str], None], train: Train) -> None:
     left = [run for run in runs if not evaluations(run)]
     done = len(runs) - len(left)
