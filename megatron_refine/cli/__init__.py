@@ -18,6 +18,7 @@ COMMANDS = {
     "submit": "submit a run, a sweep or a chain of jobs to SLURM",
     "prepare": "train the tokenizer and pack the data before the GPUs are yours",
     "evaluate": "score a model on RULER, LongBench and held-out documents",
+    "ruler-qa": "make the paper's files of RULER-QA for any tokenizer",
     "lm-eval": "score a model on tasks of lm-evaluation-harness",
     "generate": "continue text with a model",
     "convert": "convert a model to and from Hugging Face's format",

@@ -80,7 +80,7 @@ def _text(value: object) -> str:
     return value
 
 
-def draw(pool: Pool, case: Case) -> Sample:
+def draw(pool: Pool, case: Case, template: str = TEMPLATE) -> Sample:
     """A sample; its size counts documents. Question `index` is the same at every length: lengths are to be compared.
 
     Raises ConfigError for an index beyond the questions.
@@ -99,6 +99,6 @@ def draw(pool: Pool, case: Case) -> Sample:
         shown = documents[:size]
         case.random("order").shuffle(shown)
         context = "\n\n".join(f"Document {i}:\n{text}" for i, text in enumerate(shown, 1))
-        return TEMPLATE.format(context=context, query=question.text)
+        return template.format(context=context, query=question.text)
 
     return Sample(prompt, question.answers, least=len(question.own), most=len(documents))
