@@ -28,10 +28,8 @@ LENGTHS = (1200, 2400)  # of the small vocabulary: ten documents of the fixture 
 TRAIN, TEST = 12, 5
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: Any) -> Path:
-    """A tokenizer, and weights that go with it."""
-    path: Path = tmp_path_factory.mktemp("model") / "hf"
+def random_model(path: Path) -> Path:
+    """Random weights, and a tokenizer of 512 ids."""
     settings: Any = {"hidden_size": 64, "num_layers": 2, "num_heads": 4, "intermediate_size": 128}
     write_random(path, DeltaNetConfig(family="delta_net", vocab_size=512, **settings))
     texts = [
@@ -39,6 +37,11 @@ def model(tmp_path_factory: Any) -> Path:
     ]
     train_tokenizer([*read_prose("").sentences[:300], *texts], 512, path / "tokenizer.json")
     return path
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: Any) -> Path:
+    return random_model(tmp_path_factory.mktemp("model") / "hf")
 
 
 def line(questions: str, model: Path, out: Path, *more: str) -> list[str]:

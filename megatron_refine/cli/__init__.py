@@ -21,6 +21,7 @@ COMMANDS = {
     "ruler-qa": "make the paper's files of RULER-QA for any tokenizer",
     "lm-eval": "score a model on tasks of lm-evaluation-harness",
     "generate": "continue text with a model",
+    "entropy": "draw the entropy of a text under a model, and where rollouts would start",
     "convert": "convert a model to and from Hugging Face's format",
     "serve": "start an SGLang server of a model, or for a run",
     "compare": "draw the curves of several runs over one another",
