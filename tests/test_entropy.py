@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_refine.cli.entropy import parse
+from megatron_refine.config import Refine
 from megatron_refine.step.select import position_chances, select_positions, smoothed_entropy
 from tests.lanes import short
 from tests.runs import End, _captured
@@ -92,6 +94,12 @@ def test_chances_are_those_of_the_draws() -> None:
             counts[b].scatter_add_(1, at[b::2].T, torch.ones(C, 1000, dtype=torch.float64))
     assert torch.allclose(found, 1 - (1 - counts / draws).prod(1), atol=1e-3)
     assert smoothed_entropy(entropy, lengths, K).shape == found.shape
+
+
+def test_the_defaults_are_those_of_the_configuration() -> None:
+    options, refine = parse(["model", "--text", "a.txt", "--out", "a.svg"]), Refine()
+    given = (options.chunks, options.rollout_len, options.margin, options.temperature)
+    assert given == (refine.num_chunks, refine.rollout_len, refine.margin, refine.temperature)
 
 
 def test_a_short_text_and_a_cut_one(model: Path, ranks: Zygote, tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ TEMPLATE = (
 ANSWER = 32  # tokens of an answer, EOS included
 BOS = 1  # token that a prompt may begin with
 TEN = 10  # documents
+_SIDES = ("train", "test")
 _FORMAT, _KEY = 1, b"megatron_refine"  # raise the former where the same arguments give other rows
 _ANY = 1 << 31  # ids that a tokenizer may have: no model's vocabulary bounds them here
 Say = Callable[[str], None]
@@ -112,9 +113,6 @@ def make(wanted: Wanted, say: Say) -> None:
         say(f"{table.path}: {len(rows):,} rows, {mean:,.0f} tokens each on average")
     if len(missing) < len(tables):
         say(f"the other {len(tables) - len(missing)} files were there")
-
-
-_SIDES = ("train", "test")
 
 
 def _check(wanted: Wanted) -> None:
