@@ -7,7 +7,7 @@ at a time while the length holds them.
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +177,7 @@ class Maker:
         guess, found = max(self.length // 1500, 1), []
         for i, number in enumerate(counted(numbers, label, len(numbers), "rows")):
             sample = self._sample(number)
-            tens = largest_size(lambda n, s=sample: self._cost(s, n), self.budget, 1, max(sample.most // TEN, 1), guess)
+            tens = largest_size(partial(self._cost, sample), self.budget, 1, max(sample.most // TEN, 1), guess)
             assert tens is not None, "questions that do not fit were left out"
             guess, prompt = tens, _prompt(sample, tens)
             answers = max(map(len, self.tokenizer.encode(list(sample.references))))
