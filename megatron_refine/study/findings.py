@@ -23,6 +23,7 @@ KEYS: dict[Metric, str] = {
     "loss": "eval/ntp_loss",
     "entropy": "eval/entropy",
 }
+REWARD, CONTROL = "binary", "megatron_refine.study.rewards:shuffled"  # the mean of the control's is that of the reward
 # Student's t, 97.5 %, by degrees of freedom (any table of it)
 T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201)
 
@@ -71,15 +72,18 @@ def holm(ps: Sequence[float]) -> list[float]:
     return found
 
 
-def values(row: Row) -> dict[Metric, float]:
-    """Return what an evaluation says, of that what it has."""
-    return {metric: row[key] for metric, key in KEYS.items() if row.get(key) is not None}
+def values(run: Run, row: Row) -> dict[Metric, float]:
+    """Return what an evaluation of a run says. A reward of another kind than the study's is left out."""
+    found = {metric: row[key] for metric, key in KEYS.items() if row.get(key) is not None}
+    if run.keys.get("refine.reward", REWARD) not in (REWARD, CONTROL):
+        found.pop("reward", None)
+    return found
 
 
 def differences(ends: Ends, model: str, contrast: Contrast) -> dict[Metric, Difference]:
     """Return those of the metrics that both arms have, over the bases and seeds that both have."""
     pairs: dict[int, list[tuple[Values, Values]]] = {}
-    found = {(run.base, run.seed, run.arm): values(last) for run, _, last in ends if run.model == model}
+    found = {(run.base, run.seed, run.arm): values(run, last) for run, _, last in ends if run.model == model}
     for base, seed in sorted({(base, seed) for base, seed, _ in found}):
         arm, against = found.get((base, seed, contrast.arm)), found.get((base, seed, contrast.against))
         if arm and against:

@@ -4,9 +4,8 @@ from collections.abc import Iterator, Sequence
 from statistics import fmean, median, stdev
 
 from megatron_refine.report import metrics
-from megatron_refine.report.metrics import Row
 from megatron_refine.report.summary import is_step
-from megatron_refine.study.findings import KEYS, Difference, Ends, differences, holm, no_worse, values
+from megatron_refine.study.findings import KEYS, Difference, Ends, Values, differences, holm, no_worse, values
 from megatron_refine.study.plan import Contrast, Metric, Plan
 from megatron_refine.study.run import finished
 
@@ -73,29 +72,28 @@ def _arms(plan: Plan, ends: Ends) -> str:
     """A line an arm: means over its runs, and their standard deviation. The bases come first."""
     rows = []
     for model in plan.models:
-        own = [(run, first, last) for run, first, last in ends if run.model == model]
-        rows.append([model, "base", *_spread([last for run, _, last in own if not run.arm])])
-        for arm in plan.arms:
-            if last := [last for run, _, last in own if run.arm == arm]:
-                rows.append([model, arm, *_spread(last)])
+        own = [end for end in ends if end[0].model == model]
+        for arm in ("", *plan.arms):
+            if found := [values(run, last) for run, _, last in own if run.arm == arm]:
+                rows.append([model, arm or "base", *_spread(found)])
     return _table(["model", "arm", "runs", *KEYS], rows)
 
 
-def _spread(rows: Sequence[Row]) -> list[str]:
-    cells = [str(len(rows))]
+def _spread(runs: Sequence[Values]) -> list[str]:
+    cells = [str(len(runs))]
     for metric in KEYS:
-        found = [values(row)[metric] for row in rows if metric in values(row)]
+        found = [each[metric] for each in runs if metric in each]
         wide = f" ± {_number(metric, stdev(found))}" if len(found) > 1 else ""
         cells.append(f"{_number(metric, fmean(found))}{wide}" if found else "-")
     return cells
 
 
 def _seeds(ends: Ends) -> str:
-    rows = [
-        [run.model, str(run.base), str(run.seed) if run.arm else "", run.arm or "base",
-         *(_number(metric, values(last)[metric]) if metric in values(last) else "-" for metric in KEYS)]
-        for run, _, last in ends
-    ]  # fmt: skip
+    rows = []
+    for run, _, last in ends:
+        found, seed = values(run, last), str(run.seed) if run.arm else ""
+        cells = (_number(metric, found[metric]) if metric in found else "-" for metric in KEYS)
+        rows.append([run.model, str(run.base), seed, run.arm or "base", *cells])
     return _table(["model", "base", "seed", "arm", *KEYS], rows)
 
 
