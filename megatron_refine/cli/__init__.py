@@ -19,6 +19,7 @@ COMMANDS = {
     "prepare": "train the tokenizer and pack the data before the GPUs are yours",
     "evaluate": "score a model on RULER, LongBench and held-out documents",
     "lm-eval": "score a model on tasks of lm-evaluation-harness",
+    "reproduce": "reproduce a table or a figure of the paper",
     "generate": "continue text with a model",
     "convert": "convert a model to and from Hugging Face's format",
     "serve": "start an SGLang server of a model, or for a run",
