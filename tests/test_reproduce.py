@@ -1,7 +1,10 @@
 """Every table and figure, end to end at tiny scale; the commands at full scale; pages with and without results."""
 
 import argparse
+import functools
 import json
+import os
+import re
 import shlex
 import statistics
 import time
@@ -16,9 +19,9 @@ from megatron_refine.config import check_world_size, load
 from megatron_refine.convert.fields import fresh_config
 from megatron_refine.data.tokenizer import train_tokenizer
 from megatron_refine.models.family import FAMILIES
+from megatron_refine.reproduce import running
 from megatron_refine.reproduce.items import ITEMS, LENGTHS, LONGBENCH, MODELS, SHORT
 from megatron_refine.reproduce.published import PUBLISHED
-from tests.lanes import short
 from tests.runs import End, _captured
 from tests.zygote import Zygote
 
@@ -26,8 +29,14 @@ ROOT = Path(__file__).parents[1]
 
 
 def called(words: list[str]) -> End:
-    """On a rank: the command, its report without figures, of which a process's first ones take seconds."""
+    """On a rank: the command, but for what takes seconds: a process's first figures, lm_eval's list of its tasks."""
     from megatron_refine.report import figures
+
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    if words[0] == "lm-eval":
+        from lm_eval import tasks
+
+        tasks.TaskManager = functools.partial(tasks.TaskManager, include_defaults=False)  # type: ignore
 
     figures.draw = lambda name, paint, widths=(1,): f"<svg id='{name}'></svg>"
     with _captured() as texts:
@@ -56,10 +65,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("reproduce")
 
 
-CASES = [(item, model) for model in MODELS for item in ITEMS]
-
-
-@pytest.mark.parametrize(("item", "model"), short(CASES, lambda item, model: model == MODELS[0] or item == "tab6"))
+@pytest.mark.parametrize(("item", "model"), [*((item, MODELS[0]) for item in ITEMS), ("tab6", MODELS[1])])
 def test_every_item_runs_at_tiny_scale(item: str, model: str, ranks: Zygote, out: Path) -> None:
     """Every command ends well, every arm has numbers, and nothing runs twice."""
     if ITEMS[item].kind == "entropy" and "entropy" not in cli.COMMANDS:
@@ -136,7 +142,22 @@ def test_all_commands_of_full_scale_are_such(given: list[str], capsys: pytest.Ca
             assert evaluate.parse(rest).tasks
         elif command == "lm-eval":
             assert lm_eval.parse(rest).tasks.count(",") == len({label.split()[0] for label in SHORT.values()}) - 1
-    assert seen == {("train", 1), ("evaluate", 8), ("lm-eval", 8), ("entropy", 1)}
+    assert seen == {(name, 1) for name in ("prepare", "train", "entropy")} | {("evaluate", 8), ("lm-eval", 8)}
+
+
+def test_the_page_counts_what_each_item_takes(given: list[str]) -> None:
+    """docs/reproduction.md, of one model."""
+    table = (ROOT / "docs/reproduction.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `(\w+)` \|.*?\| ([^|]*\|[^|]*) \|$", table, re.MULTILINE))
+    options = reproduce.parse(["all", *given])
+    items, models, setting = reproduce.asked(options)
+    for name, asked in {item: [item] for item in items} | {"all": items}.items():
+        jobs = [job for job in running.listed(setting, asked, models[:1]) if job.words[0] != "prepare"]
+        phases = [job.config.train.phase for job in jobs if job.config is not None]
+        words = {"mid": "midtrain", "post": "posttrain", "test-time": "testtime"}
+        counts = [f"{phases.count(phase)} {word}" for word, phase in words.items() if phase in phases]
+        said = [cell.strip() for cell in rows[name].split("|")]
+        assert said == [", ".join(counts), str(len(jobs) - len(phases) or "")], name
 
 
 def test_trainings_go_to_slurm(
@@ -146,7 +167,7 @@ def test_trainings_go_to_slurm(
     (tmp_path / "site.yaml").write_text("gpus_per_node: 8\n", encoding="utf-8")
     line = ["tab5", *given, "--model", MODELS[1], "--nodes", "3", "--site", str(tmp_path / "site.yaml")]
     assert reproduce.main(line) == 0
-    jobs = [submit.build(submit.parse(words[2 - 1 + 1 :])) for words in commands(capsys.readouterr().out)
+    jobs = [submit.build(submit.parse(words[2:])) for words in commands(capsys.readouterr().out)
             if words[1] == "submit"]  # fmt: skip
     assert [(job.nodes, job.site.gpus_per_node) for job in jobs] == [(1, 8)] * 2 + [(1, 4)] * 24
     sent: list[Sequence[str]] = []
@@ -165,7 +186,7 @@ def test_trainings_go_to_slurm(
 
 
 def test_printed_averages_are_those_of_their_cells() -> None:
-    """But the one that the page of table 3 names."""
+    """But the one that the page of table 3 names; cells and averages are rounded."""
     odd = []
     for table, models in PUBLISHED.items():
         for model, rows in models.items():
@@ -175,7 +196,7 @@ def test_printed_averages_are_those_of_their_cells() -> None:
                 assert len(numbers) == {"niah": 16, "ruler_qa": 8}.get(table, size)
                 for at in range(0, len(numbers) if size > 1 else 0, size):
                     cells, printed = numbers[at + 4 * (table == "short") : at + size - 1], numbers[at + size - 1]
-                    if abs(statistics.fmean(cells) - printed) > 0.05 + 1e-9:
+                    if abs(statistics.fmean(cells) - printed) > 0.1 + 1e-9:
                         odd.append((model, run, table, cells, printed))
                 if table == "longbench":
                     assert [numbers[-1]] == [float(PUBLISHED["longbench_mean"][model][run])]
@@ -232,4 +253,4 @@ def test_a_command_that_fails_ends_it(given: list[str], capsys: pytest.CaptureFi
     line = ["fige3", *given, "--model", MODELS[0], "--run", "train.steps=3"]
     assert reproduce.main(line, lambda words, ranks: 4) == 4
     said = capsys.readouterr().out
-    assert "mid_k3: ended with code 4" in said and "fige3.md" in said and "mid_k7" not in said
+    assert "prepare: ended with code 4" in said and "fige3.md" in said and "mid_k3" not in said

@@ -68,7 +68,7 @@ def _reproduce(options: argparse.Namespace, call: Callable[[Sequence[str], int],
     from megatron_refine.reproduce.setting import check
     from megatron_refine.reproduce.tiny import tiny
 
-    items, models, setting = _asked(options)
+    items, models, setting = asked(options)
     if setting.tiny:
         setting = tiny(setting)
     call, code = call or running.spawn, 0
@@ -86,7 +86,7 @@ def _reproduce(options: argparse.Namespace, call: Callable[[Sequence[str], int],
     return code
 
 
-def _asked(options: argparse.Namespace) -> "tuple[list[str], list[str], Setting]":
+def asked(options: argparse.Namespace) -> "tuple[list[str], list[str], Setting]":
     """Items, models and setting. Raises ConfigError."""
     from megatron_refine.config import read_as
     from megatron_refine.reproduce.items import ITEMS, MODELS

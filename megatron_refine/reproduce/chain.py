@@ -28,14 +28,17 @@ class Job:
 
     name: str
     words: tuple[str, ...]
-    result: Path  # the run folder of a training; the file that another command writes last
+    result: Path  # the run folder of a training, the folder of rows, or the file that another command writes last
     ranks: int = 1
     config: Config | None = None  # of a training
     labels: tuple[str, ...] = ()  # of an evaluation
 
     @property
     def done(self) -> bool:
-        """Whether its result is there: the last checkpoint, the report of a test-time run, all scores, the file."""
+        """Whether its result is there: the last checkpoint, the report of a test-time run, all scores, the file; of
+        `prepare` the packed rows of both sides."""
+        if self.words[0] == "prepare":
+            return len([*self.result.glob("*/*.idx")]) > 1
         if self.config is None:
             return self.result.exists() and set(self.labels) <= scores_in(self.result).keys()
         if self.config.train.phase == "testtime":
@@ -104,22 +107,26 @@ class Chain:
         if spec.start:
             yield from self.trained(spec.start, before)
         overrides = [*self._data(run, spec, part), *spec.keys, *self._size(spec), *self.setting.overrides]
+        files = [f"configs/{spec.phase}_{self.model}.yaml", "configs/official.yaml"]
+        if spec.phase == "midtrain":
+            words = ["prepare", *_configured(files), *overrides]
+            yield Job(self._relative(self.folder / "prepare"), tuple(words), self.folder / "rows")
         if spec.start:
             overrides.append(f"checkpoint.load={spell(self.weights(spec.start, before))}")
         overrides.append(f"run.dir={spell(str(self.place(run, part)))}")
-        files = [f"configs/{spec.phase}_{self.model}.yaml", "configs/official.yaml"]
         config = _loaded(tuple(files), tuple(overrides))
         size = config.parallel.model_size  # replicas divide a mini-batch
         limit = config.mini_batch_size // config.train.micro_batch_size
         ranks = size * max(1, math.gcd(max(1, self.setting.world // size), limit))
         words = ["train", *(["--ranks", str(ranks)] if ranks > 1 else [])]
-        words += [word for file in files for word in ("--config", file)] + overrides
-        yield Job(self._name(run, part), tuple(words), self.place(run, part), ranks, config)
+        words += [*_configured(files), *overrides]
+        place = self.place(run, part)
+        yield Job(self._relative(place), tuple(words), place, ranks, config)
 
     def _data(self, run: str, spec: Run, part: str) -> list[str]:
         setting = self.setting
         tokenizer = setting.tokenizer_of(self.model)
-        found = [f"data.tokenizer={spell(tokenizer)}", f"data.cache_dir={spell(str(setting.out / 'cache'))}"]
+        found = [f"data.tokenizer={spell(tokenizer)}", f"data.cache_dir={spell(str(self.folder / 'rows'))}"]
         if spec.phase == "midtrain":
             found += [f"data.paths={spell(list(setting.train_data))}",
                       f"data.valid_paths={spell(list(setting.booksum))}", "data.valid_min_length=2"]  # fmt: skip
@@ -140,9 +147,6 @@ class Chain:
         if not self.setting.tiny:
             return ()
         return (f"model={self.model.rsplit('_', 1)[0]}_tiny", *self.setting.size)
-
-    def _name(self, run: str, part: str = "") -> str:
-        return str(self.place(run, part).relative_to(self.setting.out))
 
     def scored(self, run: str, kind: str) -> Iterator[Job]:
         """Yield the evaluations of a run. A test-time run has answered already, a figure reads the training itself."""
@@ -212,6 +216,10 @@ def _loaded(files: tuple[str, ...], overrides: tuple[str, ...]) -> Config:
 @cache
 def _phase(run: str) -> str:
     return RUNS[run].phase if run in RUNS else "midtrain"
+
+
+def _configured(files: list[str]) -> list[str]:
+    return [word for file in files for word in ("--config", file)]
 
 
 def _lengths(*lengths: int) -> list[str]:

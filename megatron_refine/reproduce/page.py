@@ -106,7 +106,7 @@ def differences(setting: Setting, item: Item) -> list[str]:
         found.append("Examples are of this project's RULER; the paper's are of lm-evaluation-harness.")
     found.append("Data and weights are those of the command line: the paper's mid-training data cannot be downloaded "
                  "any more.")  # fmt: skip
-    if setting.examples:
+    if setting.examples and item.kind not in ("steps", "entropy"):
         found.append(f"At most {setting.examples} examples of each task.")
     if setting.overrides:
         found.append(f"Set by hand in every training: `{' '.join(setting.overrides)}`.")
@@ -117,8 +117,9 @@ def _tiny(setting: Setting, item: Item) -> list[str]:
     found = [
         "Tiny scale: this shows that the commands work, and says nothing about the paper. Models are the tiny presets, "
         f"pre-trained for a moment, then trained with `{' '.join(setting.size)}` on the sources of Python's library.",
-        f"{setting.seeds} seeds of an arm.",
     ]
+    if item.kind == "steps":
+        found.append(f"{setting.seeds} seeds of an arm at most.")
     for kind, lengths in (("niah", setting.niah), ("ruler_qa", setting.qa)):
         if item.kind == kind:
             found += [f"{there // 1024}K stands for {here} tokens." for there, here in lengths.items()]

@@ -61,7 +61,7 @@ def printed(setting: Setting, jobs: Sequence[Job]) -> str:
             parts.append(f"# {job.name}\n{shell(job.words, job.ranks)}")
     left = [job for job in jobs if not job.done]
     trainings = sum(job.config is not None for job in left)
-    parts.append(f"# {trainings} trainings and {len(left) - trainings} evaluations are left of {len(jobs)} commands")
+    parts.append(f"# {trainings} trainings and {len(left) - trainings} other commands are left of {len(jobs)}")
     return "\n".join(parts)
 
 
@@ -109,6 +109,6 @@ def submit_all(setting: Setting, jobs: Sequence[Job], call: Call, say: Callable[
         elif code := call(submission(setting, job), 1):
             return code
     left = sum(job.config is None and not job.done for job in jobs)
-    say(f"{waiting} trainings wait for others: run this again when those are done. {left} evaluations are left: "
+    say(f"{waiting} trainings wait for others: run this again when those are done. {left} other commands are left: "
         "without --nodes they run here, or are printed")  # fmt: skip
     return 0

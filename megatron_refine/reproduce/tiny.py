@@ -15,11 +15,12 @@ from megatron_refine.files import write
 from megatron_refine.reproduce.items import LONGBENCH
 from megatron_refine.reproduce.setting import Setting
 
-LENGTH, NEEDLES, VOCABULARY = 192, 1024, 512
+LENGTH, NEEDLES, VOCABULARY = 128, 1024, 512
 SIZE = (
-    f"data.seq_length={LENGTH}", "data.split_documents=true", "train.steps=2", "train.global_batch_size=4",
-    "update.mini_batch_size=2", "train.precision=fp32", "train.recompute=none", "optimizer.lr=1e-3", "eval.every=1",
-    "eval.sequences=4", "checkpoint.every=0", "ttt.reset=per_batch", "task.max_new_tokens=4",
+    "model.num_layers=2", f"data.seq_length={LENGTH}", "data.split_documents=true", "train.steps=2",
+    "train.global_batch_size=4", "update.mini_batch_size=2", "train.precision=fp32", "train.recompute=none",
+    "optimizer.lr=1e-3", "eval.every=0", "eval.sequences=2", "checkpoint.every=0", "ttt.reset=per_batch",
+    "task.max_new_tokens=4",
 )  # fmt: skip
 SHORT = {"piqa acc": "tiny_choice acc", "wikitext word_perplexity": "tiny_text word_perplexity"}
 _TASK = """task: {name}
@@ -55,11 +56,12 @@ def tiny(setting: Setting) -> Setting:
         train_tokenizer([Path(source).read_text(encoding="utf-8")], VOCABULARY, tokenizer)
         _questions(folder)
         _harness(folder / "tasks")
+    text = str(textwrap.__file__)
     return replace(
-        setting, ranks=1, start={}, tokenizer=str(tokenizer), train_data=(source, str(ast.__file__)),
-        booksum=(str(textwrap.__file__),), ruler_qa=str(folder / "ruler_qa"), longbench=str(folder / "longbench"),
-        text=str(textwrap.__file__), tasks=str(folder / "tasks"), size=SIZE, niah={4096: NEEDLES}, qa={4096: LENGTH},
-        short=SHORT, seeds=2, examples=2,
+        setting, ranks=1, start={}, tokenizer=str(tokenizer), train_data=(source, str(ast.__file__)), booksum=(text,),
+        ruler_qa=str(folder / "ruler_qa"), longbench=str(folder / "longbench"), essays=text, text=text,
+        tasks=str(folder / "tasks"), size=SIZE, niah={4096: NEEDLES}, qa={4096: LENGTH}, short=SHORT, seeds=2,
+        examples=2,
     )  # fmt: skip
 
 
