@@ -151,7 +151,7 @@ def test_the_page_counts_what_each_item_takes(given: list[str]) -> None:
     rows = dict(re.findall(r"^\| `(\w+)` \|.*?\| ([^|]*\|[^|]*) \|$", table, re.MULTILINE))
     options = reproduce.parse(["all", *given])
     items, models, setting = reproduce.asked(options)
-    for name, asked in {item: [item] for item in items} | {"all": items}.items():
+    for name, asked in ({item: [item] for item in items} | {"all": items}).items():
         jobs = [job for job in running.listed(setting, asked, models[:1]) if job.words[0] != "prepare"]
         phases = [job.config.train.phase for job in jobs if job.config is not None]
         words = {"mid": "midtrain", "post": "posttrain", "test-time": "testtime"}

@@ -17,7 +17,7 @@ from megatron_refine.reproduce.setting import Setting
 
 LENGTH, NEEDLES, VOCABULARY = 128, 1024, 512
 SIZE = (
-    "model.num_layers=2", f"data.seq_length={LENGTH}", "data.split_documents=true", "train.steps=2",
+    "model.num_layers=1", f"data.seq_length={LENGTH}", "data.split_documents=true", "train.steps=2",
     "train.global_batch_size=4", "update.mini_batch_size=2", "train.precision=fp32", "train.recompute=none",
     "optimizer.lr=1e-3", "eval.every=0", "eval.sequences=2", "checkpoint.every=0", "ttt.reset=per_batch",
     "task.max_new_tokens=4",
