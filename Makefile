@@ -8,29 +8,34 @@
 # The GPU's kernels on the CPU, with packages in a folder of their own: make test-kernels.
 # The newest Python and Megatron-Core, in an environment of their own: make test-next.
 
-TORCH := 2.13.0
 RECENT := import sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in python3.11 python3; do $$p -c '$(RECENT)' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 export OMP_NUM_THREADS := 1
-CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/megatron_refine
-export TORCH_INDEX
 
-.PHONY: help train train-sglang bench test test-all test-gpu test-kernels test-next test-sglang test-slurm test-chaos gpu-kit lint docs configuration clean
+.PHONY: help train train-sglang study bench test test-all test-gpu test-kernels test-next test-sglang test-slurm test-chaos gpu-kit lint docs configuration clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 15
 
+QUICKSTART := runs/quickstart$(MODEL:%=_%)
+START = $(BIN)/megatron-refine train --ranks 2 --config configs/quickstart.yaml \
+	$(if $(MODEL),--config configs/models/$(MODEL).yaml) run.dir=$(QUICKSTART)
 train: .venv/ready ## train a tiny model with REFINE on two CPU ranks; MODEL=a file of configs/models
-	@$(BIN)/megatron-refine train --ranks 2 --config configs/quickstart.yaml \
-		$(if $(MODEL),--config configs/models/$(MODEL).yaml run.dir=runs/quickstart_$(MODEL)) $(ARGS)
+	@$(if $(ARGS),,test -f $(QUICKSTART)_ntp/report.html || { \
+		echo "first NTP alone, to compare with: once, in $(QUICKSTART)_ntp"; \
+		$(START) run.dir=$(QUICKSTART)_ntp refine.start_step=210; })
+	@$(START) $(if $(ARGS),$(ARGS),run.baseline=$(QUICKSTART)_ntp)
 
 train-sglang: .venv/ready .venv-sglang/ready ## the same with rollouts from an SGLang server on the CPU
 	@$(BIN)/megatron-refine train --ranks 2 --config configs/quickstart.yaml \
 		$(if $(MODEL),--config configs/models/$(MODEL).yaml) --config configs/engines/quickstart_sglang.yaml \
 		$(if $(MODEL),run.dir=runs/quickstart_sglang_$(MODEL)) $(ARGS)
+
+STUDY := full
+study: .venv/ready ## does REFINE teach? some 40 minutes on two cores, resumed; STUDY=small: a few
+	@$(BIN)/megatron-refine study configs/study/$(STUDY).yaml $(if $(filter full,$(STUDY)),--page docs/learning.md) $(ARGS)
 
 bench: .venv/ready ## time steps of the quickstart: NTP-only, fused and two-pass in turn
 	@$(BIN)/torchrun --standalone --nproc-per-node 2 -m megatron_refine bench step --config configs/quickstart.yaml $(ARGS)
@@ -98,94 +103,4 @@ clean: ## remove the environments, the site and all caches; runs/ stays
 	rm -rf .venv .gpu-kit .venv-kernels .venv-next .venv-sglang .venv-docs site .cache .pytest_cache .mypy_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# An environment that was made before from the same files is linked from CACHE (tools/environment.sh).
-# setuptools first: the project itself is then built with it, not with one that pip fetches for the purpose.
-PROJECT := --no-deps --no-build-isolation --editable .
-MADE_FROM := setup.py constraints.txt Makefile
-.venv/ready: setup.py constraints.txt
-	@$(or $(PYTHON),false) -c '$(RECENT)' || { echo "needs Python 3.11 or newer: make PYTHON=/path/to/python3.11" >&2; exit 1; }
-	@tools/environment.sh restore .venv "$(CACHE)" $(PYTHON) $(MADE_FROM) || { $(install_requirements); }
-	@$(INSTALL) $(PROJECT)
-	@$(BIN)/python -c 'import sys; from importlib.metadata import version as v; t = v("torch").split("+")[0]; \
-		sys.exit(t != "$(TORCH)" and f"torch is {t}, not $(TORCH): make clean, then again")'
-	@touch $@
-
-define install_requirements
-fresh=; test -x $(BIN)/python || { $(PYTHON) -m venv .venv && fresh=yes; }; \
-$(INSTALL) setuptools && $(install_torch) && \
-echo "installing the other requirements into .venv (two or three minutes)" && \
-$(INSTALL) --no-build-isolation --editable ".[dev]" && \
-{ test -z "$$fresh" || tools/environment.sh keep .venv "$(CACHE)" $(PYTHON) $(MADE_FROM); }
-endef
-
-# A folder of packages for PYTHONPATH. They are not in .venv: Megatron-Core imports flash-linear-attention where it finds
-# it, and that imports transformers, seconds in every process.
-KERNELS_FROM := constraints.txt Makefile
-.venv-kernels/ready: constraints.txt | .venv/ready
-	@tools/environment.sh restore .venv-kernels "$(CACHE)" $(PYTHON) $(KERNELS_FROM) || { $(install_kernels); }
-	@touch $@
-
-define install_kernels
-echo "installing Triton and flash-linear-attention into .venv-kernels (a minute)"; rm -rf .venv-kernels; \
-$(INSTALL) --no-deps --target .venv-kernels triton fla-core flash-linear-attention && \
-tools/environment.sh keep .venv-kernels "$(CACHE)" $(PYTHON) $(KERNELS_FROM)
-endef
-
-# The newest Python: one on the PATH, or one that stands beside PYTHON's own, as pyenv puts them.
-NEWEST = for v in 3.13 3.12; do for p in "$$(command -v python$$v)" \
-	"$$($(BIN)/python -c 'import sys; print(sys.base_prefix)')"/../$$v*/bin/python$$v; do \
-	"$$p" -c 'import sys, venv, ssl' 2>/dev/null && { echo "$$p"; exit; }; done; done
-NEXT_FROM := setup.py constraints.txt Makefile
-AS_NEXT := $(subst .venv,.venv-next,$(INSTALL))
-.venv-next/ready: setup.py constraints.txt | .venv/ready
-	@newest=$$($(NEWEST)); test -n "$$newest" || { echo "test-next: needs Python 3.12 or 3.13, and finds none" >&2; exit 1; }; \
-	tools/environment.sh restore .venv-next "$(CACHE)" "$$newest" $(NEXT_FROM) || { $(install_next); }; \
-	.venv-next/bin/python -m pip install --quiet --disable-pip-version-check $(PROJECT)
-	@touch $@
-
-define install_next
-echo "making .venv-next of $$("$$newest" --version) (three to five minutes)"; \
-rm -rf .venv-next && "$$newest" -m venv .venv-next && \
-$(AS_NEXT) setuptools && $(subst .venv,.venv-next,$(install_torch)) && \
-$(AS_NEXT) --no-build-isolation --editable . pytest pytest-timeout pytest-xdist && \
-tools/environment.sh keep .venv-next "$(CACHE)" "$$newest" $(NEXT_FROM)
-endef
-
-# SGLang pins a CUDA stack of its own: on a CPU it is installed without dependencies, with those it imports in a list, and
-# with stand-ins for what needs a GPU (tests/sglang_cpu). The project comes with it, as SGLang's plug-in.
-LANE := .venv-sglang/bin/python -m pip install --quiet --disable-pip-version-check --no-deps
-LANE_FROM := tests/sglang_cpu/requirements.txt tests/sglang_cpu/sglang_cpu_stubs.py Makefile
-.venv-sglang/ready: tests/sglang_cpu/requirements.txt tests/sglang_cpu/sglang_cpu_stubs.py setup.py | .venv/ready
-	@tools/environment.sh restore .venv-sglang "$(CACHE)" $(PYTHON) $(LANE_FROM) || { $(install_sglang); }
-	@$(LANE) --no-build-isolation --editable .
-	@touch $@
-
-define install_sglang
-fresh=; test -x .venv-sglang/bin/python || { $(PYTHON) -m venv .venv-sglang && fresh=yes; }; \
-echo "installing SGLang for CPU into .venv-sglang (two or three minutes)"; \
-$(LANE) "$$($(BIN)/python -c 'import importlib.metadata as m; print("setuptools==" + m.version("setuptools"))')" && \
-$(if $(TORCH_INDEX),$(LANE) --index-url "$(TORCH_INDEX)" "torch==$(TORCH)",\
-	{ $(LANE) "torch==$(TORCH)+cpu" 2>/dev/null || $(LANE) "torch==$(TORCH)"; }) && \
-$(LANE) --requirement tests/sglang_cpu/requirements.txt && \
-packages="$$(.venv-sglang/bin/python -c 'import site; print(site.getsitepackages()[0])')" && \
-cp tests/sglang_cpu/sglang_cpu_stubs.py "$$packages" && \
-echo "import sglang_cpu_stubs" > "$$packages/sglang_cpu_stubs.pth" && \
-{ test -z "$$fresh" || tools/environment.sh keep .venv-sglang "$(CACHE)" $(PYTHON) $(LANE_FROM); }
-endef
-
-# A wheel index of PyTorch has other packages in other versions: only torch itself comes from there.
-define install_torch
-if [ -n "$(TORCH_INDEX)" ]; then \
-	echo "installing torch $(TORCH) from TORCH_INDEX into .venv"; \
-	$(INSTALL) --no-deps --index-url "$(TORCH_INDEX)" "torch==$(TORCH)"; \
-elif nvidia-smi -L 2>/dev/null | grep -q GPU; then \
-	echo "installing torch $(TORCH) for this GPU into .venv (several minutes)"; \
-	$(INSTALL) "torch==$(TORCH)"; \
-else \
-	echo "installing torch $(TORCH) for CPU into .venv (a minute or two)"; \
-	$(INSTALL) "torch==$(TORCH)+cpu" 2>/dev/null || { \
-		echo "no CPU build on the index: taking torch $(TORCH), which may be the larger CUDA build" \
-			"(make TORCH_INDEX=<url of a PyTorch wheel index> picks another)"; \
-		$(INSTALL) "torch==$(TORCH)"; }; \
-fi
-endef
+include tools/environments.mk

@@ -105,7 +105,8 @@ def commands() -> str:
 
 
 def test_every_target_of_make_that_is_called_exists() -> None:
-    targets = set(re.findall(r"^([a-z./-]+):", read("Makefile"), re.MULTILINE))
+    text = read("Makefile") + read("tools/environments.mk")
+    targets = set(re.findall(r"^([a-z./-]+):", text, re.MULTILINE))
     called = set(re.findall(r"\bmake ([a-z./-]+)", commands()))
     assert {"lint", "test", "test-all", ".venv/ready"} <= called <= targets, called - targets
 
@@ -128,7 +129,7 @@ def test_the_runner_may_only_read() -> None:
 
 def test_environments_are_cached_by_what_make_makes_them_from() -> None:
     """The key is the name that tools/environment.sh gives the environment, of the same files."""
-    made_from = re.findall(r"^MADE_FROM := (.+)$", read("Makefile"), re.MULTILINE)[0]
+    made_from = re.findall(r"^MADE_FROM := (.+)$", read("tools/environments.mk"), re.MULTILINE)[0]
     line = next(step["run"] for step in steps() if step.get("id") == "kept")
     assert f"tools/environment.sh name .venv - python {made_from})" in line
     name = subprocess.run(["tools/environment.sh", "name", ".venv", "-", sys.executable, *made_from.split()], cwd=ROOT,

@@ -110,7 +110,7 @@ def test_versions_agree() -> None:
     assert set(arguments()["EXTRAS"].split(",")) <= set(extras())
     assert "flash-linear-attention==" in extras()["gpu"], "kernels that nobody chose a version of"
     torch = re.findall(r"^torch==(\S+)$", read("constraints.txt"), re.MULTILINE)
-    assert torch == re.findall(r"^TORCH := (\S+)$", read("Makefile"), re.MULTILINE)
+    assert torch == re.findall(r"^TORCH := (\S+)$", read("tools/environments.mk"), re.MULTILINE)
 
 
 def test_the_image_is_not_roots_and_keeps_no_secret() -> None:

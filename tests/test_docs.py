@@ -61,7 +61,8 @@ def test_readme_is_short_and_shows_how_training_ends() -> None:
 
 
 def test_troubleshooting_quotes_messages_as_they_are() -> None:
-    texts = [path.read_text(encoding="utf-8") for path in (ROOT / "Makefile", ROOT / "megatron_refine/slurm/job.sh")]
+    others = ("Makefile", "tools/environments.mk", "megatron_refine/slurm/job.sh")
+    texts = [(ROOT / path).read_text(encoding="utf-8") for path in others]
     for folder in ("megatron_refine", "models", "kernels", "tools", "launch", "setup.py"):
         at = ROOT / folder
         for path in sorted(at.rglob("*.py")) if at.is_dir() else [at]:

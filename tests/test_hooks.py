@@ -1,5 +1,6 @@
 """Rewards and selections of the user's own: what they are called with, what they may return, and how a bad one ends."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_refine.config import ConfigError
+from megatron_refine.config import ConfigError, training
 from megatron_refine.step.hooks import check_hooks, reading, resolve
 from megatron_refine.step.reward import REWARDS
 from megatron_refine.step.select import SELECTIONS, select_positions
@@ -106,6 +107,33 @@ def test_own_functions_are_what_a_run_uses(ranks: Zygote, tmp_path: Path) -> Non
         assert all(positions == [20, 49, 97, 145] for positions in draw["positions"])  # margin, chunks of 192 / 4
         values = [x for sequence in draw["rewards"] for chunk in sequence for x in chunk]
         assert set(values) <= {0.0, 1.0, 2.0, 3.0, 4.0, 5.0}
+
+
+@pytest.mark.parametrize("key", ["refine.reward", "refine.selection", "eval.selection"])
+def test_a_name_that_nobody_knows_is_refused_with_those_there_are(key: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"{key}=.?entropie.*choose one of .*, or an import path") as error:
+        parity.small_config(tmp_path, f"{key}=entropie")
+    assert "\n" not in str(error.value)
+
+
+def test_names_of_the_configuration_are_those_there_are() -> None:
+    assert set(training.REWARDS) == REWARDS.keys() and set(training.SELECTIONS) == SELECTIONS.keys()
+
+
+def test_an_evaluation_has_positions_of_its_own(ranks: Zygote, tmp_path: Path) -> None:
+    """By the rule of eval.selection; training and its draws stay as they are."""
+    found = {}
+    for rule in ("", hook(first_of_chunk)):
+        folder = tmp_path / f"own{bool(rule)}"
+        folder.mkdir()
+        sizes = {"train": {"steps": 1}, "refine": {"num_chunks": 4}, "eval": {"sequences": 2, "selection": rule}}
+        config = runs.write_config(folder, tmp_path / "cache", **sizes)
+        given = {"arguments": ["--config", str(config)], "record": folder / "draws", "saves": False}
+        assert ranks(1, runs.command, **given)[0].code == 0
+        sample = json.loads((folder / "run/samples.json").read_text(encoding="utf-8"))
+        found[rule] = runs.draws(folder / "draws"), sample["positions"]
+    (plain, drawn), (own, first) = found.values()
+    assert plain == own and first == [20, 49, 97, 145] != drawn
 
 
 WORDS = ["", "a", "ab", "abc", "abd", " ", "xyz", "b"]

@@ -24,6 +24,7 @@ COMMANDS = {
     "convert": "convert a model to and from Hugging Face's format",
     "serve": "start an SGLang server of a model, or for a run",
     "compare": "draw the curves of several runs over one another",
+    "study": "run a study: arms from the same bases, compared",
     "scaling": "run a sweep over ranks and layouts, or predict it",
     "bench": "time steps, rollouts and kernels; count what a GPU launches",
     "kernels": "compile a configuration's Triton kernels with or without a GPU, measure and pin them",

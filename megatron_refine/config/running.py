@@ -1,11 +1,12 @@
 """Sections on what goes on around training: folder and deadlines, rollout engine, evaluations, checkpoints."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from megatron_refine.config.base import Section
 from megatron_refine.config.paths import PathText, ProgramText, RequiredPath
+from megatron_refine.config.training import SELECTIONS, one_of
 
 
 class Run(Section):
@@ -160,6 +161,11 @@ class Eval(Section):
         True,
         description="Write rollouts of held-out sequences, for `eval/reward_mean` and `eval/greedy_match`. false: the "
         "losses alone, in a third of the time.",
+    )
+    selection: Annotated[str, one_of("", *SELECTIONS)] = Field(
+        "",
+        description="How the positions of those rollouts are selected; empty: by `refine.selection`. With `uniform` "
+        "they are the same for every model, so that rewards of two models compare.",
     )
     tasks: list[str] = Field(
         default_factory=list, description="Tasks of `megatron-refine evaluate`, or groups of them: docs/evaluation.md."

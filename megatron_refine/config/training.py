@@ -2,9 +2,24 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from megatron_refine.config.base import Section
+
+REWARDS = ("cosine", "binary", "hybrid")
+SELECTIONS = ("entropy", "uniform", "argmax", "argmin")
+
+
+def one_of(*known: str) -> AfterValidator:
+    """Let a text be one of these names, or the import path `module:function` of a function of the user's own."""
+
+    def check(name: str) -> str:
+        if name not in known and ":" not in name:
+            named = ", ".join(filter(None, known))
+            raise ValueError(f"unknown; choose one of {named}, or an import path module:function")
+        return name
+
+    return AfterValidator(check)
 
 
 class TestTime(Section):
@@ -182,14 +197,14 @@ class Refine(Section):
         "n of a position, which needs n > 1. `auto`: `sequence` where n is 1, else `position`, as in the official "
         "code.",
     )
-    selection: str = Field(
+    selection: Annotated[str, one_of(*SELECTIONS)] = Field(
         "entropy",
         description="How positions are selected: `entropy`, `uniform`, `argmax`, `argmin`, or the import path "
         "`module:function` of a rule of your own.",
     )
     temperature: float = Field(1.0, gt=0, description="Temperature of the softmax that a position is drawn from.")
     margin: int = Field(20, ge=1, description="Tokens at either end of a sequence from which no rollout starts.")
-    reward: str = Field(
+    reward: Annotated[str, one_of(*REWARDS)] = Field(
         "cosine",
         description="Reward of a rollout: `cosine` (of hidden states), `binary` (share of tokens that match), `hybrid` "
         "(their sum), or the import path `module:function` of one of your own.",

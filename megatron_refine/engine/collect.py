@@ -92,9 +92,9 @@ class Collector:
         chains = [sorted({self.positions[i][j] for own, j in missing if own == i} - {0, 1}) for i in sequences]
         for level in zip_longest(*chains):
             prefixes = [self.prefixes[i][: p - 1] for i, p in zip(sequences, level, strict=True) if p]
-            self._ask(client, prefixes, sampling_params={"max_new_tokens": 0})
+            self._ask(client, prefixes, sampling_params={"max_new_tokens": 0}, return_logprob=False)
         prompts = [self.prefixes[i][: self.positions[i][j]] for i, j in missing for _ in range(n)]
-        answers = self._ask(client, prompts, **self._drawing())
+        answers = self._ask(client, prompts, return_logprob=True, **self._drawing())
         rollouts = [self._rollout(client, answer) for answer in answers]
         for number, place in enumerate(missing):
             self.found[place] = rollouts[number * n : (number + 1) * n]
@@ -112,7 +112,7 @@ class Collector:
 
     def _ask(self, client: Client, prompts: list[list[int]], **how: Any) -> list[dict[str, Any]]:
         # the version is part of the cache's key: a state of other weights is never found
-        answers = client.generate(input_ids=prompts, return_logprob=True, extra_key=self.label, **how)
+        answers = client.generate(input_ids=prompts, extra_key=self.label, **how)
         with self._counting:
             self.prompt_tokens += sum(answer["meta_info"]["prompt_tokens"] for answer in answers)
             self.cached_tokens += sum(answer["meta_info"]["cached_tokens"] for answer in answers)

@@ -21,8 +21,9 @@ from megatron_refine.models.family import Serving
 from megatron_refine.platform import hardware
 from megatron_refine.trainer import forward, head
 
-PROMPTS, CONTINUATION = (70, 41), 6  # tokens: past a chunk of the kernels and within one, and some of decoding
+PROMPTS, WRITTEN = (70, 41), 3  # tokens: past a chunk of the kernels and within one, and some of decoding
 CONTINUED = ((1, 1), (2, 2), (3, 1), (4, 3))  # a token, and how often it follows the text that was written
+HIT = 2  # tokens written behind those: one from the state that was computed, one from the state that it left
 DEFAULT_GAP = {"fp32": 1e-3, "bf16": 0.05}
 Sums = dict[str, list[str]]
 """Name of a tensor -> its checksum on each rank of a server."""
@@ -76,12 +77,13 @@ def ask_probe(server: Server, config: Config, label: str) -> list[Probed]:
     the state that it has kept of it. Raises ServerError."""
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(0, config.model.vocab_size, (n,), generator=generator).tolist() for n in PROMPTS]
-    sampling = {"max_new_tokens": CONTINUATION, "temperature": config.refine.rollout_temperature, "ignore_eos": True}
+    sampling = {"temperature": config.refine.rollout_temperature, "ignore_eos": True}
 
-    def ask(kind: str, prompts: list[list[int]], first: list[int], **more: Any) -> list[Probed]:
+    def ask(kind: str, prompts: list[list[int]], first: list[int], tokens: int, **more: Any) -> list[Probed]:
         answers = server.client.generate(
-            input_ids=prompts, sampling_params=sampling, return_logprob=True, extra_key=label, **more
-        )
+            input_ids=prompts, sampling_params=sampling | {"max_new_tokens": tokens}, return_logprob=True,
+            extra_key=label, **more,
+        )  # fmt: skip
         found = []
         for answer, prompt, start in zip(answers, prompts, first, strict=True):
             check_label(server.url, answer, label)
@@ -93,10 +95,10 @@ def ask_probe(server: Server, config: Config, label: str) -> list[Probed]:
             found.append((server.url, kind, text, start, len(prompt), logprobs))
         return found
 
-    scored = ask("prompts", prompts, [1] * len(prompts), logprob_start_len=0)  # a first token has none
+    scored = ask("prompts", prompts, [1] * len(prompts), WRITTEN, logprob_start_len=0)  # a first token has none
     kept = scored[0][2]
     continued = [kept + [token % config.model.vocab_size] * number for token, number in CONTINUED]
-    return scored + ask("prefix hits", continued, [len(text) for text in continued])
+    return scored + ask("prefix hits", continued, [len(text) for text in continued], HIT)
 
 
 def check_label(url: str, answer: dict[str, Any], label: str) -> None:

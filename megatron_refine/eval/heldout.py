@@ -16,7 +16,7 @@ class HeldOut:
     """The first `eval.sequences` held-out rows, always the same, spread over the data-parallel ranks."""
 
     def __init__(self, step: RefineStep, rows: PackedRows, device: torch.device):
-        self.step, self.rows, self.device = step, rows, device
+        self.step, self.rows, self.device = step.selecting(step.config.eval.selection), rows, device
         self.explores = step.config.refine.enabled and step.config.eval.rollouts
         self.sample: tuple[Batch, Explored] | None = None  # this rank's first sequences, for the report
 

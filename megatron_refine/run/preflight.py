@@ -174,7 +174,7 @@ def _model(config: Config) -> None:
 
 
 def _hooks(config: Config) -> None:
-    if ":" in config.refine.reward or ":" in config.refine.selection:
+    if ":" in config.refine.reward + config.refine.selection + config.eval.selection:
         from megatron_refine.step.hooks import check_hooks  # with torch, on whose tensors they are tried
 
         check_hooks(config)

@@ -16,11 +16,7 @@ def resolve(key: str, name: str, builtin: dict[str, Callable[..., Any]]) -> Call
     """The function that the configuration key names. Raises ConfigError naming the key where there is none."""
     if name in builtin:
         return builtin[name]
-    module, colon, function = name.partition(":")
-    if not colon:
-        raise ConfigError(
-            f"{key}={name}: unknown; choose one of {', '.join(builtin)} or an import path module:function"
-        )
+    module, _, function = name.partition(":")
     try:
         found = getattr(import_module(module), function)
     except (ImportError, AttributeError, ValueError, TypeError) as error:
@@ -46,12 +42,12 @@ def check_hooks(config: Config) -> None:
         true_states = torch.rand(b, c, k, config.model.hidden_size, device=device)
         called = "(tokens [B, c, n, k], truth [B, c, k], h_pred [B, c, n, k, h], h_true [B, c, k, h])"
         _try("refine.reward", r.reward, called, (tokens, truth, states, true_states), (b, c, n), _numbers)
-    if ":" in r.selection:
-        length = max(64, config.shortest_refine_row)
-        entropy = torch.rand(b, length, device=device)
-        lengths = torch.full((b,), length, device=device)
-        _try("refine.selection", r.selection, "(entropy [B, T], lengths [B], rollout_len)",
-             (entropy, lengths, k), (b, length))  # fmt: skip
+    for key, name in (("refine.selection", r.selection), ("eval.selection", config.eval.selection)):
+        if ":" in name:
+            length = max(64, config.shortest_refine_row)
+            entropy = torch.rand(b, length, device=device)
+            lengths = torch.full((b,), length, device=device)
+            _try(key, name, "(entropy [B, T], lengths [B], rollout_len)", (entropy, lengths, k), (b, length))
 
 
 def _numbers(ids: list[int]) -> str:

@@ -7,6 +7,7 @@ own passes are what the update differentiates (fused); without it, the update ma
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -135,6 +136,14 @@ class RefineStep:
             gaps = metrics["rollout/logprob_gap_mean"], metrics["rollout/logprob_gap_max"]
             check_gap(*gaps, self.config.engine.stop_gap, step + 1)  # a fused update has its rollouts inside: after it
         return metrics | self.clock.take()
+
+    def selecting(self, selection: str) -> "RefineStep":
+        """Return this step with another rule of selection, for evaluations; itself where that is empty."""
+        if not selection:
+            return self
+        other, config = copy(self), self.config
+        other.config = config.model_copy(update={"refine": config.refine.model_copy(update={"selection": selection})})
+        return other
 
     def _meet(self, batch: Batch, step: int, following: Batch | None) -> list[Drawn]:
         """Bring the engine to the trainer's weights. With `engine.lag=1`, return the rollouts of each micro-batch, and
