@@ -7,9 +7,11 @@ from pathlib import Path
 
 from megatron_refine.checkpoint.source import find
 from megatron_refine.config import ConfigError
+from megatron_refine.config.paths import expand
 from megatron_refine.data.corpus import find_files
 from megatron_refine.data.formats import named
 from megatron_refine.data.tokenizer import FILES
+from megatron_refine.errors import CheckpointError
 from megatron_refine.eval import files
 from megatron_refine.eval.tasks import TASKS
 from megatron_refine.reproduce.items import ITEMS, LENGTHS, LONGBENCH, MODELS, START
@@ -107,9 +109,9 @@ def check(setting: Setting, items: Iterable[str], models: Iterable[str]) -> None
                                  *_problem(setting.qa_file, model, task, length, "test")]  # fmt: skip
     if not problems and "longbench" in kinds:
         problems += [line for task in LONGBENCH for line in _problem(setting.longbench_file, task)]
-    named_paths = ((name, path) for name in ("train_data", "booksum") for path in getattr(setting, name))
-    named_paths = (*named_paths, *((n, getattr(setting, n)) for n in ("tokenizer", "essays", "text", "site")))
-    for name, path in named_paths:
+    paths = [(name, path) for name in ("train_data", "booksum") for path in getattr(setting, name)]
+    paths += [(name, getattr(setting, name)) for name in ("tokenizer", "essays", "text", "site")]
+    for name, path in paths:
         if path and not Path(path).exists():
             problems.append(f"--{name.replace('_', '-')} {path}: no such file or folder; correct the path")
     if problems:
@@ -119,17 +121,20 @@ def check(setting: Setting, items: Iterable[str], models: Iterable[str]) -> None
 def _problem(question: object, *arguments: object) -> list[str]:
     try:
         question(*arguments)  # type: ignore[operator]
-    except ConfigError as error:
+    except (ConfigError, CheckpointError) as error:
         return str(error).splitlines()
     return []
 
 
 def starts(words: Iterable[str]) -> dict[str, str]:
     """Read `MODEL=FOLDER`. Raises ConfigError."""
-    found = {}
+    found: dict[str, str] = {}
     for word in words:
         model, equals, folder = word.partition("=")
         if not equals or model not in MODELS:
             raise ConfigError(f"--start {word}: reads MODEL=FOLDER, MODEL one of {', '.join(MODELS)}")
-        found[model] = folder
+        try:
+            found[model] = expand(folder)
+        except ValueError as error:
+            raise ConfigError(f"--start {word}: {error}") from None
     return found

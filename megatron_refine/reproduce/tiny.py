@@ -27,7 +27,7 @@ _TASK = """task: {name}
 test_split: test
 custom_dataset: !function documents.{name}
 output_type: {output}
-doc_to_text: "{text}"
+doc_to_text: "{prompt}"
 doc_to_target: "{target}"
 {more}metric_list: [{{metric: {metric}}}]
 """
@@ -90,9 +90,9 @@ def _write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 def _harness(folder: Path) -> None:
     """Two tasks for lm-evaluation-harness."""
-    choice = dict(output="multiple_choice", text="{{prompt}}", target="{{gold}}", metric="acc",
+    choice = dict(output="multiple_choice", prompt="{{prompt}}", target="{{gold}}", metric="acc",
                   more='doc_to_choice: "{{choices}}"\n')  # fmt: skip
-    words = dict(output="loglikelihood_rolling", text="", target="{{text}}", metric="word_perplexity", more="")
+    words = dict(output="loglikelihood_rolling", prompt="", target="{{text}}", metric="word_perplexity", more="")
     for name, task in (("tiny_choice", choice), ("tiny_text", words)):
         write(folder / f"{name}.yaml", _TASK.format(name=name, **task))
     write(folder / "documents.py", _DOCUMENTS)
