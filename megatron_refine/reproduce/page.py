@@ -73,7 +73,7 @@ def _figure(item: Item, chains: Sequence[Chain]) -> str:
 
     if item.kind == "steps":
         panels = {
-            f"{chain.model} {metric}": {" ".join(row.labels): curve(chain, row.runs, metric) for row in item.rows}
+            f"{chain.model}\n{metric}": {" ".join(row.labels): curve(chain, row.runs, metric) for row in item.rows}
             for metric in item.metrics for chain in chains
         }  # fmt: skip
         return over_steps(panels) if any(points for arms in panels.values() for points in arms.values()) else ""
@@ -81,7 +81,8 @@ def _figure(item: Item, chains: Sequence[Chain]) -> str:
     sources = {}
     for key in dict.fromkeys(row.labels[0] for row in item.rows):
         rows = [row for row in item.rows if row.labels[0] == key]
-        sources[key] = {label: points for chain in chains for label, points in _points(chain, item, rows, column)}
+        lines = [line for chain in chains for line in _points(chain, item, rows, column)]
+        sources[f"{column.head} over {key}"] = dict(lines)
     return ablation(sources) if any(points for each in sources.values() for points in each.values()) else ""
 
 

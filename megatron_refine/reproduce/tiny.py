@@ -53,9 +53,9 @@ def tiny(setting: Setting) -> Setting:
     tokenizer = folder / "tokenizer.json"
     source = str(argparse.__file__)
     if not tokenizer.exists():
-        train_tokenizer([Path(source).read_text(encoding="utf-8")], VOCABULARY, tokenizer)
         _questions(folder)
         _harness(folder / "tasks")
+        train_tokenizer([Path(source).read_text(encoding="utf-8")], VOCABULARY, tokenizer)  # last: all is there
     text = str(textwrap.__file__)
     return replace(
         setting, ranks=1, start={}, tokenizer=str(tokenizer), train_data=(source, str(ast.__file__)), booksum=(text,),
