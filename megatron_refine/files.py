@@ -13,6 +13,7 @@ import re
 import shutil
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ class TornError(ValueError):
 
 def write(path: Path, text: str) -> None:
     """Write `text` to `path`: a temporary file beside it, fsync, rename. Makes the folder. Raises OSError."""
-    _place(path, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
+    place(path, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
 
 
 def write_json(path: Path, value: Any, indent: int | None = 1, sort_keys: bool = False) -> None:
@@ -33,10 +34,11 @@ def write_json(path: Path, value: Any, indent: int | None = 1, sort_keys: bool =
 
 def copy(source: Path, path: Path) -> None:
     """Copy a file's content to `path`, as `write` does. Raises OSError."""
-    _place(path, lambda unfinished: shutil.copyfile(source, unfinished))
+    place(path, lambda unfinished: shutil.copyfile(source, unfinished))
 
 
-def _place(path: Path, fill: Any) -> None:
+def place(path: Path, fill: Callable[[Path], Any]) -> None:
+    """Let `fill` write a temporary file beside `path`, fsync it and rename it. Makes the folder. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = temporary(path)
     try:

@@ -11,6 +11,7 @@ After 7, 8 and 75 run the same command again to go on.
 """
 
 import contextlib
+import gc
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,8 @@ def train(session: "Session") -> int:
         with watch("evaluation"):
             metrics: dict[str, Any] = session.evaluate()
         session.record({"step": 0, "consumed_samples": 0} | metrics)
+    gc.freeze()  # what is there by now stays: it is no longer searched for garbage
+    gc.set_threshold(1000, 10, 10)  # but what steps leave is, soon: it may hold a GPU's memory
     session.stop.hear_interrupts()
     while session.progress.step < last:
         refine = config.refine.enabled and session.progress.step >= start

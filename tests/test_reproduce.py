@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from megatron_refine import cli
-from megatron_refine.cli import evaluate, lm_eval, reproduce, submit
+from megatron_refine.cli import entropy, evaluate, lm_eval, reproduce, submit
 from megatron_refine.config import check_world_size, load
 from megatron_refine.convert.fields import fresh_config
 from megatron_refine.data.tokenizer import train_tokenizer
@@ -68,8 +68,6 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(("item", "model"), [*((item, MODELS[0]) for item in ITEMS), ("tab6", MODELS[1])])
 def test_every_item_runs_at_tiny_scale(item: str, model: str, ranks: Zygote, out: Path) -> None:
     """Every command ends well, every arm has numbers, and nothing runs twice."""
-    if ITEMS[item].kind == "entropy" and "entropy" not in cli.COMMANDS:
-        pytest.skip("there is no command entropy yet")
     if ITEMS[item].kind == "short":
         pytest.importorskip("lm_eval", reason="needs lm_eval: pip install megatron-refine[eval]")
     caller, line = Caller(ranks), [item, "--scale", "tiny", "--model", model, "--out", str(out)]
@@ -140,6 +138,8 @@ def test_all_commands_of_full_scale_are_such(given: list[str], capsys: pytest.Ca
             assert config.ttt.reset == "online" and config.engine.mask_gap == 1e9  # of official.yaml
         elif command == "evaluate":
             assert evaluate.parse(rest).tasks
+        elif command == "entropy":
+            assert entropy.parse(rest).text.exists()
         elif command == "lm-eval":
             assert lm_eval.parse(rest).tasks.count(",") == len({label.split()[0] for label in SHORT.values()}) - 1
     assert seen == {(name, 1) for name in ("prepare", "train", "entropy")} | {("evaluate", 8), ("lm-eval", 8)}

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 EXIT_CONFIG, EXIT_CHECKPOINT = 2, 4
 
 
-def add_model(parser: argparse.ArgumentParser, batch: str) -> None:
-    """Add the model, its tokenizer and its layout; batch: what --batch-size counts."""
+def add_model(parser: argparse.ArgumentParser, batch: str = "") -> None:
+    """Add the model, its tokenizer and its layout; batch: what --batch-size counts, "": there is no such option."""
     add = parser.add_argument
     add("model", type=path_argument, metavar="MODEL", help="a run, a checkpoint or a model in Hugging Face's format")
     add("--tokenizer", type=text_argument, default="", metavar="FILE", help="default: the one that came with the model")
@@ -27,7 +27,8 @@ def add_model(parser: argparse.ArgumentParser, batch: str) -> None:
     add("--tp", type=int, default=1, help="tensor parallel size; start as many ranks, or a multiple, with torchrun")
     add("--sp", action="store_true", help="sequence parallelism")
     add("--precision", choices=["fp32", "bf16"], default="", help="default: bf16 on a GPU, fp32 without")
-    add("--batch-size", type=int, default=8, help=f"{batch} at once, a replica (8)")
+    if batch:
+        add("--batch-size", type=int, default=8, help=f"{batch} at once, a replica (8)")
 
 
 def on_ranks(run: Callable[[bool], str]) -> int:

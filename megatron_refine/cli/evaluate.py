@@ -80,7 +80,8 @@ def run(options: argparse.Namespace) -> str:
     )
     rows = options.examples or None
     wanted = Request(
-        names, options.lengths, rows or GENERATED, rows, options.seed, options.data, options.essays
+        names, options.lengths, rows or GENERATED, rows, options.seed, options.data, options.essays,
+        config.model.family, say=_say if first else _quiet,
     )  # fmt: skip
     parts = collect(wanted, text.count, progress=first)
     documents = None

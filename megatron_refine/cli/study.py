@@ -8,19 +8,22 @@ Exit codes: 0 done, 1 a run failed, 2 what was asked cannot be.
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_refine import usage
 from megatron_refine.config import ConfigError
 from megatron_refine.config.paths import path_argument
 from megatron_refine.files import read, write
 from megatron_refine.study.plan import read_plan
-from megatron_refine.study.run import StudyError, Train, run_all, train
+
+if TYPE_CHECKING:
+    from megatron_refine.study.run import Train
 
 TABLES = "{contrasts}\n\n{arms}\n\n{costs}\n\n{seeds}\n"
 
 
-def main(arguments: list[str], train: Train = train) -> int:
-    """Run and tell. train: how a run is made. Returns the exit code."""
+def main(arguments: list[str], train: "Train | None" = None) -> int:
+    """Run and tell. train: how a run is made, where not in a process of its own. Returns the exit code."""
     parser = usage.parser("study", __doc__)
     parser.add_argument("plan", type=path_argument, metavar="FILE", help="the file of the study")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time (2)")
@@ -28,16 +31,20 @@ def main(arguments: list[str], train: Train = train) -> int:
     options = parser.parse_args(arguments)
     if options.jobs < 1:
         parser.error(f"--jobs={options.jobs}: must be 1 or more")
-    from megatron_refine.study.page import page
-
     try:
         plan = read_plan(options.plan)
         target: Path = options.page or Path(plan.out) / "study.md"
         template = read(target.with_name(target.name + ".in")) if options.page else TABLES
-        run_all(plan, options.jobs, lambda line: print(line, flush=True), train)
-        write(target, page(template, plan))
-    except (ConfigError, OSError, StudyError) as error:
+    except (ConfigError, OSError) as error:
         print(error, file=sys.stderr)
-        return 1 if isinstance(error, StudyError) else 2
+        return 2
+    from megatron_refine.study import page, run
+
+    try:
+        run.run_all(plan, options.jobs, lambda line: print(line, flush=True), train or run.train)
+    except run.StudyError as error:
+        print(error, file=sys.stderr)
+        return 1
+    write(target, page.page(template, plan))
     print(target)
     return 0

@@ -66,7 +66,9 @@ class Request:
     seed: int
     data: str = ""  # folder of the tasks' files
     essays: str = ""  # file or folder of the haystacks' prose
+    family: str = ""  # the model's, which files may be made for
     option: Callable[[str], str] = "--{}".format
+    say: Callable[[str], None] = lambda _: None  # told which file is taken, where several fit
 
 
 def collect(request: Request, count_tokens: Callable[[str], int], progress: bool = False) -> list[Part]:
@@ -82,7 +84,7 @@ def collect(request: Request, count_tokens: Callable[[str], int], progress: bool
     for task in wanted:
         for length in sorted(set(r.lengths)) if task.sized else (None,):
             if task.source == "files":
-                parts.append(Part(task.name, length, files.read(task, r.data, key, length)[: r.rows]))
+                parts.append(Part(task.name, length, files.read(task, r.data, key, length, r.family, r.say)[: r.rows]))
             else:
                 assert length is not None
                 parts.append(_generated(task, length, request, count_tokens, progress))
@@ -124,13 +126,17 @@ def answers(part: Part, answerer: Answerer, skip: frozenset[int] = frozenset()) 
 class TaskEvaluation:
     """The tasks that a run evaluates on its way."""
 
-    def __init__(self, config: Config, answerer: Answerer, count_tokens: Callable[[str], int]):
-        """Raises ConfigError for what cannot be found or made."""
+    def __init__(
+        self, config: Config, answerer: Answerer, count_tokens: Callable[[str], int],
+        say: Callable[[str], None] = lambda _: None,
+    ):  # fmt: skip
+        """`say` is told which of several files is taken. Raises ConfigError for what cannot be found or made."""
         e, t = config.eval, config.task
         self.answerer = answerer
         wanted = Request(
-            e.tasks, e.lengths, e.examples, e.examples, config.run.seed, e.data, e.essays, option="eval.{}".format
-        )
+            e.tasks, e.lengths, e.examples, e.examples, config.run.seed, e.data, e.essays, config.model.family,
+            "eval.{}".format, say,
+        )  # fmt: skip
         self.parts = collect(wanted, count_tokens)
         if t.valid_paths:
             columns = Columns(t.prompt_column, t.answer_column)

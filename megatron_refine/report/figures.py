@@ -73,6 +73,26 @@ def entropy(values: Sequence[float], positions: Sequence[int]) -> str:
     return draw("entropy", paint)
 
 
+def text_entropy(entropy: Values, smoothed: Values, chances: Values, borders: Sequence[int]) -> str:
+    """Draw the entropy of predicting each token of a text, raw and smoothed, and the probability of each token that a
+    rollout starts there; dotted lines are the borders of chunks. All of [n]; nan where there is none."""
+
+    def paint(axes: Sequence[Axes]) -> None:
+        width = -(-len(entropy) // _MAX_POINTS)
+        token, chance, low = _windows(np.arange(len(entropy)), width), _windows(chances, width), axes[0].twinx()
+        low.fill_between(token, chance, color=GREEN, alpha=0.3, lw=0)
+        low.set(ylabel="probability of a start", ylim=(0, 3 * max(chance.max(), 1e-9)))
+        low.grid(visible=False)
+        axes[0].set(title="entropy, nats", xlabel="token", xlim=(0, len(entropy)), ylim=(0, np.nanmax(entropy) * 1.08))
+        axes[0].plot(token, _windows(entropy, width), color=BLUE, lw=0.6, alpha=0.5, label="entropy")
+        axes[0].plot(token, _windows(smoothed, width), color=ORANGE, lw=1, label="smoothed, as positions are selected")
+        for border in borders:
+            axes[0].axvline(border, color=GRAY, lw=0.8, ls=":")
+        axes[0].legend(loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0, ncols=2)
+
+    return draw("text-entropy", paint)
+
+
 def stages(rows: Sequence[Row]) -> str:
     """Draw the seconds of each step by stage, stacked; in a long run windows of steps.
 

@@ -129,7 +129,7 @@ class Chain:
         found = [f"data.tokenizer={spell(tokenizer)}", f"data.cache_dir={spell(str(self.folder / 'rows'))}"]
         if spec.phase == "midtrain":
             found += [f"data.paths={spell(list(setting.train_data))}",
-                      f"data.valid_paths={spell(list(setting.booksum))}", "data.valid_min_length=2"]  # fmt: skip
+                      f"data.valid_paths={spell(list(setting.booksum))}", "data.valid_min_length=1"]  # fmt: skip
             seeds = run.startswith(MAIN) and run.partition("_seed")[0] in MAIN
             return found + ([f"eval.sequences={DOCUMENTS}", "eval.rollouts=false"] if seeds else [])
         task, _, length = part.partition("@")

@@ -188,7 +188,7 @@ def _tasks(config: Config) -> None:
             if not e.data:
                 raise ConfigError(f"eval.data: names no folder; {task.name} is read from a file, name its folder")
             for length in e.lengths if task.sized else (None,):
-                task_files.find(task, e.data, "eval.data", length)
+                task_files.find(task, e.data, "eval.data", length, config.model.family)
     if config.task.valid_paths:
         columns = Columns(config.task.prompt_column, config.task.answer_column)
         read_examples(config.task.valid_paths, columns, "task.valid_paths")

@@ -97,7 +97,7 @@ class Session:
         self.phase = self.sources.phase(self.step, self.answerer, device)
         valid = self.sources.documents and self.sources.documents.valid
         self.heldout = HeldOut(self.step, valid, device) if valid and config.eval.sequences else None
-        self.tasks = TaskEvaluation(config, self.answerer, self.sources.count_tokens)
+        self.tasks = TaskEvaluation(config, self.answerer, self.sources.count_tokens, self._tell)
         self.checkpoints = Checkpoints(Path(config.run.dir) / CHECKPOINTS, config, self.ranks, self.owner)
         self.watch.detail = lambda: self.step.clock.stage
 

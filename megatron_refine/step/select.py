@@ -66,21 +66,44 @@ def select_positions(
     Returns: positions [B, c]; 1 for every chunk of a sequence that is too short for the margins.
     """
     weights = resolve("refine.selection", selection, SELECTIONS)(entropy, lengths, rollout_len)
-    chunks = uniform.shape[1]
-    size = (lengths // chunks).clamp(min=1)
-    offsets = torch.arange(max(entropy.shape[1] // chunks, 1), device=entropy.device)  # of the longest there may be
-    starts = size[:, None] * torch.arange(chunks, device=entropy.device)  # [B, c]
-    index = (starts[..., None] + offsets).clamp(max=entropy.shape[1] - 1)  # [B, c, size]
-    inside = offsets < size[:, None, None]
-    windows = weights.gather(1, index.flatten(1)).view(index.shape).double().masked_fill(~inside, -torch.inf)
+    starts, windows = _by_chunk(weights, lengths, uniform.shape[1])
     if selection in DETERMINISTIC:
         drawn = windows.argmax(-1)
     else:
         cumulative = (windows / temperature).softmax(-1).cumsum(-1)
         drawn = (cumulative <= (uniform * cumulative[..., -1])[..., None]).sum(-1)
-    low, high = margin, lengths[:, None] - max(margin, rollout_len)
-    positions = torch.minimum((starts + drawn + 1).clamp(min=low), high)
-    return torch.where(high >= low, positions, 1)
+    return _kept_off_ends(starts + drawn, lengths[:, None], margin, rollout_len)
+
+
+def position_chances(
+    entropy: Tensor, lengths: Tensor, chunks: int, *, rollout_len: int, margin: int, temperature: float
+) -> Tensor:
+    """Probability that `select_positions` takes a position in one chunk or more, by the smoothed entropy.
+
+    Args: entropy [B, T] nats; lengths [B]. Returns: [B, T] by position.
+    """
+    starts, windows = _by_chunk(smoothed_entropy(entropy, lengths, rollout_len), lengths, chunks)
+    index = starts[..., None] + torch.arange(windows.shape[2], device=entropy.device)
+    positions = _kept_off_ends(index, lengths[:, None, None], margin, rollout_len)
+    chances = (windows / temperature).softmax(-1)
+    found = chances.new_zeros(*starts.shape, entropy.shape[1]).scatter_add(2, positions, chances)
+    return 1 - (1 - found).prod(1)
+
+
+def _by_chunk(weights: Tensor, lengths: Tensor, chunks: int) -> tuple[Tensor, Tensor]:
+    """Weights [B, T] -> first index of each chunk [B, c], and its weights [B, c, size], -inf where it has none."""
+    size = (lengths // chunks).clamp(min=1)
+    offsets = torch.arange(max(weights.shape[1] // chunks, 1), device=weights.device)  # of the longest there may be
+    starts = size[:, None] * torch.arange(chunks, device=weights.device)
+    index = (starts[..., None] + offsets).clamp(max=weights.shape[1] - 1)
+    inside = offsets < size[:, None, None]
+    return starts, weights.gather(1, index.flatten(1)).view(index.shape).double().masked_fill(~inside, -torch.inf)
+
+
+def _kept_off_ends(index: Tensor, lengths: Tensor, margin: int, rollout_len: int) -> Tensor:
+    """Positions of drawn indices; 1 for all of a sequence that is too short for the margins."""
+    low, high = margin, lengths - max(margin, rollout_len)
+    return torch.where(high >= low, torch.minimum((index + 1).clamp(min=low), high), 1)
 
 
 def usable(lengths: Tensor, chunks: int, margin: int, rollout_len: int) -> Tensor:

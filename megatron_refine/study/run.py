@@ -51,6 +51,8 @@ def _run_stage(plan: Plan, runs: Sequence[Run], jobs: int, say: Callable[[str], 
     kind = "arms" if runs[0].arm else "bases"
     if done:
         say(f"{kind}: {done} of {len(runs)} finished before")
+    for run in left:  # one after the other: runs share their texts
+        _prepare(plan, run)
     with ThreadPoolExecutor(jobs) as pool:
         for run, code in zip(left, pool.map(lambda run: _one(plan, run, train), left), strict=True):
             done += 1
@@ -61,7 +63,6 @@ def _run_stage(plan: Plan, runs: Sequence[Run], jobs: int, say: Callable[[str], 
 
 
 def _one(plan: Plan, run: Run, train: Train) -> int:
-    _prepare(plan, run)
     files = [word for file in plan.config for word in ("--config", file)]
     return train([*files, *run.overrides(plan)], _log(run))
 

@@ -2,6 +2,7 @@
 
 generate.py  the samples of a task;  fit.py  how large a haystack may be
 niah.py      needles in a haystack, eight variants;  vt.py  variable tracking;  qa.py  questions on many documents
+qa_files.py  the REFINE paper's files of such questions, for any tokenizer
 cwe.py       common words;  fwe.py  frequent words
 haystack.py  noise and prose;  words.py  word lists;  sample.py  what all tasks share
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -80,13 +81,19 @@ def _text(value: object) -> str:
     return value
 
 
-def draw(pool: Pool, case: Case) -> Sample:
+@lru_cache(maxsize=4)
+def _order(seed: str, count: int) -> list[int]:
+    order = list(range(count))
+    Random(seed).shuffle(order)
+    return order
+
+
+def draw(pool: Pool, case: Case, template: str = TEMPLATE) -> Sample:
     """A sample; its size counts documents. Question `index` is the same at every length: lengths are to be compared.
 
     Raises ConfigError for an index beyond the questions.
     """
-    order = list(range(len(pool.questions)))
-    Random(f"{case.seed}/{case.task}/questions").shuffle(order)
+    order = _order(f"{case.seed}/{case.task}/questions", len(pool.questions))
     if case.index >= len(order):
         raise ConfigError(f"{case.task}: sample {case.index} of {len(order)} questions; ask for fewer samples")
     question = pool.questions[order[case.index]]
@@ -99,6 +106,6 @@ def draw(pool: Pool, case: Case) -> Sample:
         shown = documents[:size]
         case.random("order").shuffle(shown)
         context = "\n\n".join(f"Document {i}:\n{text}" for i, text in enumerate(shown, 1))
-        return TEMPLATE.format(context=context, query=question.text)
+        return template.format(context=context, query=question.text)
 
     return Sample(prompt, question.answers, least=len(question.own), most=len(documents))

@@ -1,0 +1,8 @@
+"""`megatron-refine ruler-qa` under an older name."""
+
+import sys
+
+from megatron_refine.cli import run
+
+if __name__ == "__main__":
+    sys.exit(run("ruler-qa"))
