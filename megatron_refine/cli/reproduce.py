@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from megatron_refine import usage
 from megatron_refine.config import ConfigError
 from megatron_refine.config.paths import path_argument, text_argument
+from megatron_refine.files import TornError
 
 if TYPE_CHECKING:
     from megatron_refine.reproduce.setting import Setting
@@ -30,7 +31,7 @@ def main(arguments: list[str], call: Callable[[Sequence[str], int], int] | None 
     options = parse(arguments)
     try:
         return _reproduce(options, call)
-    except ConfigError as error:
+    except (ConfigError, TornError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -58,7 +58,8 @@ def printed(setting: Setting, jobs: Sequence[Job]) -> str:
         elif setting.nodes and job.config is not None:
             parts.append(f"# {job.name}\n{shell(submission(setting, job))}")
         else:
-            parts.append(f"# {job.name}\n{shell(job.words, job.ranks)}")
+            made = f"mkdir -p {shlex.quote(str(job.result.parent))}\n" if job.words[0] == "entropy" else ""
+            parts.append(f"# {job.name}\n{made}{shell(job.words, job.ranks)}")
     left = [job for job in jobs if not job.done]
     trainings = sum(job.config is not None for job in left)
     parts.append(f"# {trainings} trainings and {len(left) - trainings} other commands are left of {len(jobs)}")
@@ -73,6 +74,7 @@ def run_here(jobs: Sequence[Job], call: Call, say: Callable[[str], None]) -> int
             say(f"{where}: done before")
             continue
         say(f"{where}: {job.words[0]}")
+        job.result.parent.mkdir(parents=True, exist_ok=True)  # a picture's folder must be there
         if code := call(job.words, job.ranks):
             say(f"{where}: ended with code {code}; the same command goes on here:\n{shell(job.words, job.ranks)}")
             return code
