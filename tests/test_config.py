@@ -88,6 +88,7 @@ def test_unknown_key_or_wrong_type(path: Path, override: str, says: str) -> None
             ("update.mode=fused", "update.mini_batch_size=0", "two_pass"),
         ),
         (["refine.start_step=101"], ("refine.start_step=101", "train.steps=100", "refine.enabled=false")),
+        (["refine.group=position"], ("refine.group=position", "refine.num_rollouts=1", "refine.group=sequence")),
         (["optimizer.min_lr=1e-3"], ("optimizer.min_lr=0.001", "optimizer.lr=1e-06")),
     ],
 )

@@ -29,7 +29,7 @@ ORDER = (
     {"data"},
     {"eval", "report"},
     {"phases", "publish"},
-    {"run", "bench", "scaling", "study", "warm"},
+    {"run", "bench", "reproduce", "scaling", "study", "warm"},
     {"train"},
     {"cli"},
     {"__main__"},

@@ -203,6 +203,21 @@ def test_advantages_equal_the_loop(shape: tuple[int, int, int]) -> None:
             assert mine.tolist() == pytest.approx(normalized(group.tolist(), eps), rel=1e-12)  # fp64
 
 
+@pytest.mark.parametrize("group", ["auto", "sequence", "position"])
+@pytest.mark.parametrize("shape", [(3, 4, 1), (2, 4, 5), (2, 1, 3), (1, 1, 1)])
+def test_groups_that_are_named(group: str, shape: tuple[int, int, int]) -> None:
+    rewards, eps = random(*shape), 1e-2
+    rewards[0] = 0.25
+    found, still = advantages(rewards, eps, group=group), zero_variance_groups(rewards, group)
+    for b in range(shape[0]):
+        whole = group == "sequence" or (group == "auto" and shape[2] == 1)
+        groups = [rewards[b].flatten().tolist()] if whole else rewards[b].tolist()
+        expected = [x for members in groups for x in normalized(members, eps)]
+        assert found[b].flatten().tolist() == pytest.approx(expected, rel=1e-12)  # fp64
+        alike = [len(members) > 1 and len(set(members)) == 1 for members in groups]
+        assert float(still[b]) == pytest.approx(sum(alike) / len(alike))
+
+
 @pytest.mark.parametrize("shape", [(3, 8, 1), (2, 4, 5), (2, 1, 1)])
 def test_advantages_without_the_standard_deviation(shape: tuple[int, int, int]) -> None:
     rewards = random(*shape)

@@ -91,7 +91,7 @@ class OfficialStep(RefineStep):
         rewards = self.reward(tokens, truth, torch.cat(states).view(*shape, -1), h_true)
         kept = torch.cat(old).view(shape)
         return Experience(
-            positions, tokens, kept, advantages(rewards, c.advantage_eps), torch.ones_like(kept),
+            positions, tokens, kept, advantages(rewards, c.advantage_eps, group=c.group), torch.ones_like(kept),
             usable(batch.lengths, *self._limits()),
         )  # fmt: skip
 

@@ -21,6 +21,7 @@ COMMANDS = {
     "evaluate": "score a model on RULER, LongBench and held-out documents",
     "ruler-qa": "make the paper's files of RULER-QA for any tokenizer",
     "lm-eval": "score a model on tasks of lm-evaluation-harness",
+    "reproduce": "reproduce a table or a figure of the paper",
     "generate": "continue text with a model",
     "entropy": "draw the entropy of a text under a model, and where rollouts would start",
     "convert": "convert a model to and from Hugging Face's format",

@@ -104,6 +104,13 @@ def _training_problems(c: Config) -> Iterator[tuple[bool, str]]:
             "update.mode=two_pass"
         ),
     )
+    yield (
+        c.refine.group == "position" and c.refine.num_rollouts == 1,
+        (
+            "refine.group=position: with refine.num_rollouts=1 a group is one rollout, which has no baseline; set "
+            "refine.num_rollouts=2 or more, or refine.group=sequence"
+        ),
+    )
     length, needed = c.data.seq_length, c.shortest_refine_row
     yield (
         c.refine.enabled and length < needed,

@@ -189,7 +189,13 @@ class Refine(Section):
         1,
         ge=1,
         description="n: rollouts from each position. With 1 a GRPO group is the positions of a sequence, else the "
-        "rollouts from a position.",
+        "rollouts from a position, unless `refine.group` says another.",
+    )
+    group: Literal["auto", "sequence", "position"] = Field(
+        "auto",
+        description="The rollouts whose rewards are a GRPO group. `sequence`: all c * n of a sequence. `position`: the "
+        "n of a position, which needs n > 1. `auto`: `sequence` where n is 1, else `position`, as in the official "
+        "code.",
     )
     selection: Annotated[str, one_of(*SELECTIONS)] = Field(
         "entropy",

@@ -8,29 +8,30 @@ from torch import Tensor
 ROUNDING = 4 * torch.finfo(torch.float32).eps
 
 
-def advantages(rewards: Tensor, eps: float = 1e-6, scaled: bool = True) -> Tensor:
+def advantages(rewards: Tensor, eps: float = 1e-6, scaled: bool = True, group: str = "auto") -> Tensor:
     """(R - mean) / (std + eps) over a group, std unbiased; exactly 0 where `_equal`: [B, c, n] -> [B, c, n].
 
-    Without `scaled`, R - mean (Dr. GRPO, arXiv 2503.20783). With one rollout a position (n = 1) the group is the c
-    positions of a sequence; with more, the n rollouts of a position. A group of one keeps its reward (mean 0, std 1).
+    Without `scaled`, R - mean (Dr. GRPO, arXiv 2503.20783). `group` is `refine.group`. A group of one keeps its reward
+    (mean 0, std 1).
     """
-    group = _groups(rewards)
-    if group.shape[-1] == 1:
+    members = _groups(rewards, group)
+    if members.shape[-1] == 1:
         return rewards / (1 + eps) if scaled else rewards
-    found = group - group.mean(-1, keepdim=True)
+    found = members - members.mean(-1, keepdim=True)
     if scaled:
-        found = found / (group.std(-1, keepdim=True) + eps)
-    return found.masked_fill(_equal(group)[..., None], 0).view(rewards.shape)
+        found = found / (members.std(-1, keepdim=True) + eps)
+    return found.masked_fill(_equal(members)[..., None], 0).view(rewards.shape)
 
 
-def zero_variance_groups(rewards: Tensor) -> Tensor:
+def zero_variance_groups(rewards: Tensor, group: str = "auto") -> Tensor:
     """Share of groups whose advantages are 0 for want of a spread, per sequence: [B, c, n] -> [B] in [0, 1]."""
-    return _equal(_groups(rewards)).float().mean(-1)
+    return _equal(_groups(rewards, group)).float().mean(-1)
 
 
-def _groups(rewards: Tensor) -> Tensor:
-    """[B, c, n] -> [B, groups, members]."""
-    return rewards.flatten(1)[:, None] if rewards.shape[2] == 1 else rewards
+def _groups(rewards: Tensor, group: str) -> Tensor:
+    """[B, c, n] -> [B, groups, members]: the rollouts of a sequence, or of a position. auto: of a position if n > 1."""
+    whole = rewards.shape[2] == 1 if group == "auto" else group == "sequence"
+    return rewards.flatten(1)[:, None] if whole else rewards
 
 
 def _equal(group: Tensor) -> Tensor:

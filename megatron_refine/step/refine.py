@@ -271,7 +271,7 @@ class RefineStep:
             rewards, kinds = self.reward(*given), torch.stack([cosine(*given), binary(*given)], -1)
             old = branch.logprobs.detach()
             experience = Experience(
-                positions, rollouts.tokens, old, advantages(rewards, c.advantage_eps, c.advantage_std),
+                positions, rollouts.tokens, old, advantages(rewards, c.advantage_eps, c.advantage_std, c.group),
                 token_weights(old, rollouts.logprobs, limits.mask_gap, limits.importance_cap),
                 usable(batch.lengths, c.num_chunks, c.margin, c.rollout_len),
             )  # fmt: skip
@@ -352,8 +352,11 @@ class RefineStep:
 
     def _rollout_metrics(self, items: list[Item]) -> dict[str, float]:
         found = [(item.batch.lengths, item.explored) for item in items if item.explored]
+        group = self.config.refine.group
         sums = [
-            rollout_sums(x.experience, x.rewards, x.kinds, x.entropy, lengths, zero_variance_groups(x.rewards), x.gap)
+            rollout_sums(
+                x.experience, x.rewards, x.kinds, x.entropy, lengths, zero_variance_groups(x.rewards, group), x.gap
+            )
             for lengths, x in found
         ]
         gaps = (x.gap.masked_fill(~x.experience.usable[:, None, None, None], 0) for _, x in found)

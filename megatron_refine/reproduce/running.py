@@ -1,0 +1,116 @@
+"""The commands of a reproduction, printed for a shell, run one after the other, or handed to SLURM."""
+
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Sequence
+
+from megatron_refine.config import ConfigError
+from megatron_refine.reproduce.chain import Chain, Job
+from megatron_refine.reproduce.setting import Setting
+
+Call = Callable[[Sequence[str], int], int]  # words of a command, its ranks -> exit code
+WIDTH = 110
+
+
+def listed(setting: Setting, items: Iterable[str], models: Iterable[str]) -> list[Job]:
+    """Return all commands of the items, each once, in an order in which they can run. Raises ConfigError."""
+    found: dict[str, Job] = {}
+    for item in items:
+        for model in models:
+            for job in Chain(setting, model).jobs(item):
+                found.setdefault(job.name, job)
+    return list(found.values())
+
+
+def argv(words: Sequence[str], ranks: int) -> list[str]:
+    """Return the program and its arguments, as a user types them. `train` starts its own ranks."""
+    if ranks > 1 and words[0] not in ("train", "submit"):
+        return ["torchrun", "--nproc-per-node", str(ranks), "-m", "megatron_refine", *words]
+    return ["megatron-refine", *words]
+
+
+def shell(words: Sequence[str], ranks: int = 1) -> str:
+    """Return a command as lines of a shell."""
+    lines = [""]
+    for word in map(shlex.quote, argv(words, ranks)):
+        if lines[-1] and len(lines[-1]) + len(word) > WIDTH:
+            lines.append(" ")
+        lines[-1] += f" {word}" if lines[-1] else word
+    return " \\\n".join(lines)
+
+
+def spawn(words: Sequence[str], ranks: int) -> int:
+    """Run a command in processes of its own. Return its exit code."""
+    program, *rest = argv(words, ranks)
+    module = "megatron_refine" if program == "megatron-refine" else "torch.distributed.run"
+    environment = {"OMP_NUM_THREADS": "1"} | os.environ
+    return subprocess.run([sys.executable, "-m", module, *rest], env=environment, stdin=subprocess.DEVNULL).returncode
+
+
+def printed(setting: Setting, jobs: Sequence[Job]) -> str:
+    """Return what is left to do as a script."""
+    parts = []
+    for job in jobs:
+        if job.done:
+            parts.append(f"# {job.name}: done")
+        elif setting.nodes and job.config is not None:
+            parts.append(f"# {job.name}\n{shell(submission(setting, job))}")
+        else:
+            made = f"mkdir -p {shlex.quote(str(job.result.parent))}\n" if job.words[0] == "entropy" else ""
+            parts.append(f"# {job.name}\n{made}{shell(job.words, job.ranks)}")
+    left = [job for job in jobs if not job.done]
+    trainings = sum(job.config is not None for job in left)
+    parts.append(f"# {trainings} trainings and {len(left) - trainings} other commands are left of {len(jobs)}")
+    return "\n".join(parts)
+
+
+def run_here(jobs: Sequence[Job], call: Call, say: Callable[[str], None]) -> int:
+    """Run what is not done, one after the other. Return 0, or the exit code of the one that failed, which ends it."""
+    for number, job in enumerate(jobs, 1):
+        where = f"[{number}/{len(jobs)}] {job.name}"
+        if job.done:
+            say(f"{where}: done before")
+            continue
+        say(f"{where}: {job.words[0]}")
+        job.result.parent.mkdir(parents=True, exist_ok=True)  # a picture's folder must be there
+        if code := call(job.words, job.ranks):
+            say(f"{where}: ended with code {code}; the same command goes on here:\n{shell(job.words, job.ranks)}")
+            return code
+    return 0
+
+
+def submission(setting: Setting, job: Job) -> list[str]:
+    """Return the words of `submit` for a training, on as many nodes as its mini-batch feeds. Raises ConfigError."""
+    assert job.config is not None
+    each = setting.node_ranks
+    nodes, ranks = (job.ranks // each, each) if job.ranks % each == 0 else (1, job.ranks)
+    if ranks > each:
+        raise ConfigError(f"{job.name}: takes {ranks} ranks, which are no multiple of a node's {each}; change --nodes")
+    start = 3 if job.words[1] == "--ranks" else 1
+    files = [word for word in job.words[start:] if word != "--config"]
+    smaller = [] if ranks == each else ["--gpus-per-node", str(ranks)]
+    options = ["--nodes", str(nodes), *smaller, *(["--site", setting.site] if setting.site else [])]
+    return ["submit", *files[:2], *options, *files[2:]]
+
+
+def submit_all(setting: Setting, jobs: Sequence[Job], call: Call, say: Callable[[str], None]) -> int:
+    """Submit each training whose weights are there, once. Return 0, or the exit code of `submit` that refused one."""
+    waiting = 0
+    trainings = {str(job.result): job for job in jobs if job.config is not None}
+    for job in trainings.values():
+        assert job.config is not None
+        before = trainings.get(job.config.checkpoint.load)
+        if job.done:
+            continue
+        if any((job.result / "logs").glob("*.sbatch")):
+            say(f"{job.name}: submitted before; remove {job.result / 'logs'}/*.sbatch to submit it again")
+        elif before and not before.done:
+            waiting += 1
+        elif code := call(submission(setting, job), 1):
+            return code
+    left = sum(job.config is None and not job.done for job in jobs)
+    say(f"{waiting} trainings wait for others: run this again when those are done. {left} other commands are left: "
+        "without --nodes they run here, or are printed")  # fmt: skip
+    return 0
