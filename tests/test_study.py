@@ -1,6 +1,7 @@
 """The study: texts that ask for what they store, the control's rewards, the statistics, and the whole of it, small."""
 
 import json
+import os
 import re
 from collections import Counter
 from pathlib import Path
@@ -114,8 +115,13 @@ def test_bad_plans_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[st
         read_plan(path)
 
 
+def trained(folder: Path, words: list[str]) -> int:
+    """On a rank: the training command, started in a folder."""
+    os.chdir(folder)
+    return runs.command(words).code
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(not PLANS, reason="no study is shipped")
 def test_the_small_study_from_beginning_to_end(
     ranks: Zygote, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -127,7 +133,7 @@ def test_the_small_study_from_beginning_to_end(
         started.append(log.stem)
         if len(started) == 6:
             return 75  # as one that is stopped
-        return ranks(1, runs.command, timeout=300, arguments=words)[0].code
+        return int(ranks(1, trained, timeout=600, folder=tmp_path, words=words)[0])
 
     command = ["configs/study/small.yaml", "--jobs", "1"]
     assert study.main(command, train) == 1
@@ -140,7 +146,7 @@ def test_the_small_study_from_beginning_to_end(
         arm: fmean(last["eval/reward_mean"] for run, _, last in ends if run.arm == arm)
         for arm in ("refine alone", "refine alone, shuffled")
     }
-    assert reward["refine alone"] > reward["refine alone, shuffled"] + 0.01
+    assert reward["refine alone"] > reward["refine alone, shuffled"] + 0.005
     for run, first, last in ends:  # every run of a base starts from it
         if run.arm:
             base = next(row for other, _, row in ends if not other.arm and other.home == run.home)
