@@ -113,7 +113,8 @@ def _costs(ends: Ends) -> str:
 
 def _number(metric: Metric, value: float, sign: bool = False) -> str:
     plus = "+" if sign else ""
-    return f"{100 * value:{plus}.2f} %" if metric in PERCENT else f"{value:{plus}.{DIGITS[metric]}f}"
+    unit = "pp" if sign else "%"
+    return f"{100 * value:{plus}.2f} {unit}" if metric in PERCENT else f"{value:{plus}.{DIGITS[metric]}f}"
 
 
 def _between(metric: Metric, d: Difference) -> str:
