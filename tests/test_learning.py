@@ -96,6 +96,7 @@ def changes(ranks: Any, tmp_path: Path, *kinds: str) -> dict[str, float]:
     return {kind: change(torch.tensor(rewards, dtype=torch.float64)) for kind, rewards in found.items()}
 
 
+@pytest.mark.slow
 def test_true_rewards_raise_the_reward(ranks: Any, tmp_path: Path) -> None:
     assert changes(ranks, tmp_path, "true")["true"] > 5
 

@@ -22,6 +22,7 @@ from megatron_refine.models.family import FAMILIES
 from megatron_refine.reproduce import running
 from megatron_refine.reproduce.items import ITEMS, LENGTHS, LONGBENCH, MODELS, SHORT
 from megatron_refine.reproduce.published import PUBLISHED
+from tests.lanes import short
 from tests.runs import End, _captured
 from tests.zygote import Zygote
 
@@ -65,7 +66,10 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("reproduce")
 
 
-@pytest.mark.parametrize(("item", "model"), [*((item, MODELS[0]) for item in ITEMS), ("tab6", MODELS[1])])
+ARMS = [*((item, MODELS[0]) for item in ITEMS), ("tab6", MODELS[1])]
+
+
+@pytest.mark.parametrize(("item", "model"), short(ARMS, lambda item, model: item in ("tab3", "fige2")))
 def test_every_item_runs_at_tiny_scale(item: str, model: str, ranks: Zygote, out: Path) -> None:
     """Every command ends well, every arm has numbers, and nothing runs twice."""
     if ITEMS[item].kind == "short":
