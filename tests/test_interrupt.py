@@ -53,7 +53,7 @@ def test_a_command_that_is_interrupted_ends_with_one_line(tmp_path: Path, line: 
 def test_every_tool_ends_so() -> None:
     """By `cli.run`, whatever name they are called by."""
     shims = [*sorted((ROOT / "tools").glob("*.py")), ROOT / "launch/submit.py"]
-    assert len(shims) == 13
+    assert len(shims) == 15
     assert [path.name for path in shims if "sys.exit(run(" not in path.read_text(encoding="utf-8")] == []
     assert "quiet(call)" in (ROOT / "megatron_refine/cli/__init__.py").read_text(encoding="utf-8")
 

@@ -185,7 +185,9 @@ def test_what_a_server_is_asked(scripted: Any) -> None:
 
     asked = dataclasses.replace(request(2), temperature=0.7)
     Collector(asked, "v", 1).run([Client(scripted(answer), 5.0)])
-    assert all(body.pop("extra_key") == "v" and body.pop("return_logprob") is True for body in bodies)
+    told = [body.pop("return_logprob") for body in bodies]
+    assert all(body.pop("extra_key") == "v" for body in bodies)
+    assert told == [body["sampling_params"]["max_new_tokens"] > 0 for body in bodies]
     ahead = [body["input_ids"] for body in bodies if body["sampling_params"] == {"max_new_tokens": 0}]
     drawn = [body["sampling_params"] for body in bodies if body["input_ids"] not in ahead]
     assert [len(body["input_ids"]) for body in bodies if body["input_ids"] not in ahead] == [6, 6]
@@ -305,7 +307,7 @@ def test_a_probe_that_is_off_or_not_finite_is_refused(ranks: Zygote, tmp_path: P
     assert found["off"].startswith("v: the probe's log-probabilities (prompts) are 0.002 nats")
     assert "above 0.001" in found["off"] and found["hit"].startswith("v: the probe's log-probabilities (prefix hits)")
     assert found["nan"].startswith("v: the probe's log-probabilities (prompts) are nan nats")
-    for words in ("'extra_key', 'v'", "'temperature': 0.5", "'max_new_tokens': 6", "('logprob_start_len', 0)"):
+    for words in ("'extra_key', 'v'", "'temperature': 0.5", "'max_new_tokens': 3", "('logprob_start_len', 0)"):
         assert words in found["asked"], words
 
 

@@ -1,10 +1,10 @@
 """Make the REFINE paper's files of RULER-QA for any tokenizer, to train on and to test with.
 
-    megatron-refine ruler-qa --data DIR --tokenizer FILE --lengths 4096,8192,16384 --name delta_net --out DIR
+    megatron-refine ruler-qa --data DIR --tokenizer FILE --lengths 4096,8192,16384 --name MODEL --out DIR
 
 The folder --data has squad.json (SQuAD 2.0's dev-v2.0.json) and hotpotqa.json (HotpotQA's
 hotpot_dev_distractor_v1.json). For each of them and each length two files are made, as
-ruler_squadqa_delta_net_4096_1600_train.parquet. Files that are there are kept. Exit codes: 0 done, 2 what was asked
+ruler_squadqa_MODEL_4096_1600_train.parquet. Files that are there are kept. Exit codes: 0 done, 2 what was asked
 cannot be.
 """
 

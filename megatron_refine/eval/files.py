@@ -35,7 +35,7 @@ def find(
 ) -> Path:  # fmt: skip
     """The one table below `folder` with examples of the task, at `length` if that is given.
 
-    Names are those of the REFINE paper's files, qasper_16384.parquet or ruler_squadqa_delta_net_4096_200_test.parquet,
+    Names are those of the REFINE paper's files, qasper_16384.parquet or ruler_squadqa_MODEL_4096_200_test.parquet,
     or a task's name alone; a file named for training is never taken. If no name fits, the first row of every table is
     asked, its columns `task` and `max_seq_length`. Of several files that fit, made for several models, the one whose
     name has the model's `family` is taken, and `say` is told. Raises ConfigError where no file fits, or several do.
@@ -72,7 +72,7 @@ def _parts(task: Task, stem: str) -> re.Match[str] | None:
 
 
 def _made_for(task: Task, path: Path, family: str) -> bool:
-    """Whether its name has this family, perhaps with more behind it: gated_delta_net is none of delta_net."""
+    """Whether its name has this family, perhaps with more behind it, but nothing of a longer family before it."""
     found = _parts(task, named(path)[0]) if task.sized and family else None
     return found is not None and f"{found['model']}_".startswith(f"{family}_")
 

@@ -122,7 +122,7 @@ def _check(wanted: Wanted) -> None:
         if getattr(wanted, side) < 1:
             raise ConfigError(f"--{side}={getattr(wanted, side)}: must be 1 or more")
     if wanted.name and not (wanted.name.isidentifier() and wanted.name[0].islower() and wanted.name.isascii()):
-        raise ConfigError(f"--name={wanted.name}: name a family or a model in letters, digits and _, as delta_net")
+        raise ConfigError(f"--name={wanted.name}: name a family or a model in small letters, digits and _")
 
 
 def _pool(wanted: Wanted, task: str) -> qa.Pool:
