@@ -150,7 +150,7 @@ BAD: list[tuple[list[str], str]] = [
     ),
     (["--train", "26"], "hotpotqa.json: has 30 questions, fewer than --train 26 and --test 5 together"),
     (["--test", "0"], "--test=0: must be 1 or more"),
-    (["--name", "Delta-Net"], "--name=Delta-Net: name a family or a model in letters, digits and _"),
+    (["--name", "Delta-Net"], "--name=Delta-Net: name a family or a model in small letters, digits and _"),
 ]
 
 
