@@ -34,7 +34,7 @@ train-sglang: .venv/ready .venv-sglang/ready ## the same with rollouts from an S
 		$(if $(MODEL),run.dir=runs/quickstart_sglang_$(MODEL)) $(ARGS)
 
 STUDY := full
-study: .venv/ready ## does REFINE teach? some 40 minutes on two cores, resumed; STUDY=small: a few
+study: .venv/ready ## does REFINE teach? an hour on two cores, resumed; STUDY=small: minutes
 	@$(BIN)/megatron-refine study configs/study/$(STUDY).yaml $(if $(filter full,$(STUDY)),--page docs/learning.md) $(ARGS)
 
 bench: .venv/ready ## time steps of the quickstart: NTP-only, fused and two-pass in turn
