@@ -13,7 +13,7 @@ import re
 import shutil
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +90,11 @@ def read_json(path: Path) -> Any:
     except (ValueError, RecursionError) as error:
         found = f"not JSON ({error})" if text.strip("\0 \n") else "empty"
         raise TornError(f"{path}: damaged: {found}; delete it or restore it") from None
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write rows as JSON objects, one a line, as `write` does. Raises OSError."""
+    write(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -137,6 +137,11 @@ def test_environments_are_cached_by_what_make_makes_them_from() -> None:
     assert re.fullmatch(r"venv-[0-9a-f]{40}\n", name)
 
 
+def test_the_quickstarts_baseline_is_ntp_to_the_end() -> None:
+    steps = yaml.safe_load(read("configs/quickstart.yaml"))["train"]["steps"]
+    assert f"refine.start_step={steps};" in read("Makefile")
+
+
 def test_each_version_of_python_is_one_that_setup_py_allows() -> None:
     versions = yaml.safe_load(read(WORKFLOW))["jobs"]["test"]["strategy"]["matrix"]["python"]
     lowest = re.findall(r'python_requires=">=(3\.\d+)"', read("setup.py"))[0]

@@ -17,7 +17,7 @@ PACKAGE = ("megatron_refine", "models", "kernels")
 FOLDERS = (*PACKAGE, "tools", "launch", "tests")
 # Imports go from a line to the lines above it, never sideways.
 ORDER = (
-    {"errors", "files", "launcher", "progress", "ranks", "usage"},
+    {"errors", "files", "launcher", "markdown", "progress", "ranks", "usage"},
     {"records", "config", "platform"},
     {"exchange", "extras"},
     {"kernels"},

@@ -11,6 +11,7 @@ import torch
 from megatron_refine.config import Config
 from megatron_refine.records import Batch
 from megatron_refine.step.reward import binary
+from megatron_refine.study.findings import CONTROL
 from tests.parity import small_config
 
 STEPS, WINDOW, WARM_UP = 30, 6, 12
@@ -20,13 +21,6 @@ LR, EPS = 3e-4, 1e-2  # of the NSP steps: close to plain gradient steps, so that
 def negated(tokens: Any, truth: Any, h_pred: Any, h_true: Any) -> Any:
     """Its advantages are the negated ones."""
     return -binary(tokens, truth, h_pred, h_true)
-
-
-def shuffled(tokens: Any, truth: Any, h_pred: Any, h_true: Any) -> Any:
-    """The same rewards, dealt anew to the rollouts of each position."""
-    rewards = binary(tokens, truth, h_pred, h_true)
-    order = torch.rand(rewards.shape, generator=torch.Generator().manual_seed(int(tokens.sum()))).argsort(-1)
-    return rewards.gather(-1, order)
 
 
 def every_24th(entropy: Any, lengths: Any, rollout_len: int) -> Any:
@@ -41,7 +35,7 @@ def text_batch() -> Batch:
     return Batch(tokens, torch.full((4,), 192), torch.arange(4))
 
 
-REWARDS = {"true": "binary", "negated": "tests.test_learning:negated", "shuffled": "tests.test_learning:shuffled"}
+REWARDS = {"true": "binary", "negated": "tests.test_learning:negated", "shuffled": CONTROL}
 
 
 def rewards_over_steps(config: Config, kinds: list[str]) -> dict[str, list[tuple[float, float]]]:

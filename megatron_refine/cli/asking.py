@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_refine import extras, launcher
@@ -79,3 +80,12 @@ def found(options: argparse.Namespace) -> "tuple[Source, Config, Text, Callable[
     )  # fmt: skip
     text = load.text(source, options.tokenizer, options.bos)
     return source, config, text, lambda: load.load(source, config, text)
+
+
+def text_of(option: str, path: Path, read: Callable[[Path], bytes]) -> str:
+    """Return a text of the user's, without a byte order mark. Raises ConfigError naming the option."""
+    try:
+        return read(path).decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        cause = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise ConfigError(f"{option} {path}: cannot be read: {cause}") from None

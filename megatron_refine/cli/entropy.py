@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_refine import usage
-from megatron_refine.cli.asking import add_model, found, on_ranks
+from megatron_refine.cli.asking import add_model, found, on_ranks, text_of
 from megatron_refine.config import ConfigError
 from megatron_refine.config.paths import path_argument
 
@@ -53,9 +53,9 @@ def run(options: argparse.Namespace, first: bool) -> str:
     from megatron_refine.report.svg import standalone
 
     _check(options)
-    written = _read(options.text)
+    written = text_of("--text", options.text, Path.read_bytes)
     *_, text, weights = found(options)
-    ids = ([] if text.bos is None else [text.bos]) + text.tokenizer.encode([written])[0]
+    ids = text.encode(written)
     tokens = ids[: options.length]
     if len(tokens) < 2:
         raise ConfigError(f"--text {options.text}: has {len(tokens)} tokens; two or more have an entropy")
@@ -84,14 +84,6 @@ def _check(options: argparse.Namespace) -> None:
         raise ConfigError(f"--out {options.out}: is no .svg; name one")
     if not options.out.parent.is_dir():
         raise ConfigError(f"--out {options.out}: {options.out.parent} is not a folder; create it")
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        cause = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise ConfigError(f"--text {path}: cannot be read: {cause}") from None
 
 
 def _lines(pieces: list[str], profile: "Profile") -> str:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_refine import launcher, usage
-from megatron_refine.cli.asking import add_model, found, on_ranks
+from megatron_refine.cli.asking import add_model, found, on_ranks, text_of
 from megatron_refine.config import ConfigError
 from megatron_refine.config.paths import path_argument
 
@@ -100,12 +100,8 @@ def _check(options: argparse.Namespace) -> None:
 
 def _read(path: Path) -> list[str]:
     """Return the lines of a file that are not blank. Raises ConfigError."""
-    try:
-        raw = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
-        lines = [line for line in raw.decode("utf-8-sig").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        cause = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise ConfigError(f"--file {path}: cannot be read: {cause}") from None
+    text = text_of("--file", path, lambda path: sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes())
+    lines = [line for line in text.splitlines() if line.strip()]
     if not lines:
         raise ConfigError(f"--file {path}: holds no prompt; write one on each line")
     return lines

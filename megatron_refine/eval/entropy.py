@@ -25,7 +25,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Profile:
-    """Of each token of a text, [T] float64. The first token has no entropy: nan."""
+    """Holds a number for each token of a text, [T] float64. The first token has no entropy: nan."""
 
     entropy: np.ndarray  # nats, of predicting this token from those before it
     smoothed: np.ndarray

@@ -32,9 +32,13 @@ class Text:
     tokenizer: Tokenizer
     bos: int | None
 
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a prompt, BOS included."""
+        return ([] if self.bos is None else [self.bos]) + self.tokenizer.encode([text])[0]
+
     def count(self, text: str) -> int:
         """Tokens of a prompt, BOS included."""
-        return len(self.tokenizer.encode([text])[0]) + (self.bos is not None)
+        return len(self.encode(text))
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_refine.eval.suite import Score
+from megatron_refine.markdown import table
 
 _WIDE = 4  # tasks side by side
 
@@ -31,7 +32,7 @@ def markdown(model: str, scores: Sequence[Scored], heldout: Mapping[str, Score] 
     if heldout:
         cells = [f"{s.mean:.4f} ± {s.error:.4f}" if "loss" in name else str(s) for name, s in heldout.items()]
         n = next(iter(heldout.values())).n
-        tables.append(_table(["model", *heldout, "documents"], [model, *cells, str(n)]))
+        tables.append(table(["model", *heldout, "documents"], [[model, *cells, str(n)]]))
     return "\n\n".join(tables)
 
 
@@ -44,13 +45,13 @@ def _lengths(model: str, groups: Sequence[Sequence[Scored]]) -> str:
         if len(found) > 1:
             heads.append(f"avg of {len(found)}")
             cells.append(f"{100 * sum(s.score.mean for s in found) / len(found):.1f}")
-    return _table(heads, cells)
+    return table(heads, [cells])
 
 
 def _single(model: str, scored: Sequence[Scored]) -> str:
     mean = 100 * sum(s.score.mean for s in scored) / len(scored)
     heads, cells = [s.task for s in scored], [_cell(s.score) for s in scored]
-    return _table(["model", *heads, f"avg of {len(scored)}"], [model, *cells, f"{mean:.1f}"])
+    return table(["model", *heads, f"avg of {len(scored)}"], [[model, *cells, f"{mean:.1f}"]])
 
 
 def _cell(score: Score) -> str:
@@ -59,8 +60,3 @@ def _cell(score: Score) -> str:
 
 def _length(tokens: int) -> str:
     return f"{tokens // 1024}K" if tokens % 1024 == 0 else str(tokens)
-
-
-def _table(heads: Sequence[str], cells: Sequence[str]) -> str:
-    rows = (heads, ["---"] * len(heads), cells)
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)

@@ -8,12 +8,11 @@ from matplotlib.axes import Axes
 
 from megatron_refine.report.metrics import STAGES, Row
 from megatron_refine.report.summary import is_evaluation, is_refine
-from megatron_refine.report.svg import BLUE, GRAY, GREEN, INK, ORANGE, PURPLE, RED, draw
+from megatron_refine.report.svg import BLUE, GRAY, GREEN, ORANGE, PALETTE, PURPLE, RED, draw
 
 Values = np.ndarray  # [n] float64, nan where there is no number
 
 _MAX_POINTS, _MAX_BARS = 1500, 90
-_PALETTE = [BLUE, ORANGE, GREEN, PURPLE, RED, INK]
 
 
 def losses(rows: Sequence[Row]) -> str:
@@ -145,7 +144,7 @@ def compared(runs: Mapping[str, Sequence[Sequence[Row]]]) -> str:
         loss.set(title="NTP loss, nats a token", xlabel="step")
         reward.set(title="reward of the rollouts, mean (line) and std (dotted)", xlabel="step")
         accuracy.set(title="held-out accuracy of the argmax", xlabel="step")
-        for (label, group), color in zip(runs.items(), cycle(_PALETTE)):  # noqa: B905 - the colours have no end
+        for (label, group), color in zip(runs.items(), cycle(PALETTE)):  # noqa: B905 - the colours have no end
             _curve(loss, _mean_rows(group, "train/ntp_loss"), "train/ntp_loss", color, label)
             _range(loss, group, "train/ntp_loss", color)
             held_out = _mean_rows(group, "eval/ntp_loss")
@@ -220,4 +219,4 @@ def _marker(count: int) -> str:
 
 def _stage_colors(count: int) -> list[str]:
     """Return distinct colours for the stages; gray for the last, "other"."""
-    return [_PALETTE[index % len(_PALETTE)] for index in range(count - 1)] + [GRAY]
+    return [PALETTE[index % len(PALETTE)] for index in range(count - 1)] + [GRAY]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_refine.files import Appended, TornError, read_rows, write
+from megatron_refine.files import Appended, TornError, read_rows, write_rows
 
 Row = dict[str, Any]
 METRICS = "metrics.jsonl"
@@ -47,7 +47,7 @@ class MetricsLog:
     def truncate_after(self, step: int) -> None:
         """Drop the rows after `step` and a torn last line: what a resumed run will write again. Atomic."""
         self._file.close()
-        write(self.path, "".join(json.dumps(row) + "\n" for row in read(self.path) if row["step"] <= step))
+        write_rows(self.path, [row for row in read(self.path) if row["step"] <= step])
         self._file = Appended(self.path)
 
     def close(self) -> None:

@@ -17,6 +17,7 @@ from megatron_refine.report.page import COLOURS
 
 # Colours that occur nowhere else, each replaced by its CSS variable once the figure is text.
 INK, GRID, BLUE, ORANGE, GREEN, PURPLE, RED, GRAY = (f"#0000e{digit}" for digit in range(8))
+PALETTE = (BLUE, ORANGE, GREEN, PURPLE, RED, INK)  # of one line after the other
 _VARIABLES = dict(
     zip(
         (INK, GRID, BLUE, ORANGE, GREEN, PURPLE, RED, GRAY),

@@ -5,10 +5,9 @@ from itertools import cycle
 
 from matplotlib.axes import Axes
 
-from megatron_refine.report.svg import BLUE, GREEN, INK, ORANGE, PURPLE, RED, draw, standalone
+from megatron_refine.report.svg import PALETTE, draw, standalone
 from megatron_refine.reproduce.scores import Spread
 
-_PALETTE = (BLUE, ORANGE, GREEN, PURPLE, RED, INK)
 Points = Sequence[tuple[float, float]]
 
 
@@ -18,7 +17,7 @@ def over_steps(panels: Mapping[str, Mapping[str, Sequence[Spread]]]) -> str:
     def paint(axes: Sequence[Axes]) -> None:
         for each, (title, arms) in zip(axes, panels.items(), strict=True):
             each.set(title=title, xlabel="step")
-            for (label, points), color in zip(arms.items(), cycle(_PALETTE)):  # noqa: B905 - the colours have no end
+            for (label, points), color in zip(arms.items(), cycle(PALETTE)):  # noqa: B905 - the colours have no end
                 steps = [point.step for point in points]
                 each.plot(steps, [point.mean for point in points], "o-", color=color, ms=3, label=label)
                 low, high = [point.low for point in points], [point.high for point in points]
@@ -34,7 +33,7 @@ def ablation(panels: Mapping[str, Mapping[str, Points]]) -> str:
     def paint(axes: Sequence[Axes]) -> None:
         for each, (title, sources) in zip(axes, panels.items(), strict=True):
             each.set(title=title)
-            for (label, points), color in zip(sources.items(), cycle(_PALETTE)):  # noqa: B905 - the colours have no end
+            for (label, points), color in zip(sources.items(), cycle(PALETTE)):  # noqa: B905 - the colours have no end
                 style = "s" if label.endswith("paper") else "o-"
                 each.plot([x for x, _ in points], [y for _, y in points], style, color=color, ms=5, label=label)
             each.legend()

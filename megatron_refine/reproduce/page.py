@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_refine.files import write
+from megatron_refine.markdown import table
 from megatron_refine.reproduce.chain import Chain
 from megatron_refine.reproduce.items import ITEMS, Column, Item, Row
 from megatron_refine.reproduce.published import published
@@ -39,12 +40,7 @@ def _table(chain: Chain, item: Item) -> str:
         theirs = [f"{number:.1f}" for number in printed] or [NONE] * len(item.columns)
         ours = [str(cell(chain, item, row, column) or NONE) for column in item.columns]
         lines += [[*row.labels, "paper", *theirs], [*row.labels, "ours", *ours]]
-    return grid([*item.heads, "", *(column.head for column in item.columns)], lines)
-
-
-def grid(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table in Markdown."""
-    return "\n".join("| " + " | ".join(line) + " |" for line in (heads, ["---"] * len(heads), *rows))
+    return table([*item.heads, "", *(column.head for column in item.columns)], lines)
 
 
 def _curves(chain: Chain, item: Item) -> str:
@@ -55,7 +51,7 @@ def _curves(chain: Chain, item: Item) -> str:
             points = curve(chain, row.runs, metric)
             ends = [_spread(point) for point in (points[0], points[-1])] if points else [NONE, NONE]
             rows.append([*row.labels, metric, *ends, str(len(chain.seeds(row.runs)))])
-    return grid([*item.heads, "metric", "first", "last", "seeds"], rows)
+    return table([*item.heads, "metric", "first", "last", "seeds"], rows)
 
 
 def _spread(point: Spread) -> str:

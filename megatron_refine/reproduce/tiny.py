@@ -2,16 +2,14 @@
 
 import argparse
 import ast
-import json
 import random
 import textwrap
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from megatron_refine.data.tokenizer import train_tokenizer
-from megatron_refine.files import write
+from megatron_refine.files import write, write_rows
 from megatron_refine.reproduce.items import LONGBENCH
 from megatron_refine.reproduce.setting import Setting
 
@@ -70,10 +68,10 @@ def _questions(folder: Path) -> None:
     for task in ("ruler_squadqa", "ruler_hotpotqa"):
         for split, count in (("8_train", 8), ("2_test", 2)):
             rows = [_question(draw, 3) for _ in range(count)]
-            _write(folder / f"ruler_qa/{task}_{LENGTH}_{split}.jsonl", rows)
+            write_rows(folder / f"ruler_qa/{task}_{LENGTH}_{split}.jsonl", rows)
     for task in LONGBENCH:
         rows = [_question(draw, 2) | {"max_gen_tokens": 4} for _ in range(2)]
-        _write(folder / f"longbench/{task}_{LENGTH}.jsonl", rows)
+        write_rows(folder / f"longbench/{task}_{LENGTH}.jsonl", rows)
 
 
 def _question(draw: random.Random, documents: int) -> dict[str, Any]:
@@ -82,10 +80,6 @@ def _question(draw: random.Random, documents: int) -> dict[str, Any]:
     numbers = [str(draw.randrange(100, 1000)) for _ in names]
     text = " ".join(f"The {name} has {number}." for name, number in zip(names, numbers, strict=True))
     return {"prompt": f"{text} Question: what has the {names[0]}? Answer:", "answers": [numbers[0]]}
-
-
-def _write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    write(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _harness(folder: Path) -> None:

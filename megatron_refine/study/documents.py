@@ -13,7 +13,7 @@ from random import Random
 from pydantic import Field
 
 from megatron_refine.config import Section
-from megatron_refine.files import write, write_json
+from megatron_refine.files import write_json, write_rows
 
 ENDS, STORE, QUERY = "</s>", "store", "query"
 SUCCESSORS = (0.7, 0.2, 0.1)
@@ -90,21 +90,20 @@ def _places(rng: Random, low: int, high: int, number: int) -> list[int]:
 def write_texts(language: Language, path: Path, number: int, seed: str) -> None:
     """Write so many texts, a JSON object each."""
     rng = Random(seed)
-    texts = (" ".join(language.text(rng).words) for _ in range(number))
-    write(path, "".join(json.dumps({"text": text}) + "\n" for text in texts))
+    write_rows(path, ({"text": " ".join(language.text(rng).words)} for _ in range(number)))
 
 
 def write_held_out(language: Language, texts: Path, prompts: Path, seed: str) -> None:
     """Write texts of a seed of their own, and questions of each: the text up to them, and the value as the answer."""
     sizes, rng = language.sizes, Random(seed)
     found = [language.text(rng) for _ in range(sizes.held_out)]
-    write(texts, "".join(json.dumps({"text": " ".join(text.words)}) + "\n" for text in found))
+    write_rows(texts, ({"text": " ".join(text.words)} for text in found))
     rows = [
         {"prompt": " ".join(text.words[:place]), "answer": " ".join(text.words[place : place + sizes.span])}
         for text in found
         for place in text.questions[: sizes.asked]
     ]
-    write(prompts, "".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(prompts, rows)
 
 
 def write_tokenizer(sizes: Documents, path: Path) -> None:

@@ -33,7 +33,7 @@ Ends = Sequence[tuple[Run, Row, Row]]  # a run, its first and its last evaluatio
 
 @dataclass(frozen=True)
 class Difference:
-    """Of two arms in a metric: the mean over bases, half of its 95 % interval, the least p of a difference above 0."""
+    """Holds how two arms differ in a metric: the mean over bases, half of its 95 % interval, p of a mean above 0."""
 
     mean: float
     half: float

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from statistics import fmean, median, stdev
 
+from megatron_refine.markdown import table
 from megatron_refine.report import metrics
 from megatron_refine.report.summary import is_step
 from megatron_refine.study.findings import KEYS, Difference, Ends, Values, differences, holm, no_worse, values
@@ -48,7 +49,7 @@ def _differences(contrast: Contrast, found: dict[Metric, Difference]) -> str:
          _number(metric, contrast.margins[metric], sign=True) if metric in contrast.margins else ""]
         for metric, d in found.items()
     ]  # fmt: skip
-    return _table(["metric", "difference", "95 % interval", "p", "margin"], rows)
+    return table(["metric", "difference", "95 % interval", "p", "margin"], rows)
 
 
 def _verdict(contrast: Contrast, found: dict[Metric, Difference]) -> str:
@@ -76,7 +77,7 @@ def _arms(plan: Plan, ends: Ends) -> str:
         for arm in ("", *plan.arms):
             if found := [values(run, last) for run, _, last in own if run.arm == arm]:
                 rows.append([model, arm or "base", *_spread(found)])
-    return _table(["model", "arm", "runs", *KEYS], rows)
+    return table(["model", "arm", "runs", *KEYS], rows)
 
 
 def _spread(runs: Sequence[Values]) -> list[str]:
@@ -94,7 +95,7 @@ def _seeds(ends: Ends) -> str:
         found, seed = values(run, last), str(run.seed) if run.arm else ""
         cells = (_number(metric, found[metric]) if metric in found else "-" for metric in KEYS)
         rows.append([run.model, str(run.base), seed, run.arm or "base", *cells])
-    return _table(["model", "base", "seed", "arm", *KEYS], rows)
+    return table(["model", "base", "seed", "arm", *KEYS], rows)
 
 
 def _costs(ends: Ends) -> str:
@@ -108,7 +109,7 @@ def _costs(ends: Ends) -> str:
     for model, arms in times.items():
         medians = {arm: median(seconds) for arm, seconds in arms.items()}
         lines += [[model, arm, f"{seconds / min(medians.values()):.2f}"] for arm, seconds in medians.items()]
-    return _table(["model", "arm", "step, least = 1"], lines)
+    return table(["model", "arm", "step, least = 1"], lines)
 
 
 def _number(metric: Metric, value: float, sign: bool = False) -> str:
@@ -123,8 +124,3 @@ def _between(metric: Metric, d: Difference) -> str:
 
 def _p(p: float | None) -> str:
     return "" if p is None else f"{p:.3f}"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,6 +1,5 @@
 """What a study runs: bases, arms that go on from each, and what is compared. A file fixes it beforehand."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,7 +110,7 @@ def read_plan(path: Path) -> Plan:
         if run.base == 0:
             run.config(plan)
     record, tree = Path(plan.out) / "plan.json", plan.model_dump(mode="json")
-    if record.exists() and read_json(record) != json.loads(json.dumps(tree)):
+    if record.exists() and read_json(record) != tree:
         raise ConfigError(f"{path}: {record} is of another plan; choose a new folder (out)")
     record.parent.mkdir(parents=True, exist_ok=True)
     write_json(record, tree)
