@@ -6,7 +6,7 @@ from itertools import cycle, pairwise
 import numpy as np
 from matplotlib.axes import Axes
 
-from megatron_refine.report.metrics import STAGES, Row
+from megatron_refine.report.metrics import STAGES, Row, by_step
 from megatron_refine.report.summary import is_evaluation, is_refine
 from megatron_refine.report.svg import BLUE, GRAY, GREEN, ORANGE, PALETTE, PURPLE, RED, draw
 
@@ -161,19 +161,12 @@ def compared(runs: Mapping[str, Sequence[Sequence[Row]]]) -> str:
     return draw("compared", paint, widths=(1, 1, 1))
 
 
-def _by_step(group: Sequence[Sequence[Row]], key: str) -> dict[int, list[float]]:
-    """The values of all runs at each step that all of them have."""
-    found = [{row["step"]: row[key] for row in rows if row.get(key) is not None} for rows in group]
-    steps = sorted(set.intersection(*(set(values) for values in found)))
-    return {step: [values[step] for values in found] for step in steps}
-
-
 def _mean_rows(group: Sequence[Sequence[Row]], key: str) -> list[Row]:
-    return [{"step": step, key: sum(values) / len(values)} for step, values in _by_step(group, key).items()]
+    return [{"step": step, key: sum(values) / len(values)} for step, values in by_step(group, key).items()]
 
 
 def _range(axes: Axes, group: Sequence[Sequence[Row]], key: str, color: str) -> None:
-    values = _by_step(group, key)
+    values = by_step(group, key)
     if len(group) > 1 and values:
         low, high = zip(*((min(each), max(each)) for each in values.values()), strict=True)
         axes.fill_between(list(values), low, high, color=color, alpha=0.15, lw=0)

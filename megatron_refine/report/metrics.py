@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,3 +64,10 @@ def read(path: str | Path) -> list[Row]:
         if not isinstance(row.get("step"), int | float):
             raise TornError(f"{path}: damaged: {str(row)[:80]} is not a row of metrics; remove this line")
     return rows
+
+
+def by_step(runs: Sequence[Sequence[Row]], key: str) -> dict[int, list[float]]:
+    """Return the values of `key` of all runs, by step: at the steps where all of them have one, in order."""
+    found = [{row["step"]: row[key] for row in rows if row.get(key) is not None} for rows in runs]
+    steps = sorted(set.intersection(*map(set, found)))
+    return {step: [values[step] for values in found] for step in steps}

@@ -94,12 +94,8 @@ def _harness(chain: Chain, run: str, label: str) -> Value | None:
 
 def curve(chain: Chain, runs: Sequence[str], key: str) -> list[Spread]:
     """Return a metric of training over the steps that all runs of an arm have; [] where one has not begun."""
-    found = []
-    for run in chain.seeds(tuple(runs)):
-        rows = metrics.read(chain.place(run) / metrics.METRICS)
-        found.append({row["step"]: row[key] for row in rows if row.get(key) is not None})
-    steps = sorted(set.intersection(*map(set, found)))
-    at = {step: [values[step] for values in found] for step in steps}
+    found = [metrics.read(chain.place(run) / metrics.METRICS) for run in chain.seeds(tuple(runs))]
+    at = metrics.by_step(found, key)
     return [Spread(step, sum(each) / len(each), min(each), max(each)) for step, each in at.items()]
 
 

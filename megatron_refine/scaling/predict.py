@@ -2,11 +2,14 @@
 
 from collections.abc import Sequence
 
+from megatron_refine import markdown
 from megatron_refine.config import ConfigError, load
 from megatron_refine.estimate.hardware import Hardware
 from megatron_refine.estimate.layouts import layouts
 from megatron_refine.estimate.plan import throughput
 from megatron_refine.models.family import FAMILIES
+
+HEADS = ("GPUs", "batch", "layout", "GiB a GPU", "step, s", "tokens/s a GPU", "MFU", "efficiency")
 
 
 def table(files: Sequence[str], overrides: Sequence[str], worlds: Sequence[int]) -> str:
@@ -15,7 +18,7 @@ def table(files: Sequence[str], overrides: Sequence[str], worlds: Sequence[int])
     Raises ConfigError where no layout fits.
     """
     hardware, base, first = Hardware(), load(list(files), list(overrides), FAMILIES), None
-    lines = ["| GPUs | batch | layout | GiB a GPU | step, s | tokens/s a GPU | MFU | efficiency |", "|" + "---|" * 8]
+    rows = []
     for world in worlds:
         factor = world / worlds[0]
         batch, mini = (round(x * factor) for x in (base.train.global_batch_size, base.update.mini_batch_size))
@@ -28,8 +31,9 @@ def table(files: Sequence[str], overrides: Sequence[str], worlds: Sequence[int])
         best = found[0]
         (fast, slow), (high, low) = throughput(best, world, hardware)
         first = first or slow
-        lines.append(
-            f"| {world} | {batch} | {best.name} | {best.memory.total / 2**30:.0f} | {best.time.total[0]:.1f}-"
-            f"{best.time.total[1]:.1f} | {slow:,.0f}-{fast:,.0f} | {low:.0%}-{high:.0%} | {slow / first:.0%} |"
-        )
-    return "\n".join(lines)
+        seconds = "{:.1f}-{:.1f}".format(*best.time.total)
+        rows.append([
+            str(world), str(batch), best.name, f"{best.memory.total / 2**30:.0f}", seconds,
+            f"{slow:,.0f}-{fast:,.0f}", f"{low:.0%}-{high:.0%}", f"{slow / first:.0%}",
+        ])  # fmt: skip
+    return markdown.table(HEADS, rows)

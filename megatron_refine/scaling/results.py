@@ -10,17 +10,17 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullFormatter, ScalarFormatter
 
+from megatron_refine import markdown
 from megatron_refine.files import numbered
 from megatron_refine.files import write as write_file
 from megatron_refine.report import metrics
 from megatron_refine.report.summary import is_refine
-from megatron_refine.report.svg import BLUE, GRAY, GREEN, INK, ORANGE, PURPLE, RED, draw, standalone
+from megatron_refine.report.svg import GRAY, PALETTE, draw, standalone
 from megatron_refine.scaling.run import record
 from megatron_refine.scaling.sweep import Point, Sweep
 
 STAGES = ("score", "select", "rollout", "rescore", "reward", "update", "sync")
 TIMES = ("score", "rollout", "rescore", "update", "sync")  # of the table
-COLOURS = (BLUE, ORANGE, GREEN, PURPLE, RED, INK)
 
 
 @dataclass(frozen=True)
@@ -121,14 +121,13 @@ def as_csv(results: Sequence[Result]) -> str:
 def as_table(results: Sequence[Result], missing: Sequence[str]) -> str:
     """Markdown."""
     columns = ["ranks", "layout", "T", "batch", "tokens/s", "efficiency", "step, s", *TIMES, "peak, GiB"]
-    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    rows = []
     for r in results:
         layout = ", ".join(f"{axis} {getattr(r, axis)}" for axis in ("tp", "cp", "pp", "dp") if getattr(r, axis) > 1)
-        seconds = (r.step, *(getattr(r, stage) for stage in TIMES))
-        lines.append(
-            f"| {r.ranks} | {layout or 'one rank'} | {r.seq_length} | {r.batch} | {r.tokens_per_sec:,.0f} | "
-            f"{r.efficiency:.0%} | {' | '.join(f'{s:.3g}' for s in seconds)} | {r.peak_gib:.2f} |"
-        )
+        seconds = [f"{s:.3g}" for s in (r.step, *(getattr(r, stage) for stage in TIMES))]
+        sizes = [str(r.ranks), layout or "one rank", str(r.seq_length), str(r.batch)]
+        rows.append([*sizes, f"{r.tokens_per_sec:,.0f}", f"{r.efficiency:.0%}", *seconds, f"{r.peak_gib:.2f}"])
+    lines = [markdown.table(columns, rows)]
     return "\n".join([*lines, *(["", "Without a result:", ""] if missing else []), *(f"- {m}" for m in missing)]) + "\n"
 
 
@@ -138,7 +137,7 @@ def pictures(sweep: Sweep, results: Sequence[Result]) -> dict[str, str]:
     base = min(results, key=lambda r: r.ranks)
 
     def over_ranks(axes: Axes, key: str) -> None:
-        for (series, length), colour in zip(names, COLOURS * len(names), strict=False):
+        for (series, length), colour in zip(names, PALETTE * len(names), strict=False):
             mine = [r for r in results if (r.series, r.seq_length) == (series, length)]
             x, y = [r.ranks for r in mine], [getattr(r, key) for r in mine]
             axes.plot(x, y, "o-", color=colour, ms=4, label=series)
@@ -160,7 +159,7 @@ def pictures(sweep: Sweep, results: Sequence[Result]) -> dict[str, str]:
     def stages(axes: Sequence[Axes]) -> None:
         (only,), left = axes, [0.0] * len(results)
         labels = [r.name for r in results]
-        for stage, colour in zip(STAGES, (*COLOURS, GRAY), strict=True):
+        for stage, colour in zip(STAGES, (*PALETTE, GRAY), strict=True):
             seconds = [getattr(r, stage) for r in results]
             if any(seconds):
                 only.barh(labels, seconds, left=left, color=colour, label=stage, height=0.6)
