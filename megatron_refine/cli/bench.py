@@ -128,7 +128,7 @@ def launches(arguments: list[str]) -> int:
             raise configuration.ConfigError("launches: counts one rank; start it without a launcher")
         from megatron_refine.bench.launches import roofline, steps
 
-        counted = steps.count(config)
+        counted = steps.count(config, other=not options.json)
     except (configuration.ConfigError, launcher.LaunchError) as error:
         print(error, file=sys.stderr)
         return 2

@@ -42,15 +42,15 @@ class Counted:
         return found
 
 
-def count(config: Config) -> dict[str, Counted]:
-    """Count one micro-batch of `config` on one rank, by kind of step; then an "update", and the fused step with
-    rollouts the other way, "step by step" or "as graphs".
+def count(config: Config, other: bool) -> dict[str, Counted]:
+    """Count one micro-batch of `config` on one rank, by kind of step; then an "update". With `other` the fused step too
+    with rollouts the other way, "step by step" or "as graphs".
 
     The process pretends to have a GPU from then on. Raises ConfigError for a layout of several ranks.
     """
     steps, graphs = Steps(config), config.cuda_graphs
-    other = steps.count(["fused"], not graphs)["fused"]
-    return steps.count(tuple(KINDS), graphs) | {"update": steps.update(), OTHER[graphs]: other}
+    found = {OTHER[graphs]: steps.count(["fused"], not graphs)["fused"]} if other else {}
+    return steps.count(tuple(KINDS), graphs) | {"update": steps.update()} | found
 
 
 class Steps:
