@@ -6,6 +6,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -137,6 +138,17 @@ def test_a_writer_that_fails_ends_the_save_on_all_ranks(ranks: Zygote, tmp_path:
         assert re.search(r"step_0000002: save failed: the process that wrote it ended with code -9; earlier", killed)
         assert re.search(r"step_0000003: save failed: .*No space left on device", full)
         assert first == Path(config.run.dir) / "checkpoints/step_0000004" and last == 5
+
+
+def left_to_write(config: Config) -> bool:
+    """On a rank: whether a checkpoint that the second one still writes stays pending."""
+    step, checkpoints = start(config)
+    pending = checkpoints._pending = SimpleNamespace(folder=checkpoints.root, running=lambda: step.ranks.rank == 1)
+    return checkpoints.settle(wait=False) is None and checkpoints._pending is pending
+
+
+def test_no_rank_waits_between_steps_for_another_that_writes(ranks: Zygote, tmp_path: Path) -> None:
+    assert ranks(2, left_to_write, config=configured(tmp_path)) == [True, True]
 
 
 @pytest.mark.slow
