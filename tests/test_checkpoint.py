@@ -260,6 +260,15 @@ def gone_back(config: Config) -> Any:
     return checkpoints.load_latest(step.updater, said.append).step, said
 
 
+def nowhere_to_go_back(config: Config) -> str:
+    """On a rank: the error where every checkpoint is damaged."""
+    from megatron_refine.errors import DamagedError
+
+    with pytest.raises(DamagedError) as error:
+        gone_back(config)
+    return str(error.value)
+
+
 def test_two_damaged_checkpoints_are_passed_over(ranks: Any, tmp_path: Path, saved: Any) -> None:
     config = config_at("tp1", tmp_path, "checkpoint.fallback=true")
     root = Path(config.run.dir) / "checkpoints"
@@ -273,6 +282,8 @@ def test_two_damaged_checkpoints_are_passed_over(ranks: Any, tmp_path: Path, sav
     assert step == 2 and len(said) == 2
     for line, newer, older in zip(said, (6, 4), (4, 2), strict=True):
         assert f"step_000000{newer}" in line and line.endswith(f"going on from step_000000{older}")
+    (root / "step_0000002/common.pt").write_bytes(b"torn")
+    assert "step_0000002/common.pt: truncated: 4 bytes of" in ranks(1, nowhere_to_go_back, config=config)[0]
 
 
 def latest_of(config: Config) -> Any:
