@@ -10,6 +10,7 @@ import pytest
 
 from megatron_refine.checkpoint import manifest
 from megatron_refine.checkpoint.manifest import complete_folders, read_manifest, seal, step_folder, unfinished_folders
+from megatron_refine.checkpoint.source import find
 from megatron_refine.errors import CheckpointError, DamagedError
 from megatron_refine.files import numbered
 from megatron_refine.report.folder import RunFolder
@@ -216,6 +217,17 @@ def resealed(folder: Path, text: str) -> None:
 
     (folder / "manifest.json").write_text(text, encoding="utf-8")
     (folder / "COMPLETE").write_text(hashlib.sha256(text.encode()).hexdigest(), encoding="utf-8")
+
+
+def test_a_run_stands_for_its_newest_complete_checkpoint(tmp_path: Path) -> None:
+    root = tmp_path / "run/checkpoints"
+    for step in (9, 9_999_999, 10_000_000, 10_000_001):
+        folder = written(root, step)
+        contents = read_manifest(folder) | {"model": small_config(tmp_path).model.model_dump()}
+        resealed(folder, json.dumps(contents))
+    (folder / "COMPLETE").unlink()
+    for path in (root, root.parent):
+        assert find(path).folder == root / "step_10000000"
 
 
 WHOLE: dict[str, Any] = {"step": 3, "model": {}, "layout": [1, 1, 1], "files": {}}
