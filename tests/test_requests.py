@@ -174,6 +174,22 @@ def test_sequences_of_a_server_go_side_by_side(scripted: Any) -> None:
     assert asked == [[3, 1], [8, 16], [9, 4, 9, 2, 1, 17], [2], [4], [7], [3, 5, 8]]
 
 
+def test_servers_share_the_requests_that_a_rank_may_make(scripted: Any) -> None:
+    """Of two at once, each of two servers has one: a sequence after the other."""
+    sequences: list[int] = []
+
+    def answer(path: str, body: Any) -> tuple[int, Any]:
+        sequences.append(len({prompt[0] for prompt in body["input_ids"]}))
+        return 200, [generated("v") for _ in body["input_ids"]]
+
+    one = request()
+    four = dataclasses.replace(
+        one, tokens=torch.arange(80).view(4, 20), sample_ids=torch.arange(4), positions=one.positions.repeat(2, 1)
+    )
+    Collector(four, "v", 2).run([Client(scripted(answer), 5.0) for _ in range(2)])
+    assert set(sequences) == {1}
+
+
 def test_what_a_server_is_asked(scripted: Any) -> None:
     """The whole distribution at the temperature, whatever the served folder's generation_config.json says; states are
     found under the version alone."""
