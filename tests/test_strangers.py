@@ -210,6 +210,10 @@ def test_all_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: 
     temporary = [event for event in before if ".COMPLETE" in event or ".manifest" in event]
     assert {"sync payload", f"sync {folder}"} <= set(before) and len(temporary) == 2, events
     assert before[-1] == f"sync {folder}" and after[0] == f"sync {tmp_path.name}", events
+    (tmp_path / "other/hf").mkdir(parents=True)
+    (tmp_path / "other/hf/config.json").write_text("{}", encoding="utf-8")
+    manifest.hashes(tmp_path / "other")
+    assert {"sync config.json", "sync hf"} <= set(events), events  # the names in a folder below, too
 
 
 def resealed(folder: Path, text: str) -> None:
