@@ -1,11 +1,13 @@
 """Checkpoints that are written beside the training: of the state when the save began, complete or not there at all."""
 
+import multiprocessing
 import os
 import re
 import shutil
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -137,6 +139,38 @@ def test_a_writer_that_fails_ends_the_save_on_all_ranks(ranks: Zygote, tmp_path:
         assert re.search(r"step_0000002: save failed: the process that wrote it ended with code -9; earlier", killed)
         assert re.search(r"step_0000003: save failed: .*No space left on device", full)
         assert first == Path(config.run.dir) / "checkpoints/step_0000004" and last == 5
+
+
+def counted_by_writers(folder: Path) -> list[list[str]]:
+    """On a rank: the files that the writing process of each of three ranks counts."""
+    from megatron_refine.checkpoint.pending import _write
+
+    found = []
+    for rank in (0, 1, 10):
+        receiver, sender = multiprocessing.Pipe(duplex=False)
+        _write(sender, None, (), {}, folder, rank)
+        found.append(sorted(receiver.recv()))
+    return found
+
+
+def test_a_writer_counts_no_file_that_another_may_still_write(ranks: Zygote, tmp_path: Path) -> None:
+    """And the first one what the model came with; the main rank counts the rest when all are done."""
+    (tmp_path / "hf").mkdir()
+    for name in ("__0_0.distcp", "__1_0.distcp", "__10_0.distcp", "hf/config.json", "common.pt"):
+        (tmp_path / name).write_text(name, encoding="utf-8")
+    expected = [["__0_0.distcp", "hf/config.json"], ["__1_0.distcp"], ["__10_0.distcp"]]
+    assert ranks(1, counted_by_writers, folder=tmp_path) == [expected]
+
+
+def left_to_write(config: Config) -> bool:
+    """On a rank: whether a checkpoint that the second one still writes stays pending."""
+    step, checkpoints = start(config)
+    pending = checkpoints._pending = SimpleNamespace(folder=checkpoints.root, running=lambda: step.ranks.rank == 1)
+    return checkpoints.settle(wait=False) is None and checkpoints._pending is pending
+
+
+def test_no_rank_waits_between_steps_for_another_that_writes(ranks: Zygote, tmp_path: Path) -> None:
+    assert ranks(2, left_to_write, config=configured(tmp_path)) == [True, True]
 
 
 @pytest.mark.slow

@@ -260,6 +260,15 @@ def gone_back(config: Config) -> Any:
     return checkpoints.load_latest(step.updater, said.append).step, said
 
 
+def nowhere_to_go_back(config: Config) -> str:
+    """On a rank: the error where every checkpoint is damaged."""
+    from megatron_refine.errors import DamagedError
+
+    with pytest.raises(DamagedError) as error:
+        gone_back(config)
+    return str(error.value)
+
+
 def test_two_damaged_checkpoints_are_passed_over(ranks: Any, tmp_path: Path, saved: Any) -> None:
     config = config_at("tp1", tmp_path, "checkpoint.fallback=true")
     root = Path(config.run.dir) / "checkpoints"
@@ -273,6 +282,8 @@ def test_two_damaged_checkpoints_are_passed_over(ranks: Any, tmp_path: Path, sav
     assert step == 2 and len(said) == 2
     for line, newer, older in zip(said, (6, 4), (4, 2), strict=True):
         assert f"step_000000{newer}" in line and line.endswith(f"going on from step_000000{older}")
+    (root / "step_0000002/common.pt").write_bytes(b"torn")
+    assert "step_0000002/common.pt: truncated: 4 bytes of" in ranks(1, nowhere_to_go_back, config=config)[0]
 
 
 def latest_of(config: Config) -> Any:
@@ -296,7 +307,7 @@ def test_what_is_not_complete_is_neither_loaded_nor_in_the_way(ranks: Any, tmp_p
 
 def kept_and_measured(config: Config, source: Path) -> Any:
     """On a rank: weights of a converted checkpoint, drawn with another init_std; three saves, the last measured, and
-    a fourth by an attempt that goes on from it.
+    two more by an attempt that goes on from it.
 
     (files of hf/ after each, the error without the model, estimated and real bytes)
     """
@@ -318,7 +329,9 @@ def kept_and_measured(config: Config, source: Path) -> Any:
     assert read_manifest(folder)["ranks"] == 2
     later = Checkpoints(checkpoints.root, config, step.ranks)
     assert later.load(folder, step.updater).step == 3 and later.loaded == folder
-    kept.append({path.name: path.read_bytes() for path in (later.save(Progress(4), step.updater) / ORIGIN).iterdir()})
+    for number in (4, 5):  # what the fourth was made from is gone at the fifth
+        kept_in = later.save(Progress(number), step.updater) / ORIGIN
+        kept.append({path.name: path.read_bytes() for path in kept_in.iterdir()})
     return kept, later._bytes(step.updater), real
 
 
@@ -336,5 +349,5 @@ def test_what_a_model_came_with_survives_and_the_estimate_is_that_of_the_files(
     config = config_at(layout, tmp_path / "run", *overrides)
     found = ranks(2, kept_and_measured, config=config, source=tmp_path / "converted")
     for kept, estimate, real in found:
-        assert kept == [came] * 4 and "tokenizer.json" in came
+        assert kept == [came] * 5 and "tokenizer.json" in came
         assert 0.8 < estimate / real < 1.05, (estimate, real)

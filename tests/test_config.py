@@ -90,11 +90,21 @@ def test_unknown_key_or_wrong_type(path: Path, override: str, says: str) -> None
         (["refine.start_step=101"], ("refine.start_step=101", "train.steps=100", "refine.enabled=false")),
         (["refine.group=position"], ("refine.group=position", "refine.num_rollouts=1", "refine.group=sequence")),
         (["optimizer.min_lr=1e-3"], ("optimizer.min_lr=0.001", "optimizer.lr=1e-06")),
+        (["parallel.pp=2", "parallel.stages=[2]"], ("parallel.stages=[2]", "2 numbers", "add up to 2")),
+        (["parallel.pp=2", "parallel.stages=[1,2]"], ("parallel.stages=[1, 2]", "2 numbers", "add up to 2")),
+        (["train.match=optimizer_steps"], ("train.match=optimizer_steps", "refine.enabled=false")),
+        (["train.match=compute"], ("train.match=compute", "refine.enabled=false")),
     ],
 )
 def test_contradicting_keys(path: Path, overrides: list[str], says: tuple[str, ...]) -> None:
     message = problem(path, *overrides)
     assert all(part in message for part in says), message
+
+
+def test_a_limit_itself_is_no_contradiction(path: Path) -> None:
+    overrides = ["refine.start_step=100", "optimizer.min_lr=1e-6", "data.min_length=256", "data.valid_min_length=256"]
+    assert read(path, *overrides).refine.start_step == 100
+    assert read(path, "data.seq_length=40").data.seq_length == 40
 
 
 def test_short_rows_are_fine_without_refine(path: Path) -> None:

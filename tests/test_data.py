@@ -359,7 +359,9 @@ def test_each_epoch_is_a_permutation():
     assert np.array_equal(np.sort(stream), np.tile(np.arange(50), (3, 1))) and stream.dtype == np.int64
     assert len({tuple(epoch) for epoch in stream}) == 3
     assert len({tuple(sample_rows(seed, 0, 50, 50)) for seed in range(20)}) == 20
-    assert sample_rows(1, 0, 8, 8).tolist() == [3, 5, 2, 7, 0, 6, 1, 4]  # for ever: checkpoints resume by it
+    pinned = [[3, 5, 2, 7, 0, 6, 1, 4], [0, 6, 5, 3, 4, 7, 2, 1]]  # for ever: checkpoints resume by it
+    assert sample_rows(1, 0, 16, 8).reshape(2, 8).tolist() == pinned
+    assert len({tuple(sample_rows(seed, 0, 150, 50)[i : i + 50]) for seed in range(5) for i in (0, 50, 100)}) == 15
 
 
 def test_samples_do_not_depend_on_where_one_starts():

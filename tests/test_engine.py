@@ -91,6 +91,14 @@ def test_the_api_key_is_sent(scripted: Any) -> None:
     assert seen == ["Bearer secret"]
 
 
+def test_no_proxy_stands_between_us_and_a_server(scripted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody listens there
+    assert Client(scripted(lambda path, body: (200, {"a": 1})), 5.0).get("/model_info") == {"a": 1}
+
+
 def test_the_api_key_is_not_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_KEY", "secret")
     python = tmp_path / "python"
@@ -151,6 +159,16 @@ def test_servers_have_gpus_of_their_own(
         monkeypatch.setenv(name, value)
     fleet = Fleet(config, tmp_path)
     assert [server.gpu for server in fleet.servers] == first
+    fleet.stop()
+
+
+def test_servers_have_ports_in_a_row_and_their_first_start_is_no_restart(tmp_path: Path) -> None:
+    fleet = Fleet(lane_config(tmp_path, "engine.servers=3", "engine.port=30100", "engine.sync=disk"), tmp_path)
+    assert [server.url for server in fleet.servers] == [f"http://127.0.0.1:{30100 + i}" for i in range(3)]
+    assert fleet.restarts == 0
+    for server, starts in zip(fleet.servers, (3, 1, 2), strict=True):
+        server.starts = starts
+    assert fleet.restarts == 3
     fleet.stop()
 
 

@@ -68,6 +68,9 @@ def test_step_flops_by_hand() -> None:
     for mode, passes in (("fused", 2), ("two_pass", 3)):
         work = step_flops(small(mode, rollouts=3))
         assert (work.ntp, work.score, work.rescore) == (6 * main, 2 * (main + forks), 2 * branch)
+        config = small(mode, rollouts=3)
+        lagging = config.model_copy(update={"engine": config.engine.model_copy(update={"lag": 1})})
+        assert step_flops(lagging).score == 2 * (2 * main + forks)  # the next batch too, for its positions
         assert work.rollout == 2 * (24 * (5 * 4 * layer[1] + 4 * head) + 8 * head)
         assert work.update == 2 * passes * (main + forks + branch)
         assert work.refine == work.score + work.rollout + work.rescore + work.update
@@ -178,6 +181,16 @@ def test_memory_follows_precision_and_layout() -> None:
     assert single.activations == pytest.approx(2 * ours.memory.activations, rel=0.01)  # the head's rows are whole
     recomputed = rank_memory(config.model_copy(update={"train": Train(recompute="full")}), dp=4, stage=0)
     assert 0 < recomputed.activations < ours.memory.activations / 10
+
+
+@pytest.mark.parametrize(("section", "change"), [("refine", {"start_step": 1}), ("train", {"phase": "posttrain"})])
+def test_steps_on_a_whole_batch_fill_the_pipeline(section: str, change: dict[str, Any]) -> None:
+    """Without REFINE, or on answers: the first of two stages then holds two micro-batches, whatever a mini-batch is."""
+    changed = {"parallel": Parallel(pp=2), "update": Update(mode="two_pass", mini_batch_size=1)}
+    config = small("two_pass").model_copy(update=changed)
+    whole = config.model_copy(update={section: getattr(config, section).model_copy(update=change)})
+    one, two = (rank_memory(each, 1, 0).activations for each in (config, whole))
+    assert 1.5 * one < two <= 2 * one
 
 
 def test_first_pipeline_stage_holds_most_activations() -> None:

@@ -42,6 +42,34 @@ def decoded(config: Config, slow: bool) -> list[list[int]]:
     return answers
 
 
+def sampled(config: Config, slow: bool) -> list[list[int]]:
+    """On a rank: answers at temperature 1 to two prompts, of the numbers 7 and 9; from states or by whole passes."""
+    from megatron_refine.trainer import forward, head, random
+    from megatron_refine.trainer.generate import Sampling, generate
+    from megatron_refine.trainer.model import unwrap
+
+    model, _ = parity.build(config, torch.float64)
+    tokens, lengths, numbers, count = parity.batch(2, 20).tokens, (20, 13), (7, 9), 6
+    if not slow:
+        sampling = Sampling(1.0, seed=3)
+        return generate(model, tokens, torch.tensor(lengths), [count] * 2, lambda *_: False, sampling, numbers)
+    answers = []
+    for i, length in enumerate(lengths):
+        text = tokens[i, :length].tolist()
+        for place in range(count):
+            rows = forward.main_pass(model, torch.tensor([text])).rows
+            uniform = random.uniform(3, random.TEXT, torch.tensor([numbers[i]]), place)
+            token, _ = head.sample(unwrap(model), rows.local[len(text) - 1], uniform, 1.0)
+            text.append(int(token))
+        answers.append(text[length:])
+    return answers
+
+
+def test_every_token_has_a_draw_of_its_prompts_number_and_its_place(ranks: Zygote, tmp_path: Path) -> None:
+    config = parity.small_config(tmp_path)
+    assert ranks(1, sampled, config=config, slow=False) == ranks(1, sampled, config=config, slow=True)
+
+
 @pytest.mark.parametrize(
     "model", short(["delta_net", "gated_delta_net", "lact", "lact muon"], lambda model: model in ("delta_net", "lact"))
 )

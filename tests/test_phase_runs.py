@@ -224,6 +224,26 @@ def test_a_prompt_is_never_cut(files: Path, tmp_path: Path) -> None:
     assert left.fingerprint != whole.fingerprint
 
 
+def test_an_eos_that_ends_each_answer_has_to_fit(files: Path, tmp_path: Path) -> None:
+    from megatron_refine.data.prompts import read_prompts
+
+    tokenizer = load_tokenizer(files / "tokenizer.json", 512, "")
+    path = runs.write_config(tmp_path, tmp_path, **sections(files, "posttrain"))
+
+    def read(length: int, *overrides: str) -> Any:
+        return read_prompts(load(str(path), [f"data.seq_length={length}", *overrides], FAMILIES), tokenizer, None)
+
+    plain, ended = read(512), read(512, "task.add_eos=true")
+    assert [a.tolist() for a in ended.answers] == [[*a.tolist(), tokenizer.eos_id] for a in plain.answers]
+    longest = max(len(p) + len(a) for p, a in zip(ended.prompts, ended.answers, strict=True))
+    assert len(read(longest, "task.add_eos=true")) == len(read(longest - 1)) == ROWS
+    with pytest.raises(ConfigError, match=f"has {longest} tokens, its answer included, more than"):
+        read(longest - 1, "task.add_eos=true")
+    tokenizer.eos_id = None
+    with pytest.raises(ConfigError, match=r"task\.add_eos=true: .* has no EOS token; set task\.add_eos=false"):
+        read(512, "task.add_eos=true")
+
+
 def test_batches_of_prompts(files: Path, tmp_path: Path) -> None:
     """Answers follow prompts; a row -1 is empty; what comes after a row's end is 0."""
     from megatron_refine.data.prompts import read_prompts

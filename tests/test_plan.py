@@ -13,7 +13,7 @@ from megatron_refine.estimate.hardware import Hardware
 from megatron_refine.estimate.layouts import layout_of, layouts
 from megatron_refine.estimate.plan import dividing, plan, summary, throughput, times
 from megatron_refine.estimate.timing import HIDDEN, collective_seconds, step_time
-from megatron_refine.estimate.traffic import Traffic, step_traffic
+from megatron_refine.estimate.traffic import Pass, Traffic, step_traffic
 from megatron_refine.models.family import FAMILIES
 
 ROOT = Path(__file__).parents[1]
@@ -52,6 +52,13 @@ def test_a_group_lies_where_its_ranks_do() -> None:
     assert seconds("cp", "all_to_all") == pytest.approx(9e9 * 3 / 4 / 450e9, rel=1e-4)
     assert seconds("dp", "all_gather") == pytest.approx(9e9 * 7 / 8 / 50e9, rel=1e-4)
     assert seconds("pp", "broadcast") == pytest.approx(9e9 / 50e9, rel=1e-4)
+
+
+def test_rows_that_no_layout_divides_are_counted_with_their_padding() -> None:
+    """1001 rows over cp 2, and under sequence parallelism over tp 4 too."""
+    config, rows = large("parallel.tp=4", "parallel.sp=true", "parallel.cp=2"), (1001, 1, 0)
+    assert Pass("update", 1, *rows).padded(config) == 1008 // 2
+    assert Pass("update", 1, *rows, sp=False).padded(config) == 1002 // 2
 
 
 def test_servers_and_decoding_by_hand() -> None:
@@ -126,6 +133,9 @@ def test_layouts_fit_and_are_ranked() -> None:
     assert slowest == sorted(slowest) and all(layout.fits(hardware) for layout in found)
     assert any(layout.name == layout_of(config, 64, hardware).name for layout in found)
     assert len({layout.name for layout in found}) == len(found)
+    assert max(layout.config.parallel.tp for layout in found) == 8  # a whole node
+    of_four = layouts(config, 64, Hardware(gpus_per_node=4))[0]
+    assert max(layout.config.parallel.tp for layout in of_four) == 4
     small = layouts(config, 64, Hardware(memory_bytes=24e9))
     assert 0 < len(small[0]) < len(found)
     assert small[1]["more than 90% of a GPU's memory"] > refused.get("more than 90% of a GPU's memory", 0)

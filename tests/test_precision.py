@@ -128,6 +128,23 @@ def test_a_run_goes_on_bit_by_bit(ranks: Zygote, tmp_path: Path, layout: str) ->
             assert metrics[key] == expected[key], key
 
 
+def restarted(config: Config) -> list[dict[str, torch.Tensor]]:
+    """On a rank: the weights after a step, and after the same step from the weights before it."""
+    step = make_step(config, torch.bfloat16, optimizer=True)
+    start, found = step.updater.weights(), []
+    for _ in range(2):
+        step.updater.restart(start)
+        step(batch(4), 0, refine=True)
+        found.append({name: p.detach().clone() for name, p in full_parameters(step.model).items()})
+    return found
+
+
+def test_a_restart_returns_to_the_weights_in_fp32_too(ranks: Zygote, tmp_path: Path) -> None:
+    """Which the optimizer holds beside those in bf16: a step would bring back what was learned before."""
+    first, again = ranks(1, restarted, config=bf16(tmp_path, "delta_net", "optimizer.schedule=constant"))[0]
+    assert [name for name in first if not first[name].equal(again[name])] == []
+
+
 def said(config: Config) -> str:
     from megatron_refine.run.used import used
 

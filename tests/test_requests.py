@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,6 +28,17 @@ def test_two_buckets_in_turn_share_no_memory() -> None:
     assert first.view(torch.float32).tolist() == [1.0] * 8 and second.view(torch.float32).tolist() == [2.0] * 6
     third = memory.join([torch.full((8,), 3.0)])
     assert third.data_ptr() == first.data_ptr() and second.view(torch.float32).tolist() == [2.0] * 6
+
+
+def test_a_push_ends_when_the_last_bucket_is_loaded() -> None:
+    """Not when it is sent: what goes wrong with it belongs to this update."""
+    done: list[Any] = []
+    group = SimpleNamespace(
+        memory=weight_sync.SendMemory(), finish=lambda: done.append("all"),
+        broadcast=lambda names, tensors, buffer: done.append(names),
+    )  # fmt: skip
+    weight_sync.push(group, iter([("a", torch.ones(4)), ("b", torch.ones(4))]), 16)  # type: ignore[arg-type]
+    assert done == [["a"], ["b"], "all"]
 
 
 def test_what_a_server_is_told_of_new_weights_and_in_which_order(scripted: Any, tmp_path: Path) -> None:
@@ -172,6 +184,22 @@ def test_sequences_of_a_server_go_side_by_side(scripted: Any) -> None:
     )  # fmt: skip
     Collector(three, "v", 2).run([Client(scripted(answer), 5.0)])
     assert asked == [[3, 1], [8, 16], [9, 4, 9, 2, 1, 17], [2], [4], [7], [3, 5, 8]]
+
+
+def test_servers_share_the_requests_that_a_rank_may_make(scripted: Any) -> None:
+    """Of two at once, each of two servers has one: a sequence after the other."""
+    sequences: list[int] = []
+
+    def answer(path: str, body: Any) -> tuple[int, Any]:
+        sequences.append(len({prompt[0] for prompt in body["input_ids"]}))
+        return 200, [generated("v") for _ in body["input_ids"]]
+
+    one = request()
+    four = dataclasses.replace(
+        one, tokens=torch.arange(80).view(4, 20), sample_ids=torch.arange(4), positions=one.positions.repeat(2, 1)
+    )
+    Collector(four, "v", 2).run([Client(scripted(answer), 5.0) for _ in range(2)])
+    assert set(sequences) == {1}
 
 
 def test_what_a_server_is_asked(scripted: Any) -> None:

@@ -149,3 +149,9 @@ def test_held_out_rows_are_scored_without_the_handles_of_the_layers(
     found = ranks(1, held_out, timeout=60, tmp_path=tmp_path, ntp_only=ntp_only)[0]
     assert found["metrics"] == found["expected"] and found["metrics"]["eval/ntp_loss"] > 4
     assert found["handles"] and all(handles is None for handles in found["handles"])
+
+
+def test_held_out_rows_count_once_where_replicas_have_unequal_numbers(ranks: Any, tmp_path: Path) -> None:
+    """Two replicas with three and two of them, two a pass: in the second pass one replica has none of its own."""
+    for found in ranks(2, held_out, tmp_path=tmp_path, ntp_only="eval.rollouts=false"):
+        assert found["metrics"] == pytest.approx(found["expected"], rel=1e-6)

@@ -162,6 +162,10 @@ def test_a_sentencepiece_model_s_own_come_last(tmp_path: Path) -> None:
     assert found(folder) == (1, 400, 3, (400,))
     with pytest.raises(ConfigError, match=r"up to 400, but model\.vocab_size=400 allows 399 at most; set .*=401"):
         load_tokenizer(folder, 400, "data.tokenizer")
+    begins = declare(model, tmp_path / "f", tokenizer_config={**added, "eos_token": "</s>", "bos_token": "<|new|>"})
+    assert found(begins) == (400, 2, 3, (2,))
+    with pytest.raises(ConfigError, match=r"up to 400, but model\.vocab_size=400 allows 399 at most"):
+        load_tokenizer(begins, 400, "data.tokenizer")
     with pytest.raises(ConfigError, match=r"declares eos_token '<\|gone\|>', which tokenizer\.model does not have"):
         found(declare(model, tmp_path / "e", tokenizer_config={"eos_token": "<|gone|>"}))
     keep_tokenizer(model, load_tokenizer(folder, 1000, ""), tmp_path / "run")
@@ -204,6 +208,14 @@ def test_every_declared_end_ends_an_answer(tmp_path: Path, plain: Path) -> None:
         assert answerer._text(Question("?", 9), [*text, end]) == "an answer"
     for other in (1, 5):
         assert answerer._text(Question("?", 9), [*text, other]) == "an answer" + NAMES[other]
+
+
+def test_an_answer_ends_before_the_first_of_its_stops(tmp_path: Path, plain: Path) -> None:
+    tokenizer = load_tokenizer(declare(plain, tmp_path / "model"), 1000, "")
+    answerer = Answerer(None, tokenizer, None, batch_size=1)  # type: ignore[arg-type]
+    written = tokenizer.encode(["one, two. three, four"])[0]
+    for stops, text in (((".", ","), "one"), ((",", "."), "one"), ((".", "five"), "one, two"), (("five",), None)):
+        assert answerer._text(Question("?", 9, stops), written) == (text or "one, two. three, four")
 
 
 def test_an_evaluation_takes_the_tokenizer_that_the_run_trained_with(tmp_path: Path, plain: Path) -> None:

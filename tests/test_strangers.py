@@ -10,6 +10,7 @@ import pytest
 
 from megatron_refine.checkpoint import manifest
 from megatron_refine.checkpoint.manifest import complete_folders, read_manifest, seal, step_folder, unfinished_folders
+from megatron_refine.checkpoint.source import find
 from megatron_refine.errors import CheckpointError, DamagedError
 from megatron_refine.files import numbered
 from megatron_refine.report.folder import RunFolder
@@ -209,6 +210,10 @@ def test_all_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: 
     temporary = [event for event in before if ".COMPLETE" in event or ".manifest" in event]
     assert {"sync payload", f"sync {folder}"} <= set(before) and len(temporary) == 2, events
     assert before[-1] == f"sync {folder}" and after[0] == f"sync {tmp_path.name}", events
+    (tmp_path / "other/hf").mkdir(parents=True)
+    (tmp_path / "other/hf/config.json").write_text("{}", encoding="utf-8")
+    manifest.hashes(tmp_path / "other")
+    assert {"sync config.json", "sync hf"} <= set(events), events  # the names in a folder below, too
 
 
 def resealed(folder: Path, text: str) -> None:
@@ -216,6 +221,17 @@ def resealed(folder: Path, text: str) -> None:
 
     (folder / "manifest.json").write_text(text, encoding="utf-8")
     (folder / "COMPLETE").write_text(hashlib.sha256(text.encode()).hexdigest(), encoding="utf-8")
+
+
+def test_a_run_stands_for_its_newest_complete_checkpoint(tmp_path: Path) -> None:
+    root = tmp_path / "run/checkpoints"
+    for step in (9, 9_999_999, 10_000_000, 10_000_001):
+        folder = written(root, step)
+        contents = read_manifest(folder) | {"model": small_config(tmp_path).model.model_dump()}
+        resealed(folder, json.dumps(contents))
+    (folder / "COMPLETE").unlink()
+    for path in (root, root.parent):
+        assert find(path).folder == root / "step_10000000"
 
 
 WHOLE: dict[str, Any] = {"step": 3, "model": {}, "layout": [1, 1, 1], "files": {}}

@@ -312,6 +312,27 @@ def test_the_interpreters_of_an_image_are_not_looked_for_here(tmp_path: Path, si
     assert not site or "engine.python=/opt/sglang/bin/python" in done.stdout
 
 
+def test_each_link_of_a_chain_waits_for_the_end_of_the_one_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However that one ended: the next goes on from there. So only the last is requeued."""
+    said, sbatch = tmp_path / "said", tmp_path / "bin/sbatch"
+    sbatch.parent.mkdir()
+    answer = f'#!/bin/bash\necho "$@" >>"{said}"\necho "$((40 + $(wc -l <"{said}")));cluster"\n'
+    sbatch.write_text(answer, encoding="utf-8")
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{sbatch.parent}:{os.environ['PATH']}")
+    job = submit.build(submit.parse([QUICKSTART, "--gpus-per-node", "2", f"run.dir={tmp_path}/run"]))
+    assert submit.submit(job, 3) == ["41", "42", "43"]
+    lines = [line.split() for line in said.read_text(encoding="utf-8").splitlines()]
+    assert [line[:-1] for line in lines] == [
+        ["--parsable"], ["--parsable", "--dependency=afterany:41"], ["--parsable", "--dependency=afterany:42"]
+    ]  # fmt: skip
+    scripts = [Path(line[-1]).read_text(encoding="utf-8") for line in lines]
+    assert ["requeues=yes" in text for text in scripts] == [False, False, True]
+    assert submit.submit(job) == ["44"] and "requeues=yes" in job.script()
+
+
 def test_without_slurm_the_line_says_so(tmp_path: Path) -> None:
     done = command(QUICKSTART, "--gpus-per-node", "2", f"run.dir={tmp_path}/run", path=str(tmp_path))
     assert done.returncode == 2 and done.stderr == (
