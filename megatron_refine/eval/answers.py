@@ -32,14 +32,12 @@ class Answerer:
         self.model, self.tokenizer, self.ranks, self.batch_size = model, tokenizer, ranks, batch_size
         self.head, self.sampling, self.watch = [] if bos is None else [bos], sampling, watch
 
-    def encode(self, questions: Sequence[Question], max_length: int = 0) -> list[list[int]]:
-        """Token ids of each prompt. Raises ConfigError where one is empty, or longer than `max_length` (0: any)."""
+    def encode(self, questions: Sequence[Question]) -> list[list[int]]:
+        """Token ids of each prompt. Raises ConfigError where one is empty."""
         prompts = [self.head + ids for ids in self.tokenizer.encode([q.prompt for q in questions])]
         for i, ids in enumerate(prompts):
             if not ids:
                 raise ConfigError(f"prompt {i} is empty and there is no BOS token to begin with; leave it out")
-            if max_length and len(ids) > max_length:
-                raise ConfigError(f"prompt {i} has {len(ids)} tokens, {max_length} are allowed; raise the limit")
         return prompts
 
     def __call__(self, questions: Sequence[Question], prompts: Sequence[list[int]]) -> Iterator[dict[int, str]]:
