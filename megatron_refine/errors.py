@@ -30,6 +30,10 @@ class FencedError(CheckpointError):
     """Another attempt at the run has taken over its folder: which one."""
 
 
+class LostError(RuntimeError):
+    """The ranks of a run did not meet: where, why, what to do. Each rank speaks for itself."""
+
+
 def disk_failed(error: OSError) -> CheckpointError:
     """What a failure to read or write a file means for a run, on one line."""
     return CheckpointError(
