@@ -93,7 +93,9 @@ def _row(line: bytes) -> dict[str, Any] | None:
     """The row that a line holds; None of a damaged one."""
     try:
         row = json.loads(line.decode())
-        said = isinstance(row.get("prediction"), str) or {"tokens", "loss", "correct"} <= row.keys()
+        said = isinstance(row.get("prediction"), str) or all(
+            isinstance(row.get(key), int | float) for key in ("tokens", "loss", "correct")
+        )
         return row if said and type(row["place"]) is int and isinstance(row["input"], str) else None
     except (ValueError, AttributeError, KeyError, RecursionError):
         return None
