@@ -73,10 +73,12 @@ def found(monkeypatch: pytest.MonkeyPatch) -> Any:
         (BATCH, (0, 1, 0, "127.0.0.1", 0)),
         (SHELL, (0, 1, 0, "gpu01", 0)),
         ({"RANK": "0", "WORLD_SIZE": "1"}, (0, 1, 0, "127.0.0.1", 0)),
+        ({"OMPI_COMM_WORLD_SIZE": "1"}, (0, 1, 0, "127.0.0.1", 0)),
     ],
     ids=["alone", "empty", "torchrun", "torchrun in a step", "torchrun in a job's script", "step", "a step's own node",
          "no list of the step's", "a step of fewer tasks than the job", "older names", "a device of its own",
-         "a meeting point that is named", "a job's script", "a shell in an interactive step", "one rank"],
+         "a meeting point that is named", "a job's script", "a shell in an interactive step", "one rank",
+         "one of mpirun"],
 )  # fmt: skip
 def test_the_place_of_a_process(found: Any, variables: dict[str, str], expected: tuple[Any, ...]) -> None:
     assert found(variables) == expected
@@ -88,6 +90,7 @@ def test_the_place_of_a_process(found: Any, variables: dict[str, str], expected:
         ({"RANK": "0"}, "WORLD_SIZE is not set"),
         ({"WORLD_SIZE": "2"}, "RANK is not set"),
         ({"LOCAL_RANK": "1"}, "WORLD_SIZE is not set"),
+        ({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "1"}, "OMPI_COMM_WORLD_SIZE=4: ranks that mpirun"),
         (TORCHRUN | {"WORLD_SIZE": "two"}, "WORLD_SIZE=two: must be a whole number from 1 on"),
         (TORCHRUN | {"WORLD_SIZE": "0"}, "WORLD_SIZE=0: must be a whole number from 1 on"),
         (TORCHRUN | {"RANK": "-1"}, "RANK=-1: must be a whole number from 0 on"),

@@ -50,7 +50,7 @@ def on_ranks(run: Callable[[bool], str]) -> int:
     import torch.distributed as dist
 
     from megatron_refine.convert.errors import ConversionError
-    from megatron_refine.errors import CheckpointError, LostError
+    from megatron_refine.errors import CheckpointError, LostError, refused_file
 
     first = rank == 0
     try:
@@ -58,7 +58,9 @@ def on_ranks(run: Callable[[bool], str]) -> int:
     except (ConfigError, ConversionError, CheckpointError, TornError, OSError) as error:
         # a file or a network may fail one rank alone
         if first or isinstance(error, OSError) or getattr(error, "alone", False):
-            line = " ".join(str(error).split()) if isinstance(error, OSError) else str(error)
+            line = str(error)
+            if isinstance(error, OSError):
+                line = refused_file(error) or " ".join(line.split())
             print(line if first else f"rank {rank}: {line}", file=sys.stderr)
         return EXIT_CONFIG if isinstance(error, ConfigError) else EXIT_CHECKPOINT
     except LostError as error:
