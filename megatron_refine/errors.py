@@ -30,6 +30,10 @@ class FencedError(CheckpointError):
     """Another attempt at the run has taken over its folder: which one."""
 
 
+class LostError(RuntimeError):
+    """The ranks of a run did not meet: where, why, what to do. Each rank speaks for itself."""
+
+
 def disk_failed(error: OSError) -> CheckpointError:
     """What a failure to read or write a file means for a run, on one line."""
     return CheckpointError(
@@ -39,8 +43,17 @@ def disk_failed(error: OSError) -> CheckpointError:
     )
 
 
+def refused_file(error: OSError) -> str:
+    """What a command says where the disk is full or a file cannot be made; "" for any other failure."""
+    where, why = error.filename or "a file that the command writes", error.strerror
+    if error.errno in FULL:
+        return f"{where}: {why}; make room and run the same command again"
+    return f"{where}: {why}; name another file or folder, or mend this one" if error.errno in REFUSED else ""
+
+
 COPY = "copy the checkpoint again from where it was written"  # the remedy for a damaged one
 FULL = (errno.ENOSPC, errno.EDQUOT)
+REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
 LOST = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe", "NCCL error")
 
 

@@ -4,6 +4,7 @@ A reader finds the old content or the new one, after a crash or a power cut too.
 once: the last rename wins.
 """
 
+import codecs
 import contextlib
 import hashlib
 import json
@@ -149,6 +150,17 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def start_in_utf8() -> None:
+    """Begin this process anew in Python's UTF-8 mode where the locale knows ASCII alone.
+
+    There Python cannot name a file `ü`, and reads such a word of the command line as something that is no text.
+    """
+    ascii_alone = codecs.lookup(locale.getencoding()).name == "ascii" and not sys.flags.utf8_mode
+    if ascii_alone and os.environ.get("PYTHONUTF8") != "1":
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def speak_utf8() -> None:

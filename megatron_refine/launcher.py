@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 FIRST_PORT, PORTS = 20000, 12000  # below those that Linux gives to outgoing connections
 REMEDY = "start the ranks with torchrun or srun, or unset the launcher's variables"
 _HOST = re.compile(r"[^\s:/\[\],]+|[0-9A-Fa-f:.%]*:[0-9A-Fa-f:.]*:[\w.%]*")  # a name, an IPv4 or an IPv6 address
@@ -40,6 +41,7 @@ def read() -> Launch:
     """This process's place; alone where no launcher says otherwise. Raises LaunchError."""
     names = _variables()
     if names is None:
+        _no_mpi()
         return Launch(0, 1, 0, 1, **_surroundings())
     world = _needed(names[1], 1)
     rank, local = _needed(names[0]), _number(names[2], 0)
@@ -49,6 +51,13 @@ def read() -> Launch:
     if names != TORCHRUN and (tasks := re.match("[1-9][0-9]*", _text("SLURM_STEP_TASKS_PER_NODE"))):
         here = int(tasks[0])  # as in 8(x2),4
     return Launch(rank, world, local, here, **_surroundings())
+
+
+def _no_mpi() -> None:
+    """Raise LaunchError in one of several processes of mpirun: each would take itself for the only one."""
+    for name in MPI:
+        if _number(name, 1) > 1:
+            raise LaunchError(f"{name}={_text(name)}: ranks that mpirun starts do not find each other; {REMEDY}")
 
 
 def _variables() -> tuple[str, str, str] | None:

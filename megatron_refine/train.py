@@ -16,7 +16,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from megatron_refine import launcher, usage
-from megatron_refine.files import speak_utf8
+from megatron_refine.files import speak_utf8, start_in_utf8
 from megatron_refine.run import interrupt
 
 if TYPE_CHECKING:
@@ -159,5 +159,6 @@ def _run(config: "configuration.Config", checked: bool) -> int:
 
 
 if __name__ == "__main__":
+    start_in_utf8()
     speak_utf8()
     sys.exit(interrupt.quiet(main))

@@ -68,3 +68,12 @@ def test_ranks_that_cannot_be(tmp_path: Path, ranks: str, message: str) -> None:
     config = runs.write_config(tmp_path, tmp_path / "cache")
     done = called("-m", "megatron_refine", "train", "--config", str(config), "--ranks", ranks, *runs.TP2)
     assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("key", ["run.dir", "data.tokenizer", "checkpoint.load"])
+def test_a_file_that_cannot_be_is_one_line(tmp_path: Path, key: str) -> None:
+    config = runs.write_config(tmp_path, tmp_path / "cache")
+    for start in (["-m", "megatron_refine", "train"], ["-m", "megatron_refine.train"]):
+        done = called(*start, "--config", str(config), f"{key}={'x' * 300}")
+        assert done.returncode == 4 and done.stderr.count("\n") == 1, done.stderr
+        assert ": File name too long; name another file or folder, or mend this one" in done.stderr

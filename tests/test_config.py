@@ -45,6 +45,12 @@ def problem(path: Path, *overrides: str) -> str:
     return message
 
 
+def test_a_key_with_its_section_in_a_file_is_told_how(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(TREE) + "optimizer.lr: 3\n", encoding="utf-8")
+    assert problem(path).endswith("optimizer.lr: in a file a key stands in its section; write optimizer: {lr: ...}")
+
+
 def test_defaults_are_valid(path: Path) -> None:
     config = read(path)
     assert config.model.num_layers == 2 and config.refine.num_chunks == 8 and config.fused

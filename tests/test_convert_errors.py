@@ -100,6 +100,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
         change_file("model.safetensors", lambda p: p.write_bytes(p.read_bytes() + b"12")), r"damaged: \d+ bytes, its"
     ),
     "no JSON": (in_header(b'"dtype"', b'"dtype\x00'), r"model\.safetensors: damaged: no safetensors header"),
+    "nested too deeply": (
+        change_file("model.safetensors", lambda p: p.write_bytes((10**5).to_bytes(8, "little") + b"[" * 10**5)),
+        r"damaged: no safetensors header",
+    ),
     "offsets": (in_header(b'"shape":[97,64]', b'"shape":[96,64]'), r"weight: damaged: its shape and offsets do not"),
     "no weights": (change_file("model.safetensors", Path.unlink), r"no safetensors files; save the model with"),
     "stray": (
@@ -115,6 +119,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
         with_index(lambda m: m.update({"lm_head.weight": SECOND})),
         rf"lm_head\.weight: is in model-00001.*, not in {SECOND}",
     ),
+    "an index of numbers": (with_index(lambda m: m.update({DOWN: 2})), r"index\.json: has no weight_map of names"),
     "no index": (
         two(lambda folder: (folder / "model.safetensors.index.json").write_text("[]", encoding="utf-8")),
         r"index\.json: has no weight_map of names to files",

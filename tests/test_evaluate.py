@@ -296,6 +296,7 @@ BAD: list[tuple[list[str], list[str]]] = [
     (["--tasks", "trec", "--data", "gone"], ["--data", "gone: no such file or folder"]),
     (["--tasks", "ruler_squadqa", "--lengths", "4096"], ["no file of ruler_squadqa at length 4096"]),
     (["--tasks", "niah_single_1", "--lengths", "128"], ["niah_single_1 at length 128", "evaluate at", "or more"]),
+    (["--tasks", "niah_single_1", "--lengths", "9" * 20], [f"--lengths={'9' * 20}: must be 1073741824 or"]),
     (["--tasks", "niah_single_1", "--lengths", ""], ["--lengths: names no length"]),
     (["--tasks", "niah_single_2", "--essays", "gone"], ["essays", "gone: no such file or folder"]),
     (["--tasks", "trec", "--tp", "2"], ["tp*cp*pp = 2"]),

@@ -138,6 +138,20 @@ def test_a_refused_key_is_an_error_and_a_silent_server_is_none(tmp_path: Path, m
     assert "no such host; this attempt is logged offline: send it with `wandb sync " in shown[0]
 
 
+def test_settings_and_keys_that_cannot_be_read_are_a_line(tmp_path: Path, monkeypatch: Any) -> None:
+    """A key with a blank at its end; a .netrc that is no text."""
+    config, package = small_config(tmp_path, "run.wandb=online"), Wandb()
+    monkeypatch.setitem(sys.modules, "wandb", package)
+
+    def fails(*_: Any, **__: Any) -> Any:
+        raise UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")
+
+    for name, words in (("login", "the API key cannot be read: "), ("setup", "its settings are refused: ")):
+        with monkeypatch.context() as patch, pytest.raises(ValueError, match=f"run.wandb=online: {words}.*; set WANDB"):
+            patch.setattr(package, name, fails, raising=False)
+            tracking.check(config)
+
+
 def test_a_finished_run_is_compared_with_a_baseline(tmp_path: Path) -> None:
     """On the screen and in the report: the baseline's evaluation after as many steps, not its later one."""
     other, shown = tmp_path / "ntp", list[str]()

@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_refine import launcher
+from megatron_refine.errors import LostError
 from megatron_refine.launcher import LaunchError
 from megatron_refine.platform import rendezvous
+from megatron_refine.run.exits import ending_of
 from tests.runs import write_config
 from tests.zygote import DEADLINE
 
@@ -70,10 +73,12 @@ def found(monkeypatch: pytest.MonkeyPatch) -> Any:
         (BATCH, (0, 1, 0, "127.0.0.1", 0)),
         (SHELL, (0, 1, 0, "gpu01", 0)),
         ({"RANK": "0", "WORLD_SIZE": "1"}, (0, 1, 0, "127.0.0.1", 0)),
+        ({"OMPI_COMM_WORLD_SIZE": "1"}, (0, 1, 0, "127.0.0.1", 0)),
     ],
     ids=["alone", "empty", "torchrun", "torchrun in a step", "torchrun in a job's script", "step", "a step's own node",
          "no list of the step's", "a step of fewer tasks than the job", "older names", "a device of its own",
-         "a meeting point that is named", "a job's script", "a shell in an interactive step", "one rank"],
+         "a meeting point that is named", "a job's script", "a shell in an interactive step", "one rank",
+         "one of mpirun"],
 )  # fmt: skip
 def test_the_place_of_a_process(found: Any, variables: dict[str, str], expected: tuple[Any, ...]) -> None:
     assert found(variables) == expected
@@ -85,6 +90,7 @@ def test_the_place_of_a_process(found: Any, variables: dict[str, str], expected:
         ({"RANK": "0"}, "WORLD_SIZE is not set"),
         ({"WORLD_SIZE": "2"}, "RANK is not set"),
         ({"LOCAL_RANK": "1"}, "WORLD_SIZE is not set"),
+        ({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "1"}, "OMPI_COMM_WORLD_SIZE=4: ranks that mpirun"),
         (TORCHRUN | {"WORLD_SIZE": "two"}, "WORLD_SIZE=two: must be a whole number from 1 on"),
         (TORCHRUN | {"WORLD_SIZE": "0"}, "WORLD_SIZE=0: must be a whole number from 1 on"),
         (TORCHRUN | {"RANK": "-1"}, "RANK=-1: must be a whole number from 0 on"),
@@ -187,3 +193,16 @@ def test_every_command_refuses_before_torch_is_imported(tmp_path: Path, name: st
         environment = only(variables) | {"PYTHONPATH": paths}
         done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, encoding="utf-8", timeout=DEADLINE)
         assert done.returncode == 2 and says in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_ranks_that_do_not_meet_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise torch.distributed.DistNetworkError("The client socket has timed out\nwhile trying to connect.")
+
+    monkeypatch.setattr(torch.distributed, "init_process_group", fails)
+    monkeypatch.setattr(os, "environ", only(TORCHRUN))
+    with pytest.raises(LostError) as caught:
+        rendezvous.init_process_group(1)
+    code, line = ending_of(caught.value, "", speaks=False) or (0, "")
+    assert code == 8 and "\n" not in line and "while trying to connect; start all of them, with an address" in line
+    assert line.startswith("rank 3: the 4 ranks did not meet at MASTER_ADDR=10.0.0.1, MASTER_PORT=29500: The client")

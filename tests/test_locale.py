@@ -53,3 +53,13 @@ def test_a_run_in_a_locale_without_utf8(tmp_path: Path) -> None:
     assert "☃" in "".join(r["truth"] for r in json.loads((tmp_path / "run/samples.json").read_bytes())["rollouts"])
     for name in ("report.html", "config.yaml", "metrics.jsonl", "tokenizer.json", "logs/attempt_1/train.log"):
         (tmp_path / "run" / name).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("start", [["-m", "megatron_refine", "generate"], ["tools/generate.py"]], ids=["-m", "tool"])
+def test_words_of_the_command_line_are_utf8_in_a_locale_of_ascii(tmp_path: Path, start: list[str]) -> None:
+    """A model's folder is found by its name."""
+    (tmp_path / "ü").mkdir()
+    environment = os.environ | {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
+    done = subprocess.run([sys.executable, *start, f"{tmp_path}/ü", "--prompt", "é"], env=environment,
+                          capture_output=True, timeout=DEADLINE, cwd=Path(__file__).parents[1])  # fmt: skip
+    assert done.returncode == 2 and done.stderr.decode("utf-8").startswith(f"{tmp_path}/ü: "), done.stderr

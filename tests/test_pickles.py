@@ -71,6 +71,7 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "an instance made the old way, called": (
         b"(itorch.distributed.checkpoint.metadata\nMetadata\n)R.", "a call of something that it does not name"
     ),
+    "a memo that takes all memory": (b"Nr\xff\xff\xff\x7f.", "a place in its memo that is not the next one"),
     "an allowed class, then more": (pickle.dumps(torch.Size([1])) + pickle.dumps(1), "something behind its end"),
 }  # fmt: skip
 

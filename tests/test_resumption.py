@@ -177,6 +177,7 @@ def test_what_makes_another_run_is_refused_by_name(tmp_path: Path, before: Any, 
          "skipped or repeated"),
         (["task.inner_step=false", "refine.enabled=false"], "task.inner_step false, was true; refine.enabled false, "
          "was true"),
+        (["eval.sequences=3", "eval.selection=uniform"], "eval.sequences 3, was 0; eval.selection uniform, was "),
         (["eval.every=3", "checkpoint.keep=5", "run.timeout_minutes=3.0", "train.recompute=full",
           "engine.max_requests=2", "data.paths=[elsewhere]", "data.min_length=192"], ""),
     ],

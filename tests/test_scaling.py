@@ -190,6 +190,7 @@ def test_the_shipped_sweep_runs_names_what_failed_and_goes_on(tmp_path: Path) ->
     entry = json.loads((found[0].folder / RECORD).read_text(encoding="utf-8"))
     assert entry["code"] == 0 and finished(found[0])
     assert not finished(replace(found[0], overrides=[*found[0].overrides, "train.steps=9"]))
+    assert not finished(replace(found[0], config=found[1].config))
     logs = {point.name: (point.folder / LOG).stat().st_mtime_ns for point in found}
     code, out, _ = scaling(str(path))
     assert code == 1 and out.count("finished before") == 2  # the failed one was tried again

@@ -77,12 +77,12 @@ def test_damaged_lines_are_passed_over(tmp_path: Path) -> None:
     held = {"place": 3, "input": inputs[3], "tokens": 2, "loss": 1.0, "correct": 1}
     bad = ["", "5", "[]", "null", "\0" * 100, whole[1][:-9], '{"place": 1}', whole[1].replace("prediction", "said"),
            whole[1].replace('"place": 1', '"place": "1"'), whole[1].replace('"place": 1', '"place": -1'), "[" * 9999,
-           whole[1].replace('"place": 1', '"place": 9')]  # fmt: skip
+           whole[1].replace('"place": 1', '"place": 9'), json.dumps(held | {"loss": None})]  # fmt: skip
     lines = [whole[0], *bad, whole[2], json.dumps(held)]
     (tmp_path / "trec.jsonl").write_bytes("\n".join(lines).encode() + b"\n\xff\xfe\n" + whole[1][:20].encode())
     done = found.done("trec", inputs)
     assert sorted(done) == [0, 2, 3] and done[2]["prediction"] == "é2" and done[3] == held
-    assert said == [f"{tmp_path}/trec.jsonl: damaged lines passed over, their questions are asked again: 12"]
+    assert said == [f"{tmp_path}/trec.jsonl: damaged lines passed over, their questions are asked again: 13"]
     found.start("trec", done.values())
     said.clear()
     assert sorted(found.done("trec", inputs)) == [0, 2, 3] and not said

@@ -203,6 +203,16 @@ def test_advantages_equal_the_loop(shape: tuple[int, int, int]) -> None:
             assert mine.tolist() == pytest.approx(normalized(group.tolist(), eps), rel=1e-12)  # fp64
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_a_reward_that_is_not_finite_makes_no_advantage_of_its_group(bad: float) -> None:
+    """It is never taken for one that equals the others: the step is not finite, which is said and counted."""
+    rewards = random(2, 3, 4)
+    rewards[0, 1, 2] = bad
+    found = advantages(rewards)
+    assert found[0, 1].isnan().all() and int(found.isnan().sum()) == 4
+    assert zero_variance_groups(rewards).tolist() == [0, 0]
+
+
 @pytest.mark.parametrize("group", ["auto", "sequence", "position"])
 @pytest.mark.parametrize("shape", [(3, 4, 1), (2, 4, 5), (2, 1, 3), (1, 1, 1)])
 def test_groups_that_are_named(group: str, shape: tuple[int, int, int]) -> None:

@@ -89,6 +89,9 @@ def test_saves_leave_strangers_alone_and_never_remove_what_they_wrote(ranks: Any
     before = strangers(root, written(root, 1))
     written(root, 5)
     (root / "step_0000007").symlink_to("step_best")
+    for copy in ("step_1", "step_00000001"):
+        shutil.copytree(root / "step_0000001", root / copy)
+    before |= {"step_1", "step_00000001"}
     (root / ".incomplete-step_0000006").mkdir()
     found = ranks(1, saves_among_strangers, config=config, steps=[2, 3, 6, 7])[0]
     own = {"latest", "step_0000007"}

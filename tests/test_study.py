@@ -14,11 +14,12 @@ import yaml
 
 from megatron_refine.cli import study
 from megatron_refine.config import ConfigError
+from megatron_refine.config.load import read_as
 from megatron_refine.files import read
 from megatron_refine.step.reward import binary
 from megatron_refine.study.documents import QUERY, STORE, Documents, Language
 from megatron_refine.study.findings import Difference, holm, no_worse, sign_flip
-from megatron_refine.study.plan import bases, continuations, read_plan
+from megatron_refine.study.plan import Plan, bases, continuations, read_plan
 from megatron_refine.study.rewards import shuffled
 from megatron_refine.study.run import finished
 from tests import runs
@@ -113,6 +114,26 @@ def test_bad_plans_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[st
     read_plan(path)
     path.write_text(text.replace("seeds: 1", "seeds: 2"), encoding="utf-8")
     with pytest.raises(ConfigError, match="is of another plan"):
+        read_plan(path)
+    path.write_text(text, encoding="utf-8")
+    record = next(tmp_path.rglob("plan.json"))
+    record.write_text("", encoding="utf-8")
+    assert study.main([str(path)]) == 2
+    assert "plan.json: damaged: empty; delete it or restore it" in capsys.readouterr().err
+
+
+def test_a_file_that_changed_since_the_first_runs_is_refused(tmp_path: Path) -> None:
+    """Else finished runs of the old one would be compared with runs of the new."""
+    small, base = ROOT / "configs/study/small.yaml", tmp_path / "base.yaml"
+    text = small.read_text(encoding="utf-8").replace("runs/", f"{tmp_path}/")
+    name = read_as(small, Plan).config[0]
+    base.write_text((ROOT / name).read_text(encoding="utf-8"), encoding="utf-8")
+    path = tmp_path / "plan.yaml"
+    path.write_text(text.replace(name, str(base)), encoding="utf-8")
+    read_plan(path)
+    read_plan(path)
+    base.write_text(base.read_text(encoding="utf-8") + "# changed\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"base\.yaml has changed since the runs in .*; restore it, or choose a new"):
         read_plan(path)
 
 

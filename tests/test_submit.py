@@ -278,6 +278,7 @@ def test_the_points_of_a_sweep(tmp_path: Path) -> None:
     for text, message in (
         ("optimizer.lr: 1e-3", "a sweep is"), ("[]", "a sweep is"), ("run.dir: [a, b]", "a folder of its own"),
         ("run.seed: [1, 1]", "seed=1 stands twice"), ("{", "not valid YAML"),
+        (f"data.text_column: [a, {'b' * 250}]", "text_column=b+.{3}: its folder would have a name of 262 bytes"),
     ):  # fmt: skip
         file.write_text(text, encoding="utf-8")
         with pytest.raises(ConfigError, match=message):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_refine.cli import convert, evaluate, lm_eval
+from megatron_refine.cli import convert, evaluate, generate, lm_eval
 from megatron_refine.config import Config, ConfigError, Data, Engine, Eval, absolute, files_and_overrides, read_as
 from megatron_refine.config.paths import resolved
 from megatron_refine.config.words import spell
@@ -292,3 +292,44 @@ def test_presets_come_with_the_package(tmp_path: Path, path: Path) -> None:
     assert done.returncode == 2 and done.stderr == (
         f"model=lact_tiny: the presets are not installed: no files in {presets}; name a YAML file\n"
     )
+
+
+@pytest.mark.parametrize("key", ["run.seed", "optimizer.lr", "refine.nsp_coef"])
+def test_a_number_that_no_computer_holds_is_refused(path: Path, key: str) -> None:
+    for text in (str(2**63), "-99999999999999999999", "1e39") if key != "run.seed" else (str(2**63),):
+        assert f"{key}={text}: is larger than a computer's number can be; write a smaller one" in str(
+            pytest.raises(ConfigError, read, path, f"{key}={text}").value
+        )
+    assert read(path, f"run.seed={2**63 - 1}").run.seed == 2**63 - 1
+
+
+def test_a_temperature_that_makes_logits_infinite_is_refused(path: Path) -> None:
+    assert "must be 0, for greedy rollouts, or 1e-6 or more" in problem(path, "refine.rollout_temperature=1e-40")
+    for right in ("0", "1e-6"):
+        assert read(path, f"refine.rollout_temperature={right}").refine.rollout_temperature == float(right)
+
+
+@pytest.mark.parametrize("key", ["run.timeout_minutes", "engine.sync_timeout", "engine.request_timeout"])
+def test_a_deadline_that_no_clock_holds_is_refused(path: Path, key: str) -> None:
+    assert f"{key}=1e+30: input should be less than or equal to 1000000" in problem(path, f"{key}=1e30")
+
+
+@pytest.mark.parametrize("key", ["run.dir", "data.cache_dir", "data.tokenizer", "checkpoint.load"])
+def test_a_path_that_is_not_utf8_is_refused_unless_it_is_of_documents(path: Path, key: str) -> None:
+    assert problem(path, f"{key}=a\udcff").endswith("is not UTF-8; give the file or the folder another name")
+    assert read(path, "data.paths=[a\udcff]").data.paths == ["a\udcff"]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--temperature", "1e-320"], "--temperature=1e-320: must be 0, or 1e-6 or more"),
+        (["--temperature", "nan"], "--temperature=nan: must be 0"),
+        (["--seed", str(2**63)], f"--seed={2**63}: must be a number of 64 bits"),
+        (["--prompt", "a\udcff"], "--prompt: is not UTF-8 text; write it into a file"),
+    ],
+)
+def test_what_no_text_can_be_drawn_with_is_refused(words: list[str], says: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        generate.run(generate.parse(["model", "--prompt", "hi", *words]), True)
+    assert str(caught.value).startswith(says)

@@ -25,6 +25,7 @@ from megatron_refine.checkpoint.manifest import (
     discard,
     hashes,
     model_in,
+    own_folders,
     read_manifest,
     seal,
     step_folder,
@@ -241,7 +242,7 @@ class Checkpoints:
     def _seal(self, folder: Path, final: Path, contents: dict[str, Any]) -> None:
         """Complete the checkpoint and remove old ones. Later steps than its own are not this run's past: they stay."""
         seal(folder, final, contents)
-        found = complete_folders(self.root)
+        found = own_folders(self.root)
         for old in found[: found.index(final) + 1][: -self.config.checkpoint.keep]:
             discard(old)
 

@@ -36,6 +36,11 @@ def complete_folders(root: Path) -> list[Path]:
     return [path for step, path in numbered(root, STEP) if (path / COMPLETE).is_file() and not _renamed(path, step)]
 
 
+def own_folders(root: Path) -> list[Path]:
+    """Those of them that a save has written: a copy `step_7` of `step_0000007` is somebody's, and never removed."""
+    return [path for path in complete_folders(root) if path == step_folder(root, int(path.name.removeprefix(STEP)))]
+
+
 def unfinished_folders(root: Path) -> list[Path]:
     """What attempts at a run left behind when they were killed in a save."""
     found = (path for path in root.iterdir() if UNFINISHED.fullmatch(path.name))

@@ -77,7 +77,10 @@ class _Stack:
         elif name == "MARK":
             self.values.append(_MARK)
         elif name == "MEMOIZE" or name.endswith("PUT"):
-            self.memo[len(self.memo) if argument is None else int(argument)] = self.values[-1]
+            place = len(self.memo) if argument is None else int(argument)
+            if place > len(self.memo):  # pickle counts them; it makes room for all places below
+                raise ValueError("a place in its memo that is not the next one")
+            self.memo[place] = self.values[-1]
         elif name.endswith("GET"):
             self.values.append(self.memo[int(argument)])
         elif name in ("GLOBAL", "INST"):

@@ -28,9 +28,11 @@ SOURCES = (
     "data.paths", "data.valid_paths", "data.valid_fraction", "data.tokenizer", "model.vocab_size", "task.paths",
     "task.prompt_column", "task.answer_column", "task.max_new_tokens", "task.add_eos", "task.skip_too_long",
 )  # fmt: skip
-# what changes the training of a run; the other keys change how it is watched, saved or computed
+# what changes the training of a run, or what its evaluations measure; the other keys change how it is watched, saved
+# or computed
 TOLD = ("parallel.", "optimizer.", "train.", "refine.", "update.", "task.inner_step", "engine.kind",
-        "engine.importance_cap", "engine.mask_gap")  # fmt: skip
+        "engine.importance_cap", "engine.mask_gap", "eval.sequences", "eval.selection", "eval.tasks", "eval.lengths",
+        "eval.examples")  # fmt: skip
 UNTOLD = ("train.recompute", "train.recompute_modules", "train.backend", "train.max_skipped_steps")
 
 

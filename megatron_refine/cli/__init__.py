@@ -10,7 +10,7 @@ import importlib
 import sys
 
 from megatron_refine import __version__
-from megatron_refine.files import speak_utf8
+from megatron_refine.files import speak_utf8, start_in_utf8
 from megatron_refine.run.interrupt import quiet
 
 COMMANDS = {
@@ -38,6 +38,7 @@ _ELSEWHERE = {"train": "megatron_refine.train"}
 
 def run(command: str, arguments: list[str] | None = None) -> int:
     """Run a command, by default with this process's arguments. Return its exit code; 130 after Ctrl-C."""
+    start_in_utf8()
     speak_utf8()
     gc.set_threshold(50_000, 20, 50)  # imports make a million objects; Python's 700 costs a fifth of their time
     given = sys.argv[1:] if arguments is None else arguments

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from megatron_refine.checkpoint.source import Source
     from megatron_refine.eval.load import Loaded, Text
 
-EXIT_CONFIG, EXIT_CHECKPOINT = 2, 4
+EXIT_CONFIG, EXIT_CHECKPOINT, EXIT_LOST = 2, 4, 8
 
 
 def add_model(parser: argparse.ArgumentParser, batch: str = "") -> None:
@@ -34,7 +34,8 @@ def add_model(parser: argparse.ArgumentParser, batch: str = "") -> None:
 
 def on_ranks(run: Callable[[bool], str]) -> int:
     """Call `run(whether this is the first rank)` on every rank, print what the first returns. Return the exit code: 0,
-    2 where what is asked cannot be, 4 for weights, a checkpoint or another file; one line says why."""
+    2 where what is asked cannot be, 4 for weights, a checkpoint or another file, 8 where the ranks did not meet; one
+    line says why."""
     try:
         rank = launcher.check().rank
         extras.check_transformer_engine()
@@ -49,7 +50,7 @@ def on_ranks(run: Callable[[bool], str]) -> int:
     import torch.distributed as dist
 
     from megatron_refine.convert.errors import ConversionError
-    from megatron_refine.errors import CheckpointError
+    from megatron_refine.errors import CheckpointError, LostError, refused_file
 
     first = rank == 0
     try:
@@ -57,9 +58,14 @@ def on_ranks(run: Callable[[bool], str]) -> int:
     except (ConfigError, ConversionError, CheckpointError, TornError, OSError) as error:
         # a file or a network may fail one rank alone
         if first or isinstance(error, OSError) or getattr(error, "alone", False):
-            line = " ".join(str(error).split()) if isinstance(error, OSError) else str(error)
+            line = str(error)
+            if isinstance(error, OSError):
+                line = refused_file(error) or " ".join(line.split())
             print(line if first else f"rank {rank}: {line}", file=sys.stderr)
         return EXIT_CONFIG if isinstance(error, ConfigError) else EXIT_CHECKPOINT
+    except LostError as error:
+        print(error, file=sys.stderr)
+        return EXIT_LOST
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

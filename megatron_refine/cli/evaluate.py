@@ -16,6 +16,7 @@ from megatron_refine.cli.asking import add_model, found, on_ranks
 from megatron_refine.config import ConfigError
 from megatron_refine.config.paths import path_argument, text_argument
 
+LONGEST = 1 << 30  # tokens of a prompt
 GENERATED = 500  # samples of a generated task and length, as RULER's own
 
 
@@ -111,5 +112,7 @@ def _check(options: argparse.Namespace) -> None:
         if getattr(options, name) < number:
             key = name.replace("_", "-")
             raise ConfigError(f"--{key}={getattr(options, name)}: must be {number} or more")
+    if long := [length for length in options.lengths if length > LONGEST]:
+        raise ConfigError(f"--lengths={long[0]}: must be {LONGEST} or less")
     if not options.tasks:
         raise ConfigError("--tasks: names no task; name some, --tasks niah,longbench")

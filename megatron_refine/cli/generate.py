@@ -85,17 +85,26 @@ def run(options: argparse.Namespace, first: bool) -> str:
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Raise ConfigError for a number out of its range."""
+    """Raise ConfigError for a number out of its range, and for a text that is none."""
+    temperature = options.temperature
     for name, number, right, range_ in (
         ("max-new-tokens", options.max_new_tokens, options.max_new_tokens >= 1, "1 or more"),
         ("batch-size", options.batch_size, options.batch_size >= 1, "1 or more"),
-        ("temperature", options.temperature, 0 <= options.temperature < float("inf"), "0 or more"),
+        ("temperature", temperature, temperature == 0 or 1e-6 <= temperature < float("inf"), "0, or 1e-6 or more"),
+        ("seed", options.seed, abs(options.seed) < 2**63, "a number of 64 bits"),
         ("top-p", options.top_p, 0 < options.top_p <= 1, "above 0, at most 1"),
     ):
         if not right:
             raise ConfigError(f"--{name}={number}: must be {range_}")
+    if options.prompt is not None and not _is_text(options.prompt):
+        raise ConfigError("--prompt: is not UTF-8 text; write it into a file and name it with --file")
     if "" in options.stop:
         raise ConfigError("--stop: is empty; name a text, or leave it out")
+
+
+def _is_text(words: str) -> bool:
+    """Whether words of the command line or of a terminal were UTF-8."""
+    return words.isascii() or not any("\ud800" <= char <= "\udfff" for char in words)
 
 
 def _read(path: Path) -> list[str]:

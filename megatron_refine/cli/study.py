@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from megatron_refine import usage
 from megatron_refine.config import ConfigError
 from megatron_refine.config.paths import path_argument
-from megatron_refine.files import read, write
+from megatron_refine.files import TornError, read, write
 from megatron_refine.study.plan import read_plan
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def main(arguments: list[str], train: "Train | None" = None) -> int:
         plan = read_plan(options.plan)
         target: Path = options.page or Path(plan.out) / "study.md"
         template = read(target.with_name(target.name + ".in")) if options.page else TABLES
-    except (ConfigError, OSError) as error:
+    except (ConfigError, TornError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
     from megatron_refine.study import page, run

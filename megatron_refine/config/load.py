@@ -162,6 +162,9 @@ def _override(tree: dict[str, Any], text: str) -> None:
 def _explain(error: Any, path: str, schema: type[BaseModel]) -> str:
     key = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
+        if len(error["loc"]) == 1 and key in _keys(schema):
+            section, _, name = key.partition(".")
+            return f"{path}: {key}: in a file a key stands in its section; write {section}: {{{name}: ...}}"
         names = [*schema.model_fields, *_keys(schema)]
         same = [name for name in names if name.split(".")[-1] == key.split(".")[-1]]
         close = same or difflib.get_close_matches(key, names, 1)

@@ -39,6 +39,15 @@ def _value(found: re.Match[str]) -> str:
     return os.environ[name]
 
 
+def _written(path: str) -> str:
+    """Refuse what files in UTF-8 cannot name, as configurations and reports do."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise ValueError("is not UTF-8; give the file or the folder another name") from None
+    return path
+
+
 def _filled(path: str) -> str:
     if not path:
         raise ValueError("is empty; name a path")
@@ -46,7 +55,8 @@ def _filled(path: str) -> str:
 
 
 _PATH, _PROGRAM = object(), object()
-PathText = Annotated[str, AfterValidator(expand), _PATH]
+_PathOfData = Annotated[str, AfterValidator(expand), _PATH]  # files that are there may have any name
+PathText = Annotated[_PathOfData, AfterValidator(_written)]
 ProgramText = Annotated[str, AfterValidator(expand), _PROGRAM]  # a name alone is one that PATH finds
 
 
@@ -56,7 +66,7 @@ def is_path(marks: Sequence[Any]) -> bool:
 
 
 RequiredPath = Annotated[PathText, AfterValidator(_filled)]
-FilePaths = list[RequiredPath]
+FilePaths = list[Annotated[_PathOfData, AfterValidator(_filled)]]
 
 
 def resolved(config: BaseModel, tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str | list[str]]]:

@@ -8,6 +8,8 @@ from megatron_refine.config.base import Section
 from megatron_refine.config.paths import PathText, ProgramText, RequiredPath
 from megatron_refine.config.training import SELECTIONS, one_of
 
+LONGEST = 1_000_000  # minutes or seconds of a deadline: what waits for it counts nanoseconds
+
 
 class Run(Section):
     """Folder, seed, Weights & Biases, and deadlines."""
@@ -32,7 +34,7 @@ class Run(Section):
     wandb_entity: str = Field("", description="User or team at Weights & Biases. Empty: the account's own.")
     wandb_group: str = Field("", description="Group of runs that belong together at Weights & Biases. Empty: none.")
     wandb_tags: list[str] = Field(default_factory=list, description="Tags of the run at Weights & Biases.")
-    timeout_minutes: float = Field(10.0, gt=0, description="Deadline of every collective, in minutes.")
+    timeout_minutes: float = Field(10.0, gt=0, le=LONGEST, description="Deadline of every collective, in minutes.")
     phase_minutes: float = Field(
         120.0,
         gt=0,
@@ -115,11 +117,15 @@ class Engine(Section):
         description="Hold gradients and optimizer state in the host's memory while servers write rollouts: for servers "
         "on the trainer's GPUs. It changes no bit of a step. The bytes are `engine/offloaded_bytes`.",
     )
-    start_timeout: float = Field(600.0, gt=0, description="Seconds within which a launched server must be healthy.")
-    request_timeout: float = Field(
-        120.0, gt=0, description="Deadline of a request in seconds. A server that passes it counts as dead."
+    start_timeout: float = Field(
+        600.0, gt=0, le=LONGEST, description="Seconds within which a launched server must be healthy."
     )
-    sync_timeout: float = Field(300.0, gt=0, description="Deadline of each part of a weight sync, in seconds.")
+    request_timeout: float = Field(
+        120.0, gt=0, le=LONGEST, description="Deadline of a request in seconds. A server that passes it counts as dead."
+    )
+    sync_timeout: float = Field(
+        300.0, gt=0, le=LONGEST, description="Deadline of each part of a weight sync, in seconds."
+    )
     max_restarts: int = Field(
         3, ge=0, description="Most restarts and reloads of servers in a run. One more ends it with code 5."
     )

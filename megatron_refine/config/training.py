@@ -22,6 +22,13 @@ def one_of(*known: str) -> AfterValidator:
     return AfterValidator(check)
 
 
+def temperature_of_draws(temperature: float) -> float:
+    """Refuse what logits cannot be divided by: they would be infinite. 0 is greedy."""
+    if 0 < temperature < 1e-6:
+        raise ValueError("must be 0, for greedy rollouts, or 1e-6 or more")
+    return temperature
+
+
 class TestTime(Section):
     """Test-time training: docs/phases.md."""
 
@@ -209,7 +216,7 @@ class Refine(Section):
         description="Reward of a rollout: `cosine` (of hidden states), `binary` (share of tokens that match), `hybrid` "
         "(their sum), or the import path `module:function` of one of your own.",
     )
-    rollout_temperature: float = Field(
+    rollout_temperature: Annotated[float, AfterValidator(temperature_of_draws)] = Field(
         1.0, ge=0, description="T: temperature at which rollouts are drawn and scored. 0: greedy rollouts."
     )
     ban_eos: bool = Field(

@@ -19,6 +19,7 @@ from megatron_refine.config.paths import expand
 
 INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]{0,30})")
 DECIMAL = re.compile(r"[-+]?(?=[0-9.]+[.eE]|\.)([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
+LARGEST, LARGEST_FLOAT = 2**63 - 1, 3.4e38  # of 64 bits; of fp32
 QUOTED = re.compile(r"""'([^']|'')*'|"([^"\\]|\\.)*\"""")
 ITEM = re.compile(rf"\s*({QUOTED.pattern}|[^,]*?)\s*(?:,|\Z)")
 BARE = re.compile(r"""(?!['"])[^,\[\]{}\n]*[^,\[\]{}\s]""")  # an item of a list that needs no quotes
@@ -112,10 +113,11 @@ def _kind(schema: Any, key: str) -> Any:
 def plain(word: str, key: str, problems: list[str]) -> Any:
     """Return a number, a boolean or None where the word is one to people and to YAML, else its text."""
     text = word.strip()
-    if INTEGER.fullmatch(text):
-        return int(text)
-    if DECIMAL.fullmatch(text):
-        return float(text)
+    if INTEGER.fullmatch(text) or DECIMAL.fullmatch(text):
+        number: int | float = int(text) if INTEGER.fullmatch(text) else float(text)
+        if math.isfinite(number) and abs(number) > (LARGEST if isinstance(number, int) else LARGEST_FLOAT):
+            problems.append(f"{key}={text}: is larger than a computer's number can be; write a smaller one")
+        return number
     loader = yaml.SafeLoader("")
     try:
         read = loader.construct_object(yaml.ScalarNode(loader.resolve(yaml.ScalarNode, text, (True, False)), text))

@@ -61,7 +61,7 @@ class HFFolder:
         assert self.index
         try:
             weight_map = read_json(self.index)["weight_map"]
-            return sorted(set(weight_map.values()))
+            return sorted({name + "" for name in weight_map.values()})  # a TypeError for what is no name
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise ConversionError(f"{self.index}: has no weight_map of names to files; fetch it again") from None
 

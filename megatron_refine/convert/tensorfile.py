@@ -115,7 +115,7 @@ def _parse(path: Path) -> tuple[dict[str, Place], dict[str, str] | None]:
         for name, entry in entries:
             places[name] = _place(path, name, entry, 8 + length, end)
             end += places[name].spec.nbytes
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise ConversionError(
             f"{path}: damaged: no safetensors header ({type(error).__name__}); fetch it again"
         ) from None

@@ -18,6 +18,7 @@ from pathlib import Path, PurePath
 from typing import IO, Any
 
 from megatron_refine.config import ConfigError
+from megatron_refine.data.streams import Streams
 
 BOM = b"\xef\xbb\xbf"
 _HEAD = 512  # bytes that are looked at; a tar archive's mark stands at 257
@@ -39,6 +40,7 @@ _OTHERS: list[tuple[bytes, str, str]] = [  # first bytes as a pattern, what begi
     (rb"\x04\x22\x4d\x18", "packed with lz4", _UNPACK),
     (rb"%PDF-", "a PDF", _CONVERT),
     (rb"%!PS", "PostScript", _CONVERT),
+    (rb"\{\\rtf[0-9]", "an RTF document", _CONVERT),
     (rb"\xd0\xcf\x11\xe0", "an Office document", _CONVERT),
     (rb"\x89PNG|\xff\xd8\xff|GIF8[79]a|II\*\0|MM\0\*|RIFF(?s:....)WEBP", "an image", "leave it out"),
     (rb"ARROW1|FEA1|\xff\xff\xff\xff(?s:...)\0", "an Arrow or Feather table", _CONVERT),
@@ -105,6 +107,12 @@ def named(path: PurePath) -> tuple[str, Form]:
     return inner.stem, Form(_KINDS.get(inner.suffix.lower(), "text"), packing)
 
 
+def suffix_in(path: PurePath) -> str:
+    """Return the ending of a file's name without that of its packing: `.csv` of a.CSV.gz."""
+    packings = [suffix for suffixes, _ in _PACKINGS.values() for suffix in suffixes]
+    return PurePath(path.stem if path.suffix.lower() in packings else path.name).suffix.lower()
+
+
 def form_of(path: Path, key: str) -> Form:
     """Tell how to read the file at `path`.
 
@@ -168,5 +176,7 @@ def _unpacked(file: IO[bytes], packing: str) -> contextlib.AbstractContextManage
         import pyarrow  # late: takes a moment
 
         return io.BufferedReader(pyarrow.input_stream(file, compression="zstd"))
-    readers: dict[str, Any] = {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}
-    return readers[packing](file) if packing else contextlib.nullcontext(file)
+    if packing in ("bzip2", "xz"):
+        decompressor = bz2.BZ2Decompressor if packing == "bzip2" else lzma.LZMADecompressor
+        return io.BufferedReader(Streams(file, decompressor))
+    return gzip.open(file) if packing else contextlib.nullcontext(file)

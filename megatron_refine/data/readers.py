@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import IO, Any
 
 from megatron_refine.config import ConfigError
-from megatron_refine.data.formats import BOM, Form, form_of, opened, reading, refusal, shown
+from megatron_refine.data.formats import BOM, Form, form_of, opened, reading, refusal, shown, suffix_in
 
 _PARQUET_ROWS = 64  # rows decoded at once: documents are long, and a file's own row groups may hold thousands
 _LOOK = 1 << 16  # bytes of a text that are searched for rows
 _CHUNK = 1 << 20  # characters of a JSON file that are read at once
 _BLANKS = re.compile(r"[ \t\r\n]*")
+_EXCEL = re.compile(r"sep=.\s*")  # a first line that Excel reads
 _NULS = "NUL bytes, as a power cut leaves them"
 
 
@@ -42,13 +43,14 @@ def _read_text(path: Path, column: str, key: str, form: Form) -> str:
             path, key, f"is not UTF-8 text (byte {error.start + len(BOM) * form.bom}); convert it, or leave it out "
             "(tables are known by their names, .jsonl and .parquet)"
         ) from None  # fmt: skip
-    if found := _rows_in(text, column, path.suffix.lower()):
+    if found := _rows_in(text, column, suffix_in(path)):
         raise refusal(path, key, f"looks like {found}, not like one document; {_REMEDIES[found]}")
     return text
 
 
 _REMEDIES = {
     "JSON lines": "name it .jsonl",
+    "JSON objects": "name it .json",
     "a JSON array of objects": "name it .json",
     "a table": "convert it to .jsonl or .parquet",
 }
@@ -57,10 +59,12 @@ _REMEDIES = {
 def _rows_in(text: str, column: str, suffix: str) -> str:
     """Say what a text is in truth if its rows look like documents; "" if it is one document.
 
-    JSON lines: each of the first lines is an object, and there are two or more, or the only one has the column.
+    JSON lines: each of the first lines is an object, and there are two or more, or the only one has the column. So does
+    the first of objects that take several lines each.
     """
-    if suffix in (".csv", ".tsv"):
-        names = re.split("[,;\t]", text[:_LOOK].partition("\n")[0].rstrip("\r"))
+    if suffix in (".csv", ".tsv", ".tab", ".psv"):
+        head = _EXCEL.sub("", text[:_LOOK].lstrip())
+        names = re.split("[,;|\t]", head.splitlines()[0]) if head else []
         return "a table" if column in [name.strip(' "') for name in names] else ""
     first = text[_BLANKS.match(text).end() :][:1] if text[:1] in "{[ \t\r\n" else ""  # type: ignore[union-attr]
     if first == "[":
@@ -68,9 +72,18 @@ def _rows_in(text: str, column: str, suffix: str) -> str:
         return "a JSON array of objects" if value and all(isinstance(row, dict) for row in value) else ""
     lines = list(_first_lines(text)) if first == "{" else []
     rows = [row for row in map(_loads, lines) if isinstance(row, dict)]
-    if not rows or len(rows) < len(lines):
-        return ""
-    return "JSON lines" if len(rows) > 1 or column in rows[0] else ""
+    if first == "{" and len(rows) < len(lines):
+        return "JSON objects" if column in _first_object(text) else ""
+    return "JSON lines" if len(rows) > 1 or (rows and column in rows[0]) else ""
+
+
+def _first_object(text: str) -> dict[str, Any]:
+    """Return the JSON object that a text begins with; an empty one where there is none."""
+    try:
+        value = json.JSONDecoder().raw_decode(text, _BLANKS.match(text).end())[0]  # type: ignore[union-attr]
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def _first_lines(text: str) -> Iterator[str]:
@@ -133,9 +146,25 @@ def _read_table(path: Path, column: str, key: str, form: Form) -> Iterator[str]:
         yield row[column]
 
 
+class _Doubtful(dict[str, Any]):
+    """A JSON object with a key that stands twice: readers differ in which value counts."""
+
+    key = ""
+
+
+def _noted(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys, found = [key for key, _ in pairs], _Doubtful(found)
+        found.key = next(key for key in keys if keys.count(key) > 1)
+    return found
+
+
 def _object(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{type(value).__name__}, not an object")
+    if isinstance(value, _Doubtful):
+        raise ValueError(f"the key {value.key!r} stands twice in an object")
     return value
 
 
@@ -152,7 +181,8 @@ def _jsonl_rows(lines: IO[bytes], path: Path, key: str) -> Iterator[dict[str, An
         try:
             if b"\0" in line:
                 raise ValueError(_NULS)
-            row = _object(json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8")))
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            row = _object(json.loads(text, object_pairs_hook=_noted))
         except ValueError as error:
             raise _broken(path, key, "jsonl", f"line {number}: {error}") from None
         except RecursionError:
@@ -187,7 +217,7 @@ class _Values:
 
     def __init__(self, stream: io.TextIOWrapper) -> None:
         self.stream, self.text, self.at, self._passed = stream, "", 0, 1
-        self._decoder = json.JSONDecoder()
+        self._decoder = json.JSONDecoder(object_pairs_hook=_noted)
 
     @property
     def line(self) -> int:

@@ -115,7 +115,8 @@ def _numbers(
 ) -> list[int]:  # fmt: skip
     """Return the ids of a role in generation_config.json or config.json, which hold one, a list of them, or none."""
     field = f"{role}_token_id"
-    value = tree.get(field)
+    inner = tree.get("text_config")  # of a model that reads more than text
+    value = tree.get(field, inner.get(field) if isinstance(inner, dict) else None)
     ids = value if isinstance(value, list) else [] if value is None else [value]
     for i in ids:
         if type(i) is not int or (i > vocabulary.largest_id and role != "pad"):

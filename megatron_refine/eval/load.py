@@ -18,7 +18,7 @@ from megatron_refine.config import (
     Train,
     cross_check,
 )
-from megatron_refine.data.tokenizer import FILES, Tokenizer, bos_id, load_tokenizer
+from megatron_refine.data.tokenizer import FILES, Tokenizer, bos_id, find_tokenizer, load_tokenizer
 from megatron_refine.platform import hardware
 from megatron_refine.trainer.model import RefineModel, build_module
 from megatron_refine.trainer.parallel import Ranks, init_parallel
@@ -72,7 +72,7 @@ def text(source: Source, tokenizer: str = "", add_bos: bool | None = None) -> Te
 
     Raises ConfigError.
     """
-    path = Path(tokenizer) if tokenizer else tokenizer_of(source)
+    path = find_tokenizer(Path(tokenizer), "--tokenizer") if tokenizer else tokenizer_of(source)
     found = load_tokenizer(path, source.model.vocab_size, "--tokenizer")
     begins = _adds_bos(source.run) if add_bos is None else add_bos
     return Text(path, found, bos_id(found, path) if begins else None)

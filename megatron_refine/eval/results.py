@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_refine.config import ConfigError
-from megatron_refine.files import TornError, read_json, write, write_json
+from megatron_refine.files import Appended, TornError, read_json, write, write_json
 
 _IDENTITY, SCORES, TABLE = "evaluation.json", "scores.json", "scores.md"
 
@@ -79,8 +79,9 @@ class Results:
 
     def append(self, label: str, rows: Iterable[Mapping[str, Any]]) -> None:
         if self.writes:
-            with (self.folder / f"{label}.jsonl").open("a", encoding="utf-8") as file:
-                file.writelines(map(_line, rows))
+            file = Appended(self.folder / f"{label}.jsonl")  # whose failure names it
+            file.write("".join(map(_line, rows)))
+            file.close()
 
     def finish(self, scores: Mapping[str, Any], table: str) -> None:
         """Write scores.json and scores.md."""
@@ -93,7 +94,9 @@ def _row(line: bytes) -> dict[str, Any] | None:
     """The row that a line holds; None of a damaged one."""
     try:
         row = json.loads(line.decode())
-        said = isinstance(row.get("prediction"), str) or {"tokens", "loss", "correct"} <= row.keys()
+        said = isinstance(row.get("prediction"), str) or all(
+            isinstance(row.get(key), int | float) for key in ("tokens", "loss", "correct")
+        )
         return row if said and type(row["place"]) is int and isinstance(row["input"], str) else None
     except (ValueError, AttributeError, KeyError, RecursionError):
         return None

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_refine import launcher
+from megatron_refine.errors import LostError
 from megatron_refine.platform.hardware import CPU, backend, device, has_gpu
 
 _said = 0  # times that rank 0 spoke
@@ -35,7 +36,16 @@ def init_process_group(timeout_minutes: float) -> None:
     if not has_gpu():
         torch.set_num_threads(place.threads)
     own_device = device() if device() != CPU else None
-    dist.init_process_group(backend(), rank=place.rank, world_size=place.world, timeout=timeout, device_id=own_device)
+    try:
+        dist.init_process_group(
+            backend(), rank=place.rank, world_size=place.world, timeout=timeout, device_id=own_device
+        )
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        cause = " ".join(str(error).split())[:160].removesuffix(".")
+        raise LostError(
+            f"rank {place.rank}: the {place.world} ranks did not meet at MASTER_ADDR={address}, MASTER_PORT={port}: "
+            f"{cause}; start all of them, with an address that they all reach and a free port"
+        ) from None
 
 
 def from_first(value: str | None) -> str:

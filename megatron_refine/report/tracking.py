@@ -33,8 +33,11 @@ def check(config: Config) -> None:
         raise ConfigError(f"run.wandb={config.run.wandb}: {error}; {remedy}") from None
     if config.run.wandb == "offline":
         return
-    wandb.setup(settings=wandb.Settings(silent=True))
     remedy = "set WANDB_API_KEY, run `wandb login`, or set run.wandb=offline"
+    try:
+        wandb.setup(settings=wandb.Settings(silent=True))
+    except Exception as error:  # of its variables and files, a key with a blank for one; no server is asked yet
+        raise ConfigError(f"run.wandb=online: its settings are refused: {_line(error)}; {remedy}") from None
     try:
         if not wandb.login(prompt=False, verify=True):
             raise ConfigError(f"run.wandb=online: there is no API key: {remedy}")
@@ -43,6 +46,10 @@ def check(config: Config) -> None:
         if any(sign in text for sign in REFUSED):
             raise ConfigError(f"run.wandb=online: the API key is refused: {text}; {remedy}") from None
         _unreachable = text
+    except ConfigError:
+        raise
+    except Exception as error:  # what Python's reader of .netrc finds
+        raise ConfigError(f"run.wandb=online: the API key cannot be read: {_line(error)}; {remedy}") from None
 
 
 class Tracking:

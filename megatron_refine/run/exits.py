@@ -5,6 +5,7 @@ from megatron_refine.engine.errors import EngineError
 from megatron_refine.errors import (
     CheckpointError,
     FencedError,
+    LostError,
     MismatchError,
     NonFiniteError,
     disk_failed,
@@ -29,6 +30,8 @@ def ending_of(error: Exception, where: str, speaks: bool) -> tuple[int, str] | N
     for kind, code in CODES.items():
         if isinstance(error, kind):
             return code, str(error) if speaks or getattr(error, "alone", False) else ""
+    if isinstance(error, LostError):
+        return EXIT_LOST, str(error)
     if lost_rank(error):
         cause = " ".join(str(error).split())[-160:]
         return EXIT_LOST, f"{where}: lost another rank: {cause}; run the same command to go on from the last checkpoint"

@@ -13,8 +13,9 @@ from types import FrameType
 from typing import NoReturn
 
 from megatron_refine import launcher
+from megatron_refine.errors import refused_file
 
-EXIT_INTERRUPTED = 130
+EXIT_INTERRUPTED, EXIT_FILE = 130, 4
 SAME = 0.5  # seconds: the terminal and a launcher may both deliver what was pressed once
 _process = 0  # that listens; a forked helper inherits the handler
 _ask: Callable[[], None] | None = None
@@ -62,9 +63,16 @@ def again() -> None:
 
 
 def quiet(main: Callable[[], int]) -> int:
-    """The exit code of `main`, or that of an interrupted command after one line instead of a traceback."""
+    """The exit code of `main`; after one line instead of a traceback that of an interrupted command, or of one that
+    cannot make a file."""
     try:
         return main()
+    except OSError as error:
+        line = refused_file(error)
+        if not line:
+            raise
+        _say(line)
+        return EXIT_FILE
     except KeyboardInterrupt:
         _say("interrupted")
         return EXIT_INTERRUPTED

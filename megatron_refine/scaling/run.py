@@ -1,5 +1,6 @@
 """The runs of a sweep: here, one after the other, or as SLURM jobs. A finished point is not run again."""
 
+import hashlib
 import json
 import os
 import re
@@ -33,9 +34,15 @@ def command(sweep: Sweep, point: Point) -> list[str]:
 
 
 def finished(point: Point) -> bool:
-    """Whether its last run, with these very overrides, came to its end."""
+    """Whether its last run, of this very configuration, came to its end."""
     last = record(point)
-    return last.get("code") == 0 and last.get("overrides") == point.overrides
+    same = last.get("config", _identity(point)) == _identity(point)  # earlier versions did not write it
+    return last.get("code") == 0 and last.get("overrides") == point.overrides and same
+
+
+def _identity(point: Point) -> str:
+    """Hash all that a point is, whichever file says it."""
+    return hashlib.sha256(point.config.to_yaml().encode()).hexdigest()[:16]
 
 
 def record(point: Point) -> dict[str, Any]:
@@ -59,7 +66,8 @@ def run_here(sweep: Sweep, points: Sequence[Point], say: Callable[[str], None]) 
         start = time.monotonic()
         code, cause = _run(sweep, point)
         seconds = round(time.monotonic() - start, 1)
-        entry = {"code": code, "seconds": seconds, "cause": cause, "overrides": point.overrides}
+        entry = {"code": code, "seconds": seconds, "cause": cause, "overrides": point.overrides,
+                 "config": _identity(point)}  # fmt: skip
         write_json(point.folder / RECORD, entry)
         say(f"{where}: " + (f"{seconds:.0f} s" if code == 0 else f"FAILED with code {code}: {cause}"))
 

@@ -7,6 +7,8 @@ from pathlib import Path
 from megatron_refine.config import Config, ConfigError
 from megatron_refine.config.words import read_yaml, settle_points, spell
 
+LONGEST = 200  # bytes of a folder's name: file systems have 255, and temporary files add to it
+
 
 def points(path: Path, config: Config) -> list[list[str]]:
     """Return the overrides of each point, with a run folder of its own below config.run.dir.
@@ -28,6 +30,12 @@ def points(path: Path, config: Config) -> list[list[str]]:
     twice = {name for name in names if names.count(name) > 1}
     if twice:
         raise ConfigError(f"{path}: the point {min(twice)} stands twice; remove one")
+    longest = max(names, key=lambda name: len(name.encode()))
+    if len(longest.encode()) > LONGEST:
+        raise ConfigError(
+            f"{path}: the point {longest[:40]}...: its folder would have a name of {len(longest.encode())} bytes, "
+            f"{LONGEST} are the most; sweep over shorter values or fewer keys"
+        )
     folder = Path(config.run.dir)
     return [
         [*(f"{key}={spell(value)}" for key, value in point.items()), f"run.dir={folder / name}"]

@@ -35,7 +35,10 @@ def _groups(rewards: Tensor, group: str) -> Tensor:
 
 
 def _equal(group: Tensor) -> Tensor:
-    """Groups of several whose rewards differ by no more than the rounding of the largest: [B, g, m] -> [B, g] bool."""
+    """Groups of several whose rewards differ by no more than the rounding of the largest: [B, g, m] -> [B, g] bool.
+
+    One with a reward that is not finite is none, so that its advantages are nan, and the step is skipped and counted.
+    """
     low, high = group.aminmax(dim=-1)
     largest = torch.maximum(low.abs(), high.abs())
-    return (high - low <= ROUNDING * largest) & (group.shape[-1] > 1)
+    return (high - low <= ROUNDING * largest) & largest.isfinite() & (group.shape[-1] > 1)

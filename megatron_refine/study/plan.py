@@ -8,10 +8,10 @@ from typing import Any, Literal
 from pydantic import Field
 
 from megatron_refine.config import Config, ConfigError, Section, load
-from megatron_refine.config.load import read_as
+from megatron_refine.config.load import preset, read_as, shipped
 from megatron_refine.config.paths import FilePaths, PathText, RequiredPath
 from megatron_refine.config.words import settle_points, spell
-from megatron_refine.files import read_json, write_json
+from megatron_refine.files import TornError, digest, read_json, write_json
 from megatron_refine.models.family import FAMILIES
 from megatron_refine.study.documents import Documents
 
@@ -109,12 +109,33 @@ def read_plan(path: Path) -> Plan:
     for run in (*bases(plan), *continuations(plan)):
         if run.base == 0:
             run.config(plan)
-    record, tree = Path(plan.out) / "plan.json", plan.model_dump(mode="json")
-    if record.exists() and read_json(record) != tree:
-        raise ConfigError(f"{path}: {record} is of another plan; choose a new folder (out)")
-    record.parent.mkdir(parents=True, exist_ok=True)
-    write_json(record, tree)
+    _keep(plan, path)
     return plan
+
+
+def _keep(plan: Plan, path: Path) -> None:
+    """Write down the plan, and what its files hold: runs that have finished are not run again. Raises ConfigError where
+    others were written down before."""
+    record, tree = Path(plan.out) / "plan.json", plan.model_dump(mode="json")
+    files = {name: digest(Path(file)) for name, file in _files(plan).items()}
+    try:
+        known = read_json(record) if record.exists() else tree
+    except TornError as error:
+        raise ConfigError(str(error)) from None
+    before = known.pop("files", files) if isinstance(known, dict) else files
+    if known != tree:
+        raise ConfigError(f"{path}: {record} is of another plan; choose a new folder (out)")
+    if changed := sorted(name for name in files if before.get(name) != files[name]):
+        raise ConfigError(f"{path}: {changed[0]} has changed since the runs in {plan.out}; restore it, or choose a new "
+                          "folder (out)")  # fmt: skip
+    record.parent.mkdir(parents=True, exist_ok=True)
+    write_json(record, tree | {"files": files})
+
+
+def _files(plan: Plan) -> dict[str, str]:
+    """Return the files of the runs' configurations, by the names that the plan gives them."""
+    named = {name: shipped(name) for name in plan.config}
+    return named | {name: shipped(preset(name)) for name in plan.models.values()}
 
 
 def bases(plan: Plan) -> Iterator[Run]:
