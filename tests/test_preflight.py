@@ -10,6 +10,7 @@ import pytest
 
 from megatron_refine.config import Config, ConfigError, load
 from megatron_refine.convert.fields import fresh_config
+from megatron_refine.errors import CheckpointError
 from megatron_refine.models.family import FAMILIES
 from megatron_refine.run import opening, preflight
 from tests import runs
@@ -97,7 +98,9 @@ def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
 
 def test_a_disk_without_room_for_a_checkpoint(tmp_path: Path) -> None:
     huge = ["model.hidden_size=1048576", "model.intermediate_size=4194304", "model.num_layers=64"]
-    assert "a checkpoint takes" in refusal(configured(tmp_path, *huge)).splitlines()[0]
+    with pytest.raises(CheckpointError, match="disk full: a checkpoint takes"):  # code 4, as later in the run
+        preflight.check(configured(tmp_path, *huge))
+    assert "a checkpoint takes" in refusal(configured(tmp_path, *huge, "data.paths=[/nope]")).splitlines()[0]
 
 
 def test_a_process_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 
 from megatron_refine import files
+from megatron_refine.config import load
 from megatron_refine.engine.errors import EngineError
 from megatron_refine.errors import CheckpointError
 from megatron_refine.files import Appended, TornError, read_rows
+from megatron_refine.models.family import FAMILIES
 from megatron_refine.report.folder import Predictions, RunFolder, read_progress
 from megatron_refine.report.html import write_report
 from megatron_refine.report.metrics import MetricsLog, read
@@ -187,6 +189,20 @@ def test_what_fails_in_the_opening_fails_every_rank(tmp_path: Path, monkeypatch:
         "message": "run/OWNER: No space left on device; earlier checkpoints are intact: make room and run the same "
         "command again",
     }
+
+
+def test_a_full_disk_is_code_4_before_the_first_step_too(small_disk: Path, tmp_path: Path) -> None:
+    """That of the cache of rows, with nothing free and with room for a part; in `prepare` and in a run."""
+    path = runs.write_config(tmp_path, small_disk / "cache")
+    for free in (0, 16384):
+        with (small_disk / "fill").open("rb+") as file:
+            file.truncate((64 << 10) - free)
+        command = [sys.executable, "-m", "megatron_refine", "prepare", "--config", str(path)]
+        done = subprocess.run(command, capture_output=True, encoding="utf-8")
+        assert done.returncode == 4 and done.stderr.count("\n") == 1, done.stderr
+        assert "No space left on device; make room and run the same command again" in done.stderr
+        found = opening._prepare(load([str(path)], [], FAMILIES))
+        assert found["error"] == "CheckpointError" and "cache: No space left on device; " in str(found["message"])
 
 
 def test_a_torn_owner_is_passed_over_with_a_line(

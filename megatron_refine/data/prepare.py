@@ -24,6 +24,7 @@ from megatron_refine.data.tokenizer import (
     stated,
     train_tokenizer,
 )
+from megatron_refine.errors import FULL
 from megatron_refine.files import digest, temporary
 from megatron_refine.progress import counted
 
@@ -70,7 +71,7 @@ def prepare(config: Config, say: Callable[[str], None] = lambda _: None) -> Prep
     """Return the packed rows of `config.data`, written to data.cache_dir unless they are there already.
 
     `say` is told which files are read and which special tokens are taken, a line each. Several processes may prepare
-    the same data at once. Raises ConfigError for any input that cannot be used.
+    the same data at once. Raises ConfigError for any input that cannot be used, OSError for a full disk.
     """
     data, cache_dir = config.data, Path(config.data.cache_dir)
     sources = _find_sources(config)
@@ -89,7 +90,9 @@ def prepare(config: Config, say: Callable[[str], None] = lambda _: None) -> Prep
             say(f"tokenizing {len(sources.train.files) + len(sources.valid.files if sources.valid else ()):,} files")
             _write_folder(folder, sources, tokenizer, rules, config.model.vocab_size, fingerprint, data.valid_fraction)
     except OSError as error:  # the corpus' own failures are ConfigErrors already
-        raise ConfigError(f"data.cache_dir={cache_dir}: {error.strerror}; free space or name another folder") from None
+        if error.errno in FULL:
+            raise OSError(error.errno, error.strerror, f"data.cache_dir={cache_dir}") from None
+        raise ConfigError(f"data.cache_dir={cache_dir}: {error.strerror}; name another folder") from None
     train, valid = (PackedRows(folder / side, config.model.vocab_size) for side in SIDES)
     if valid.record.note:
         say(valid.record.note)

@@ -37,12 +37,12 @@ _BYTES = {"fp32": 4, "bf16": 2}
 def check(config: Config, in_image: bool = False) -> None:
     """Raise ConfigError, a line a problem, for what would end a run of this configuration at its start.
 
-    Raises CheckpointError where nothing but the model to start from is damaged. in_image: the run is to be in one,
-    where the interpreter of its servers is.
+    Raises CheckpointError where nothing but the model to start from or the disk is wrong: damaged, or full. in_image:
+    the run is to be in one, where the interpreter of its servers is.
     """
     found = list[Exception]()
-    servers = () if in_image else (engine,)
-    questions = (extras.check_optimizer, _run, _data, _tokenizer, _model, _hooks, _tasks, tracking.check, *servers)
+    own = (_run, _room, _data, _tokenizer, _model, _hooks, _tasks)
+    questions = (extras.check_optimizer, *own, tracking.check, *(() if in_image else (engine,)))
     for question in questions:
         try:
             question(config)
@@ -80,23 +80,27 @@ def past_of(config: Config) -> Past | None:
 
 
 def _run(config: Config) -> None:
-    """Whether the folders can be written and have room for a checkpoint, and the run goes on as what it was."""
+    """Whether the folders can be written, and the run goes on as what it was."""
     _baseline(config.run.baseline)
-    run = _existing("run.dir", config.run.dir)
+    _existing("run.dir", config.run.dir)
     _existing("data.cache_dir", config.data.cache_dir)
-    weights = cost.parameters(config.model)
-    needed = 0 if config.resets else weights * (_BYTES[config.train.precision] + 12)  # in fp32 also Adam's moments
-    free = shutil.disk_usage(run).free
-    if free < needed:
-        raise ConfigError(
-            f"run.dir={config.run.dir}: a checkpoint takes {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free; "
-            "make room, or name a folder on another disk"
-        )
     if past := past_of(config):
         refuse(past, config)
     steps = 0 if config.train.phase == "testtime" else _done(config)
     if steps > config.train.steps:
         raise ConfigError(f"train.steps={config.train.steps}: the run has {steps} already; set {steps} or more")
+
+
+def _room(config: Config) -> None:
+    """Whether the disk has room for a checkpoint. Raises CheckpointError."""
+    weights = cost.parameters(config.model)
+    needed = 0 if config.resets else weights * (_BYTES[config.train.precision] + 12)  # in fp32 also Adam's moments
+    free = shutil.disk_usage(_existing("run.dir", config.run.dir)).free
+    if free < needed:
+        raise CheckpointError(
+            f"run.dir={config.run.dir}: disk full: a checkpoint takes {needed / 2**20:.0f} MiB, {free / 2**20:.0f} MiB "
+            "are free; make room, or name a folder on another disk"
+        )
 
 
 def _baseline(run: str) -> None:
