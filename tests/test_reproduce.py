@@ -18,6 +18,8 @@ from megatron_refine.cli import entropy, evaluate, lm_eval, reproduce, submit
 from megatron_refine.config import check_world_size, load
 from megatron_refine.convert.fields import fresh_config
 from megatron_refine.data.tokenizer import train_tokenizer
+from megatron_refine.eval.results import SCORES
+from megatron_refine.files import write_json
 from megatron_refine.models.family import FAMILIES
 from megatron_refine.reproduce import running
 from megatron_refine.reproduce.items import ITEMS, LENGTHS, LONGBENCH, MODELS, SHORT
@@ -258,3 +260,27 @@ def test_a_command_that_fails_ends_it(given: list[str], capsys: pytest.CaptureFi
     assert reproduce.main(line, lambda words, ranks: 4) == 4
     said = capsys.readouterr().out
     assert "prepare: ended with code 4" in said and "fige3.md" in said and "mid_k3" not in said
+
+
+def test_what_was_made_otherwise_is_not_taken_for_done(
+    given: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing is started; what changes no result may change."""
+    line = ["tab3", *given, "--model", MODELS[0], "--out", str(tmp_path)]
+
+    def finish(words: Sequence[str], ranks: int) -> int:
+        """Leave what tells that a command is done."""
+        if words[0] == "evaluate":
+            options = evaluate.parse([*words[1:]])
+            labels = [f"{task}@{length}" for task in options.tasks for length in options.lengths]
+            write_json(options.out / SCORES, {"tasks": {label: {"mean": 0, "error": 0, "n": 1} for label in labels}})
+        return 0
+
+    assert reproduce.main([*line, "--run", "train.steps=3"], finish) == 0
+    capsys.readouterr()
+    same = ["--run", "train.steps=3", "parallel.tp=2", "--ranks", "4"]
+    assert reproduce.main([*line, *same], finish) == 0 and "scores/start/niah: done before" in capsys.readouterr().out
+    (tmp_path / "essays").mkdir()
+    assert reproduce.main([*line, "--essays", str(tmp_path / "essays"), *same], lambda *_: 1 / 0) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert said and all(f"was made with less, now --essays {tmp_path}/essays; name another --out" in x for x in said)

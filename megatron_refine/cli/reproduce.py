@@ -76,12 +76,13 @@ def _reproduce(options: argparse.Namespace, call: Callable[[Sequence[str], int],
     if not options.collect:
         check(setting, items, models)
         jobs = running.listed(setting, items, models)
+        running.check_made(setting.out, jobs)
         if setting.nodes and options.run:
             return running.submit_all(setting, jobs, call, _say)
         if not (options.run or setting.tiny):
             print(running.printed(setting, jobs))
             return 0
-        code = running.run_here(jobs, call, _say)
+        code = running.run_here(setting.out, jobs, call, _say)
     for item in items:
         _say(f"written: {collect(setting, item, models)}")
     return code

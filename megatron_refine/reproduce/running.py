@@ -5,13 +5,17 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 from megatron_refine.config import ConfigError
+from megatron_refine.files import read_json, write_json
 from megatron_refine.reproduce.chain import Chain, Job
 from megatron_refine.reproduce.setting import Setting
 
 Call = Callable[[Sequence[str], int], int]  # words of a command, its ranks -> exit code
 WIDTH = 110
+MADE = "commands.json"  # beside the pages: by name of a job, the words that it was started with
+_ANY = ("--ranks", "--tp", "parallel.")  # of what changes no result
 
 
 def listed(setting: Setting, items: Iterable[str], models: Iterable[str]) -> list[Job]:
@@ -66,7 +70,39 @@ def printed(setting: Setting, jobs: Sequence[Job]) -> str:
     return "\n".join(parts)
 
 
-def run_here(jobs: Sequence[Job], call: Call, say: Callable[[str], None]) -> int:
+def check_made(out: Path, jobs: Iterable[Job]) -> None:
+    """Raise ConfigError, a line a job, where what is done was made by another command than today's.
+
+    Packed rows know what they are of; what was started by hand is taken for right.
+    """
+    made, problems = _made(out), []
+    for job in jobs:
+        before, now = _said(made.get(job.name, job.words)), _said(job.words)
+        if before != now and job.words[0] != "prepare" and job.done:
+            pairs = ((before, now), (now, before))
+            old, new = (" ".join(word for word in one if word not in other) or "less" for one, other in pairs)
+            problems.append(f"{job.name}: was made with {old}, now {new}; name another --out, or remove {job.result}")
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _made(out: Path) -> dict[str, list[str]]:
+    path = out / MADE
+    return dict(read_json(path)) if path.exists() else {}
+
+
+def _note(out: Path, job: Job) -> None:
+    """Write down what a job is started with."""
+    write_json(out / MADE, _made(out) | {job.name: [*job.words]})
+
+
+def _said(words: Sequence[str]) -> list[str]:
+    """Return the words that a result depends on."""
+    pairs = zip(["", *words], words, strict=False)
+    return [word for before, word in pairs if not word.startswith(_ANY) and before not in _ANY]
+
+
+def run_here(out: Path, jobs: Sequence[Job], call: Call, say: Callable[[str], None]) -> int:
     """Run what is not done, one after the other. Return 0, or the exit code of the one that failed, which ends it."""
     for number, job in enumerate(jobs, 1):
         where = f"[{number}/{len(jobs)}] {job.name}"
@@ -75,6 +111,7 @@ def run_here(jobs: Sequence[Job], call: Call, say: Callable[[str], None]) -> int
             continue
         say(f"{where}: {job.words[0]}")
         job.result.parent.mkdir(parents=True, exist_ok=True)  # a picture's folder must be there
+        _note(out, job)
         if code := call(job.words, job.ranks):
             say(f"{where}: ended with code {code}; the same command goes on here:\n{shell(job.words, job.ranks)}")
             return code
@@ -110,6 +147,8 @@ def submit_all(setting: Setting, jobs: Sequence[Job], call: Call, say: Callable[
             waiting += 1
         elif code := call(submission(setting, job), 1):
             return code
+        else:
+            _note(setting.out, job)
     left = sum(job.config is None and not job.done for job in jobs)
     say(f"{waiting} trainings wait for others: run this again when those are done. {left} other commands are left: "
         "without --nodes they run here, or are printed")  # fmt: skip
