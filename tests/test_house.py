@@ -34,7 +34,7 @@ ORDER = (
     {"cli"},
     {"__main__"},
 )
-ONLY = {"data": {"config", "files", "progress", "records"}, "report": {"config", "files", "records"}}
+ONLY = {"data": {"config", "errors", "files", "progress", "records"}, "report": {"config", "files", "records"}}
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
