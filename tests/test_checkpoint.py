@@ -282,8 +282,8 @@ def test_two_damaged_checkpoints_are_passed_over(ranks: Any, tmp_path: Path, sav
     assert step == 2 and len(said) == 2
     for line, newer, older in zip(said, (6, 4), (4, 2), strict=True):
         assert f"step_000000{newer}" in line and line.endswith(f"going on from step_000000{older}")
-    (root / "step_0000002/common.pt").write_bytes(b"torn")
-    assert "step_0000002/common.pt: truncated: 4 bytes of" in ranks(1, nowhere_to_go_back, config=config)[0]
+    (root / "step_0000002/metadata.json").write_bytes(b"torn")
+    assert "step_0000002/metadata.json: truncated: 4 bytes of" in ranks(1, nowhere_to_go_back, config=config)[0]
 
 
 def latest_of(config: Config) -> Any:
