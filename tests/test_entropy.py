@@ -119,7 +119,7 @@ BAD: list[tuple[list[str], str]] = [
     (["--out", "a.png"], "--out a.png: is no .svg; name one"),
     (["--out", "gone/a.svg"], "--out gone/a.svg: gone is not a folder; create it"),
     (["--length", "1"], "--length=1: must be 2 or more"),
-    (["--temperature", "0"], "--temperature=0.0: must be above 0"),
+    (["--temperature", "0"], "--temperature=0.0: must be 1e-6 or more"),
 ]
 
 

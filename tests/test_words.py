@@ -305,6 +305,7 @@ def test_a_number_that_no_computer_holds_is_refused(path: Path, key: str) -> Non
 
 def test_a_temperature_that_makes_logits_infinite_is_refused(path: Path) -> None:
     assert "must be 0, for greedy rollouts, or 1e-6 or more" in problem(path, "refine.rollout_temperature=1e-40")
+    assert "greater than or equal to 0.000001" in problem(path, "refine.temperature=1e-40")  # of positions
     for right in ("0", "1e-6"):
         assert read(path, f"refine.rollout_temperature={right}").refine.rollout_temperature == float(right)
 

@@ -78,8 +78,8 @@ def _check(options: argparse.Namespace) -> None:
     for name, number in least.items():
         if getattr(options, name) < number:
             raise ConfigError(f"--{name.replace('_', '-')}={getattr(options, name)}: must be {number} or more")
-    if not 0 < options.temperature < float("inf"):
-        raise ConfigError(f"--temperature={options.temperature}: must be above 0")
+    if not 1e-6 <= options.temperature < float("inf"):
+        raise ConfigError(f"--temperature={options.temperature}: must be 1e-6 or more")
     if options.out.suffix != ".svg":
         raise ConfigError(f"--out {options.out}: is no .svg; name one")
     if not options.out.parent.is_dir():

@@ -209,7 +209,7 @@ class Refine(Section):
         description="How positions are selected: `entropy`, `uniform`, `argmax`, `argmin`, or the import path "
         "`module:function` of a rule of your own.",
     )
-    temperature: float = Field(1.0, gt=0, description="Temperature of the softmax that a position is drawn from.")
+    temperature: float = Field(1.0, ge=1e-6, description="Temperature of the softmax that a position is drawn from.")
     margin: int = Field(20, ge=1, description="Tokens at either end of a sequence from which no rollout starts.")
     reward: Annotated[str, one_of(*REWARDS)] = Field(
         "cosine",
