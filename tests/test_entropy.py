@@ -1,6 +1,10 @@
 """megatron-refine entropy: its numbers against those of the logits, and the selection's chances against its draws."""
 
 import json
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -106,10 +110,25 @@ def test_a_short_text_and_a_cut_one(model: Path, ranks: Zygote, tmp_path: Path) 
     file = tmp_path / "text.txt"
     file.write_text(TEXT, encoding="utf-8")
     line = [str(model), "--text", str(file), "--out", str(tmp_path / "a.svg"), "--length", "30"]
+    line += ["--tokenizer", str(model)]  # a folder
     end = ranks(1, command, arguments=line)[0]
     assert end.code == 0 and "too short for rollouts" in end.out and "the first 30 of " in end.err, end.err
     rows = [json.loads(row) for row in (tmp_path / "a.jsonl").read_text(encoding="utf-8").splitlines()]
     assert len(rows) == 30 and not any(row["probability"] for row in rows)
+
+
+@pytest.mark.slow
+def test_ranks_that_do_not_meet_are_a_line_and_code_8(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("a text", encoding="utf-8")
+    line = [str(model), "--text", str(tmp_path / "text"), "--out", str(tmp_path / "a.svg"), "--tp", "2"]
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        place = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        words = [sys.executable, "-m", "megatron_refine", "entropy", *line]
+        done = subprocess.run(words, env=os.environ | place, capture_output=True, encoding="utf-8")
+    said = [row for row in done.stderr.splitlines() if not row.startswith("[")]  # torch's own lines of its sockets
+    assert done.returncode == 8 and len(said) == 1, done.stderr
+    assert said[0].startswith(f"rank 0: the 2 ranks did not meet at MASTER_ADDR=127.0.0.1, MASTER_PORT={port}: ")
 
 
 BAD: list[tuple[list[str], str]] = [
@@ -119,6 +138,7 @@ BAD: list[tuple[list[str], str]] = [
     (["--out", "a.png"], "--out a.png: is no .svg; name one"),
     (["--out", "gone/a.svg"], "--out gone/a.svg: gone is not a folder; create it"),
     (["--length", "1"], "--length=1: must be 2 or more"),
+    (["--tokenizer", "gone"], "--tokenizer: gone: no such file; name a tokenizer.json"),
     (["--temperature", "0"], "--temperature=0.0: must be 1e-6 or more"),
 ]
 
