@@ -31,7 +31,9 @@ class FencedError(CheckpointError):
 
 
 class LostError(RuntimeError):
-    """The ranks of a run did not meet: where, why, what to do. Each rank speaks for itself."""
+    """The ranks of a run did not meet: where, why, what to do."""
+
+    alone = True  # each rank speaks for itself
 
 
 def disk_failed(error: OSError) -> CheckpointError:

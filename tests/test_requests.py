@@ -187,7 +187,7 @@ def test_sequences_of_a_server_go_side_by_side(scripted: Any) -> None:
 
 
 def test_servers_share_the_requests_that_a_rank_may_make(scripted: Any) -> None:
-    """Of two at once, each of two servers has one: a sequence after the other."""
+    """Give each of two servers one of two at once: a sequence after the other."""
     sequences: list[int] = []
 
     def answer(path: str, body: Any) -> tuple[int, Any]:

@@ -37,7 +37,7 @@ def complete_folders(root: Path) -> list[Path]:
 
 
 def own_folders(root: Path) -> list[Path]:
-    """Those of them that a save has written: a copy `step_7` of `step_0000007` is somebody's, and never removed."""
+    """Return those that a save has written: a copy `step_7` of `step_0000007` is somebody's, and never removed."""
     return [path for path in complete_folders(root) if path == step_folder(root, int(path.name.removeprefix(STEP)))]
 
 

@@ -17,6 +17,7 @@ from megatron_refine import usage
 from megatron_refine.cli.asking import add_model, found, on_ranks, text_of
 from megatron_refine.config import ConfigError
 from megatron_refine.config.paths import path_argument
+from megatron_refine.config.training import COLDEST
 
 if TYPE_CHECKING:
     from megatron_refine.eval.entropy import Profile
@@ -78,7 +79,7 @@ def _check(options: argparse.Namespace) -> None:
     for name, number in least.items():
         if getattr(options, name) < number:
             raise ConfigError(f"--{name.replace('_', '-')}={getattr(options, name)}: must be {number} or more")
-    if not 1e-6 <= options.temperature < float("inf"):
+    if not COLDEST <= options.temperature < float("inf"):
         raise ConfigError(f"--temperature={options.temperature}: must be 1e-6 or more")
     if options.out.suffix != ".svg":
         raise ConfigError(f"--out {options.out}: is no .svg; name one")

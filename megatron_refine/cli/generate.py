@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING
 from megatron_refine import launcher, usage
 from megatron_refine.cli.asking import add_model, found, on_ranks, text_of
 from megatron_refine.config import ConfigError
-from megatron_refine.config.paths import path_argument
+from megatron_refine.config.paths import is_utf8, path_argument
+from megatron_refine.config.training import COLDEST
 
 if TYPE_CHECKING:
     from megatron_refine.eval.answers import Answerer, Question
@@ -90,21 +91,16 @@ def _check(options: argparse.Namespace) -> None:
     for name, number, right, range_ in (
         ("max-new-tokens", options.max_new_tokens, options.max_new_tokens >= 1, "1 or more"),
         ("batch-size", options.batch_size, options.batch_size >= 1, "1 or more"),
-        ("temperature", temperature, temperature == 0 or 1e-6 <= temperature < float("inf"), "0, or 1e-6 or more"),
+        ("temperature", temperature, temperature == 0 or COLDEST <= temperature < float("inf"), "0, or 1e-6 or more"),
         ("seed", options.seed, abs(options.seed) < 2**63, "a number of 64 bits"),
         ("top-p", options.top_p, 0 < options.top_p <= 1, "above 0, at most 1"),
     ):
         if not right:
             raise ConfigError(f"--{name}={number}: must be {range_}")
-    if options.prompt is not None and not _is_text(options.prompt):
+    if options.prompt is not None and not is_utf8(options.prompt):
         raise ConfigError("--prompt: is not UTF-8 text; write it into a file and name it with --file")
     if "" in options.stop:
         raise ConfigError("--stop: is empty; name a text, or leave it out")
-
-
-def _is_text(words: str) -> bool:
-    """Whether words of the command line or of a terminal were UTF-8."""
-    return words.isascii() or not any("\ud800" <= char <= "\udfff" for char in words)
 
 
 def _read(path: Path) -> list[str]:

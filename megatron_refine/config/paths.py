@@ -39,12 +39,19 @@ def _value(found: re.Match[str]) -> str:
     return os.environ[name]
 
 
+def is_utf8(word: str) -> bool:
+    """Tell whether a word of the command line was text: Python keeps other bytes as surrogates."""
+    try:
+        word.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _written(path: str) -> str:
     """Refuse what files in UTF-8 cannot name, as configurations and reports do."""
-    try:
-        path.encode()
-    except UnicodeEncodeError:
-        raise ValueError("is not UTF-8; give the file or the folder another name") from None
+    if not is_utf8(path):
+        raise ValueError("is not UTF-8; give the file or the folder another name")
     return path
 
 

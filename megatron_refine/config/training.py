@@ -22,9 +22,12 @@ def one_of(*known: str) -> AfterValidator:
     return AfterValidator(check)
 
 
+COLDEST = 1e-6  # least temperature above 0: what is divided by less gets infinite
+
+
 def temperature_of_draws(temperature: float) -> float:
-    """Refuse what logits cannot be divided by: they would be infinite. 0 is greedy."""
-    if 0 < temperature < 1e-6:
+    """Refuse what logits cannot be divided by. 0 is greedy."""
+    if 0 < temperature < COLDEST:
         raise ValueError("must be 0, for greedy rollouts, or 1e-6 or more")
     return temperature
 
@@ -209,7 +212,7 @@ class Refine(Section):
         description="How positions are selected: `entropy`, `uniform`, `argmax`, `argmin`, or the import path "
         "`module:function` of a rule of your own.",
     )
-    temperature: float = Field(1.0, ge=1e-6, description="Temperature of the softmax that a position is drawn from.")
+    temperature: float = Field(1.0, ge=COLDEST, description="Temperature of the softmax that a position is drawn from.")
     margin: int = Field(20, ge=1, description="Tokens at either end of a sequence from which no rollout starts.")
     reward: Annotated[str, one_of(*REWARDS)] = Field(
         "cosine",

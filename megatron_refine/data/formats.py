@@ -99,18 +99,21 @@ def shown(name: object) -> str:
 
 def named(path: PurePath) -> tuple[str, Form]:
     """Return a file's name without the endings that tell its form, and that form."""
-    stem, packing = path.name, ""
-    for name, (suffixes, _) in _PACKINGS.items():
-        if path.suffix.lower() in suffixes:
-            stem, packing = path.stem, name
-    inner = PurePath(stem)
+    inner, packing = _split(path)
     return inner.stem, Form(_KINDS.get(inner.suffix.lower(), "text"), packing)
 
 
 def suffix_in(path: PurePath) -> str:
     """Return the ending of a file's name without that of its packing: `.csv` of a.CSV.gz."""
-    packings = [suffix for suffixes, _ in _PACKINGS.values() for suffix in suffixes]
-    return PurePath(path.stem if path.suffix.lower() in packings else path.name).suffix.lower()
+    return _split(path)[0].suffix.lower()
+
+
+def _split(path: PurePath) -> tuple[PurePath, str]:
+    """Return a file's name without the ending of its packing, and that packing, "" for none."""
+    for name, (suffixes, _) in _PACKINGS.items():
+        if path.suffix.lower() in suffixes:
+            return PurePath(path.stem), name
+    return PurePath(path.name), ""
 
 
 def form_of(path: Path, key: str) -> Form:

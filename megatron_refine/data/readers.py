@@ -72,7 +72,7 @@ def _rows_in(text: str, column: str, suffix: str) -> str:
         return "a JSON array of objects" if value and all(isinstance(row, dict) for row in value) else ""
     lines = list(_first_lines(text)) if first == "{" else []
     rows = [row for row in map(_loads, lines) if isinstance(row, dict)]
-    if first == "{" and len(rows) < len(lines):
+    if len(rows) < len(lines):
         return "JSON objects" if column in _first_object(text) else ""
     return "JSON lines" if len(rows) > 1 or (rows and column in rows[0]) else ""
 

@@ -16,7 +16,7 @@ from megatron_refine.run.watchdog import EXIT_LOST
 
 CODES: dict[type[Exception], int] = {
     NonFiniteError: 3, FencedError: 7, CheckpointError: 4, ConversionError: 4, TornError: 4, EngineError: 5,
-    MismatchError: 6,
+    MismatchError: 6, LostError: EXIT_LOST,
 }  # fmt: skip
 
 
@@ -30,8 +30,6 @@ def ending_of(error: Exception, where: str, speaks: bool) -> tuple[int, str] | N
     for kind, code in CODES.items():
         if isinstance(error, kind):
             return code, str(error) if speaks or getattr(error, "alone", False) else ""
-    if isinstance(error, LostError):
-        return EXIT_LOST, str(error)
     if lost_rank(error):
         cause = " ".join(str(error).split())[-160:]
         return EXIT_LOST, f"{where}: lost another rank: {cause}; run the same command to go on from the last checkpoint"

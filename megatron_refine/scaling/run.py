@@ -36,7 +36,7 @@ def command(sweep: Sweep, point: Point) -> list[str]:
 def finished(point: Point) -> bool:
     """Whether its last run, of this very configuration, came to its end."""
     last = record(point)
-    same = last.get("config", _identity(point)) == _identity(point)  # earlier versions did not write it
+    same = last.get("config") in (None, _identity(point))  # earlier versions did not write it
     return last.get("code") == 0 and last.get("overrides") == point.overrides and same
 
 

@@ -11,7 +11,7 @@ from megatron_refine.config import Config, ConfigError, Section, load
 from megatron_refine.config.load import preset, read_as, shipped
 from megatron_refine.config.paths import FilePaths, PathText, RequiredPath
 from megatron_refine.config.words import settle_points, spell
-from megatron_refine.files import TornError, digest, read_json, write_json
+from megatron_refine.files import digest, read_json, write_json
 from megatron_refine.models.family import FAMILIES
 from megatron_refine.study.documents import Documents
 
@@ -115,13 +115,10 @@ def read_plan(path: Path) -> Plan:
 
 def _keep(plan: Plan, path: Path) -> None:
     """Write down the plan, and what its files hold: runs that have finished are not run again. Raises ConfigError where
-    others were written down before."""
+    others were written down before, TornError for a damaged record."""
     record, tree = Path(plan.out) / "plan.json", plan.model_dump(mode="json")
     files = {name: digest(Path(file)) for name, file in _files(plan).items()}
-    try:
-        known = read_json(record) if record.exists() else tree
-    except TornError as error:
-        raise ConfigError(str(error)) from None
+    known = read_json(record) if record.exists() else tree
     before = known.pop("files", files) if isinstance(known, dict) else files
     if known != tree:
         raise ConfigError(f"{path}: {record} is of another plan; choose a new folder (out)")
