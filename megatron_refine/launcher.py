@@ -7,6 +7,7 @@ Imports neither torch nor anything of the project.
 
 import os
 import re
+import socket
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -103,6 +104,18 @@ def meeting(launch: Launch) -> tuple[str, int]:
         number = _needed("SLURM_JOB_ID") + 1016 * launch.restart + 2589 * _needed("SLURM_STEP_ID")
         port = FIRST_PORT + number % PORTS
     return address, port
+
+
+def reserve_port(host: str) -> socket.socket:
+    """Return a free port, held: while the socket is open no other program is given it, and a server can still bind it.
+
+    A server, and a first rank, bind their port seconds after they were started. Linux lets them, as both allow the
+    reuse of the address and this socket does not listen.
+    """
+    held = socket.socket()
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    held.bind((host, 0))
+    return held
 
 
 def check() -> Launch:

@@ -23,8 +23,9 @@ from megatron_refine.engine.checksum import checksum
 from megatron_refine.engine.client import Client
 from megatron_refine.engine.errors import EngineError, ServerError
 from megatron_refine.engine.fleet import Fleet
-from megatron_refine.engine.launch import command, environment, first_gpus, positions, reserve_port
+from megatron_refine.engine.launch import command, environment, first_gpus, positions
 from megatron_refine.engine.server import MOVES, Condition, Server
+from megatron_refine.launcher import reserve_port
 from megatron_refine.models.family import Serving, Slot
 from megatron_refine.platform import hardware
 from megatron_refine.run import preflight

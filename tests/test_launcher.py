@@ -1,6 +1,7 @@
 """Where a process stands, from torchrun's and SLURM's variables; what contradicts itself is a line, never a wait."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -195,11 +196,21 @@ def test_every_command_refuses_before_torch_is_imported(tmp_path: Path, name: st
         assert done.returncode == 2 and says in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
 
 
+@pytest.mark.parametrize("rank", "01")
+def test_a_port_that_something_else_listens_at(rank: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first rank cannot have it; another one gets no answer there, and does not wait beyond its deadline."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1]), "RANK": rank}
+        monkeypatch.setattr(os, "environ", only(TORCHRUN | place))
+        with pytest.raises(LostError, match="address already in use" if rank == "0" else r"no answer in 0\.05 minutes"):
+            rendezvous.init_process_group(0.05)
+
+
 def test_ranks_that_do_not_meet_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: Any, **__: Any) -> None:
         raise torch.distributed.DistNetworkError("The client socket has timed out\nwhile trying to connect.")
 
-    monkeypatch.setattr(torch.distributed, "init_process_group", fails)
+    monkeypatch.setattr(torch.distributed, "rendezvous", fails)
     monkeypatch.setattr(os, "environ", only(TORCHRUN))
     with pytest.raises(LostError) as caught:
         rendezvous.init_process_group(1)

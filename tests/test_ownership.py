@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from megatron_refine.checkpoint import ownership
 from megatron_refine.checkpoint.manifest import complete_folders
 from megatron_refine.checkpoint.ownership import Ownership, attempt_token
 from megatron_refine.errors import FencedError
+from megatron_refine.launcher import reserve_port
 from tests import runs
 from tests.rank_report import RankError
 from tests.zygote import DEADLINE
@@ -180,27 +180,15 @@ def taken_over(config: str, folder: str) -> Any:
 
 def two_ranks(code: str, config: Path) -> tuple[list[int], list[str]]:
     """Exit codes and errors of two processes that run `code`; each on its own, as under SLURM."""
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
     line = [sys.executable, "-c", code, "--config", str(config), *runs.TP2]
-    started = [
-        subprocess.Popen(
-            line,
-            cwd=ROOT,
-            env=os.environ | common | {"RANK": r, "LOCAL_RANK": r},
-            stderr=subprocess.PIPE,
-            encoding="utf-8",
-        )
-        for r in "01"
-    ]
-    texts = [process.communicate(timeout=DEADLINE)[1] for process in started]
+    with reserve_port("127.0.0.1") as held:
+        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(held.getsockname()[1]), "WORLD_SIZE": "2"}
+        places = [os.environ | common | {"RANK": r, "LOCAL_RANK": r} for r in "01"]
+        started = [
+            subprocess.Popen(line, cwd=ROOT, env=place, stderr=subprocess.PIPE, encoding="utf-8") for place in places
+        ]
+        texts = [process.communicate(timeout=DEADLINE)[1] for process in started]
     return [process.returncode for process in started], texts
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port: int = found.getsockname()[1]
-        return port
 
 
 def hanging(config: str) -> int:

@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from megatron_refine.engine.client import Client
 from megatron_refine.engine.errors import ServerError
-from megatron_refine.engine.launch import Process, reserve_port, wait_until
+from megatron_refine.engine.launch import Process, wait_until
 from megatron_refine.engine.server import Server
 from megatron_refine.engine.weight_sync import pause
+from megatron_refine.launcher import reserve_port
 from tests import runs
 from tests import sglang_lane as lane
 from tests.zygote import Zygote

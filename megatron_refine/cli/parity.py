@@ -8,13 +8,12 @@ on this machine, on CPU in fp32. Exit codes: 0 equal, 1 not, 2 a model or a layo
 
 import argparse
 import os
-import socket
 import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_refine import extras, usage
+from megatron_refine import extras, launcher, usage
 from megatron_refine.config import Config, ConfigError, Data, Eval, Parallel, Refine, Train, cross_check
 from megatron_refine.config.paths import path_argument
 from megatron_refine.convert.fields import CONFIG, model_of, read_config
@@ -81,11 +80,8 @@ def on_ranks(folder: Path, config: Config) -> "dict[str, Errors] | str":
     from megatron_refine.trainer.parity import Errors
 
     world = config.parallel.model_size
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with tempfile.TemporaryDirectory() as results:
-        output = Path(results) / "errors"
+    with tempfile.TemporaryDirectory() as results, launcher.reserve_port("127.0.0.1") as held:
+        output, port = Path(results) / "errors", held.getsockname()[1]
         mp.start_processes(_rank, (world, port, folder, config, output), nprocs=world, start_method="spawn")
         found = read_json(output)
     return found if isinstance(found, str) else {case: Errors(**errors) for case, errors in found.items()}

@@ -10,7 +10,7 @@ from megatron_refine import launcher
 from megatron_refine.config import Config
 from megatron_refine.engine.client import Client
 from megatron_refine.engine.errors import ServerError
-from megatron_refine.engine.launch import first_gpus, reserve_port
+from megatron_refine.engine.launch import first_gpus
 from megatron_refine.engine.server import Condition, Server
 from megatron_refine.engine.weight_sync import load_folder, pause
 from megatron_refine.platform import hardware
@@ -31,7 +31,7 @@ class Fleet:
     def __init__(self, config: Config, logs: Path):
         self.config, engine = config, config.engine
         urls = engine.urls
-        self._held = [] if urls or engine.port else [reserve_port(engine.host) for _ in range(engine.servers)]
+        self._held = [] if urls or engine.port else [launcher.reserve_port(engine.host) for _ in range(engine.servers)]
         if not urls:
             ports = [held.getsockname()[1] for held in self._held]
             ports = ports or [engine.port + i for i in range(engine.servers)]

@@ -5,7 +5,6 @@ import ctypes
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Callable
@@ -155,18 +154,6 @@ def _cores(tp: int) -> str:
     cores = sorted(os.sched_getaffinity(0))
     shares = [cores[rank::tp] or [cores[rank % len(cores)]] for rank in range(tp)]
     return "|".join(",".join(map(str, share)) for share in shares)
-
-
-def reserve_port(host: str) -> socket.socket:
-    """A port for a server: while the socket is open no other program is given it, and the server can still bind it.
-
-    A server binds its port 20 seconds and more after it was started. Linux lets it, as both allow the reuse of the
-    address and this socket does not listen.
-    """
-    held = socket.socket()
-    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    held.bind((host, 0))
-    return held
 
 
 def _end_with_parent() -> None:

@@ -1,7 +1,9 @@
 """How the ranks of a job meet, and how processes that are no ranks meet them."""
 
 import os
+import threading
 import time
+from concurrent.futures import Future
 from datetime import timedelta
 from typing import Any, cast
 
@@ -28,7 +30,8 @@ def world_size() -> int:
 
 
 def init_process_group(timeout_minutes: float) -> None:
-    """Join the default group, of the ranks that the launcher has started. Raises LaunchError."""
+    """Join the default group, of the ranks that the launcher has started. Raises LaunchError, and LostError where they
+    do not meet in time."""
     place = launcher.read()
     address, port = launcher.meeting(place)
     os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
@@ -37,15 +40,36 @@ def init_process_group(timeout_minutes: float) -> None:
         torch.set_num_threads(place.threads)
     own_device = device() if device() != CPU else None
     try:
+        store = _meet(place, timeout)
         dist.init_process_group(
-            backend(), rank=place.rank, world_size=place.world, timeout=timeout, device_id=own_device
+            backend(), store=store, rank=place.rank, world_size=place.world, timeout=timeout, device_id=own_device
         )
-    except (dist.DistNetworkError, dist.DistStoreError) as error:
-        cause = " ".join(str(error).split())[:160].removesuffix(".")
+    except (dist.DistNetworkError, dist.DistStoreError, TimeoutError) as error:
+        cause = " ".join(str(error).split())[:160].removesuffix(".") or f"no answer in {timeout_minutes:.3g} minutes"
         raise LostError(
             f"rank {place.rank}: the {place.world} ranks did not meet at MASTER_ADDR={address}, MASTER_PORT={port}: "
             f"{cause}; start all of them, with an address that they all reach and a free port"
         ) from None
+
+
+def _meet(place: launcher.Launch, timeout: timedelta) -> dist.Store:
+    """Return the store in which the ranks find each other. Raises what torch raises, and TimeoutError.
+
+    A thread of its own asks for it: torch waits for the first answer without a deadline, and where another program
+    listens at the port there is none.
+    """
+    met: Future[dist.Store] = Future()
+
+    def ask() -> None:
+        try:
+            met.set_result(next(dist.rendezvous("env://", place.rank, place.world, timeout=timeout))[0])
+        except Exception as error:
+            met.set_exception(error)
+
+    threading.Thread(target=ask, daemon=True, name="meeting").start()
+    store = met.result(timeout.total_seconds())
+    store.set_timeout(timeout)
+    return store
 
 
 def from_first(value: str | None) -> str:
