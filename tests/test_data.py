@@ -221,6 +221,17 @@ def test_second_run_does_no_work(tmp_path, monkeypatch, settings):
     assert second.train.fingerprint == first.train.fingerprint and second.counts == first.counts
 
 
+def test_a_tokenizer_is_trained_on_the_column_that_is_read(tmp_path, settings):
+    """Another column of the same file is other text."""
+    path = tmp_path / "rows.jsonl"
+    rows = ({"letters": text, "digits": " ".join(str(ord(c)) for c in text)} for text in DOCUMENTS)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    columns = [prepare(settings(paths=path, tokenizer="", text_column=name)) for name in ("letters", "digits")]
+    alone = prepare(settings(paths=path, tokenizer="", text_column="digits", cache_dir=str(tmp_path / "other")))
+    assert columns[0].tokenizer != columns[1].tokenizer
+    assert columns[1].tokenizer.read_bytes() == alone.tokenizer.read_bytes()
+
+
 def test_fingerprint_follows_what_decides_the_rows(tmp_path, settings):
     variants = {"min_length": 64, "seq_length": 32, "split_documents": True, "add_bos": True, "valid_fraction": 0.3}
     prints = [prepare(settings(**{key: variants[key]})).train.fingerprint for key in variants]

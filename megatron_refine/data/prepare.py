@@ -79,7 +79,8 @@ def prepare(config: Config, say: Callable[[str], None] = lambda _: None) -> Prep
         say(corpus.summary)
     try:
         identity = sources.identity(cache_dir)
-        path, tokenizer = _get_tokenizer(config, sources, _hash(identity[:1] + identity[2:]), say)
+        trained_on = _hash([*identity[:1], *identity[2:], data.text_column])
+        path, tokenizer = _get_tokenizer(config, sources, trained_on, say)
         say(stated(path, tokenizer))
         rule = RowRule.of(data, bos_id(tokenizer, path) if data.add_bos else None)
         rules = {"train": rule, "valid": rule.held_out(data)}
