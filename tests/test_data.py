@@ -144,6 +144,16 @@ def test_token_ids_against_the_vocabulary(tmp_path):
         PackedRows(tmp_path / "train", 70000)
 
 
+def test_sixteen_bits_hold_as_many_ids_as_they_can(tmp_path):
+    rule = dict.fromkeys(SIDES, RowRule(8, 2, False, None))
+    for size, dtype in ((1 << 16, np.uint16), ((1 << 16) + 1, np.int32)):
+        (tmp_path / str(size)).mkdir()
+        ids = np.array([0, size - 1])
+        pack([("train", ids), ("valid", ids)], tmp_path / str(size), rule, size, "f")
+        row = PackedRows(tmp_path / str(size) / "train", size).row(0)
+        assert row.dtype == dtype and row.tolist() == ids.tolist()
+
+
 def test_batch_is_padded_right(settings):
     train = prepare(settings(seq_length=160, min_length=8)).train
     batch = train.batch([3, 0], [17, 18])
@@ -269,6 +279,17 @@ def test_damaged_cache_is_named(settings, suffix, damage):
     assert ("bytes, but its record says" in message) == (damage == "truncate" and suffix != ".json")
     shutil.rmtree(path.parent)
     assert len(prepare(settings()).train)  # the remedy helps
+
+
+def test_a_flipped_bit_in_megabytes_of_rows_is_seen(tmp_path):
+    ids = np.arange(1 << 20) % 1000
+    pack([("train", ids), ("valid", ids)], tmp_path, dict.fromkeys(SIDES, RowRule(ids.size, 2, False, None)), 1000, "f")
+    path = tmp_path / "train.bin"
+    content = bytearray(path.read_bytes())
+    content[1 << 20] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=rf"{path}: "):
+        PackedRows(tmp_path / "train", 1000)
 
 
 def test_two_processes_prepare_at_once(tmp_path, monkeypatch, settings):

@@ -18,7 +18,6 @@ LARGE, SHORTER, EIGHT = ["data.seq_length=16384"], ["data.seq_length=4096"], "re
 # NTP step's time; shares and times by the roofline, then kernel by kernel
 BUDGETS: list[tuple[list[str], tuple[int, float, float, float], tuple[float, float, float, float]]] = [
     (["model=delta_net_1.3b", *LARGE], (1_500, 124, 0.505, 0.46), (1.04, 1.385, 1.06, 1.40)),
-    (["model=gated_delta_net_1.3b", *LARGE], (1_500, 132, 0.50, 0.455), (1.065, 1.415, 1.09, 1.435)),
     (["model=lact_760m", *SHORTER], (4_300, 54.5, 0.417, 0.415), (1.19, 1.53, 1.35, 1.70)),
     (["model=gated_delta_net_1.3b", *SHORTER, EIGHT], (1_500, 33.5, 0.50, 0.453), (1.40, 1.79, 1.72, 2.15)),
     ([], (320, 0.7, 0.0, 0.0), (4.5, 4.8, 4.5, 4.8)),  # a small one, whose time is that of its launches

@@ -217,9 +217,9 @@ def test_a_prompt_is_never_cut(files: Path, tmp_path: Path) -> None:
         read_prompts(tight, tokenizer, None)
     with pytest.raises(ConfigError, match=f"row {row} of task numbers: has {longest + 1} tokens"):
         read_prompts(fits, tokenizer, bos=0)
-    left = read_prompts(
-        load(str(path), [f"data.seq_length={longest - 1}", "task.skip_too_long=true"], FAMILIES), tokenizer, None
-    )
+    skips = "task.skip_too_long=true"
+    left = read_prompts(load(str(path), [f"data.seq_length={longest - 1}", skips], FAMILIES), tokenizer, None)
+    assert len(read_prompts(load(str(path), [f"data.seq_length={longest}", skips], FAMILIES), tokenizer, None)) == ROWS
     assert left.skipped == lengths.count(longest) and len(left) == ROWS - left.skipped
     assert left.fingerprint != whole.fingerprint
 

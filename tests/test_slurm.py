@@ -283,7 +283,7 @@ def test_a_node_with_a_server(start: Any, cluster: Cluster) -> None:
     engine = ["engine.kind=sglang", f"engine.python={sglang_lane.PYTHON}", "engine.request_timeout=60",
               f"engine.args={json.dumps(sglang_lane.SERVER_ARGS)}", "train.steps=3"]  # fmt: skip
     run = start("--engine-nodes", "1", *engine)
-    assert cluster.ends(run.job, 300) == "COMPLETED", run.log()
+    assert cluster.ends(run.job, DEADLINE) == "COMPLETED", run.log()
     rows = runs.rows(run.folder)
     assert [row["step"] for row in rows] == [0, 1, 2, 3] and all(
         row["rollout/logprob_gap_max"] < 1e-4 for row in rows[1:]

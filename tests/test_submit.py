@@ -178,7 +178,7 @@ def test_no_path_of_a_job_is_relative(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "lr=1").mkdir()
     (tmp_path / "lr=1/m.yaml").write_text(yaml.safe_dump({"model": model}), encoding="utf-8")
     (tmp_path / "c.yaml").write_text(yaml.safe_dump({
-        "data": {"paths": ["docs", "/d", "~/d"], "valid_paths": ["v"], "tokenizer": "t"}, "engine": {"sync_dir": "s"},
+        "data": {"paths": ["docs", "/d", "~/d"], "valid_paths": ["v"], "tokenizer": "t"}, "engine": {"sync_dir": "~/s"},
         "task": {"valid_paths": ["$WORK/a, b"]},
         "checkpoint": {"load": "../l"}, "eval": {"data": "./e", "essays": "f"},
     }), encoding="utf-8")  # fmt: skip
@@ -195,7 +195,7 @@ def test_no_path_of_a_job_is_relative(tmp_path: Path, monkeypatch: pytest.Monkey
     assert (config.data.valid_paths, config.data.cache_dir) == ([f"{tmp_path}/v"], f"{tmp_path}/.cache/data")
     assert config.task.valid_paths == ["/w/a, b"]
     assert (config.eval.data, config.eval.essays) == (f"{tmp_path}/e", f"{tmp_path}/g")
-    assert (config.checkpoint.load, config.engine.sync_dir) == (f"{tmp_path}/../l", f"{tmp_path}/s")
+    assert (config.checkpoint.load, config.engine.sync_dir) == (f"{tmp_path}/../l", "/home/me/s")
 
 
 @pytest.mark.parametrize(

@@ -104,3 +104,23 @@ def test_a_step_has_the_gradient_of_the_expected_reward(
                 assert metrics[key] == pytest.approx(value, rel=1e-6, abs=1e-9), (mode, key)
             chances = last.experience.old_logprobs.exp().sum(2)
             torch.testing.assert_close(chances, torch.ones_like(chances), rtol=0, atol=1e-10)
+
+
+def scored(config: Config) -> list[Any]:
+    """On a rank: log-probabilities of two rows, each token's at a temperature of its own; together and one by one."""
+    from megatron_refine.trainer.forward import score_pass
+
+    model, _ = build(config, torch.float64)
+    tokens = batch(2).tokens
+    temperatures = torch.linspace(0.5, 2.0, tokens.numel(), dtype=torch.float64).view(tokens.shape)
+    with torch.no_grad():
+        alone = [score_pass(model, tokens[i : i + 1], temperatures[i : i + 1]).logprobs[0] for i in range(2)]
+        plain = score_pass(model, tokens).logprobs
+        return [score_pass(model, tokens, temperatures).logprobs, torch.stack(alone), plain]
+
+
+@pytest.mark.parametrize("overrides", [[], ["parallel.tp=2", "parallel.sp=true"]])
+def test_each_token_is_scored_at_its_own_temperature(overrides: list[str], ranks: Zygote, tmp_path: Path) -> None:
+    for together, alone, plain in ranks(1 + bool(overrides), scored, config=small_config(tmp_path, *overrides)):
+        assert torch.allclose(together, alone, rtol=0, atol=1e-10)
+        assert not torch.allclose(together, plain, rtol=0, atol=1e-2)

@@ -16,6 +16,7 @@ import importlib
 import multiprocessing
 import os
 import pickle
+import pkgutil
 import signal
 import subprocess
 import sys
@@ -115,7 +116,10 @@ def _import_once() -> None:
     for name in ("models.gpt", "optimizer", "dist_checkpointing", "pipeline_parallel.schedules", "distributed"):
         importlib.import_module(f"megatron.core.{name}")
     late = ("torch._dynamo", "megatron_refine.run.session", "megatron_refine.report.html")  # what a run imports late
-    for name in late:
+    from megatron_refine import models
+
+    families = (each.name for each in pkgutil.walk_packages(models.__path__, f"{models.__name__}."))
+    for name in (*late, *(name for name in families if not name.endswith(".serve"))):  # those need SGLang
         importlib.import_module(name)
     _fork_what_saves_spawn()
     gc.freeze()  # ranks neither look through what is here nor copy its pages
