@@ -1,4 +1,4 @@
-"""The trainer's weights as servers read them: whole tensors in Hugging Face's format, from any layout; no SGLang here."""
+"""The weights as servers read them: whole tensors in Hugging Face's format, from any layout; no SGLang here."""
 
 from pathlib import Path
 from typing import Any
