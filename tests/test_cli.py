@@ -1,5 +1,6 @@
 """The command line: one command with all others in it, their help, their older names; ranks on this machine."""
 
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -36,6 +37,14 @@ def test_a_command_explains_itself_without_torch(name: str) -> None:
 def test_an_older_name_is_the_same_command(path: Path) -> None:
     name = path.read_text(encoding="utf-8").split("run(")[1].split('"')[1]
     assert called(str(path), "--help").stdout == called("-m", "megatron_refine", name, "--help").stdout != ""
+
+
+@pytest.mark.parametrize("path", SHIMS, ids=lambda path: path.stem)
+def test_an_older_name_passes_the_code_on(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_refine.cli.run", lambda name: 7)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(path), run_name="__main__")
+    assert ended.value.code == 7
 
 
 @pytest.mark.parametrize(("name", "hint"), [("trian", "did you mean train?"), ("xyzzy", "choose one of train, ")])

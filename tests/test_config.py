@@ -86,6 +86,10 @@ def test_unknown_key_or_wrong_type(path: Path, override: str, says: str) -> None
         (["parallel.pp=2", "update.mode=fused"], ("update.mode=fused", "parallel.pp=2", "two_pass")),
         (["parallel.sp=true"], ("parallel.sp=true", "parallel.tp > 1")),
         (["data.seq_length=39"], ("data.seq_length=39", "refine.num_chunks=8", "at least 40")),
+        (
+            ["data.seq_length=65", "refine.rollout_len=46"],
+            ("refine.margin=20", "refine.rollout_len=46", "at least 66"),
+        ),
         (["refine.num_chunks=300"], ("data.seq_length=256", "refine.num_chunks=300", "at least 300")),
         (["data.min_length=300"], ("data.min_length=300", "data.seq_length=256")),
         (["update.mini_batch_size=3"], ("update.mini_batch_size=3", "train.global_batch_size=8")),
@@ -111,6 +115,7 @@ def test_a_limit_itself_is_no_contradiction(path: Path) -> None:
     overrides = ["refine.start_step=100", "optimizer.min_lr=1e-6", "data.min_length=256", "data.valid_min_length=256"]
     assert read(path, *overrides).refine.start_step == 100
     assert read(path, "data.seq_length=40").data.seq_length == 40
+    assert read(path, "data.seq_length=66", "refine.rollout_len=46").data.seq_length == 66
 
 
 def test_short_rows_are_fine_without_refine(path: Path) -> None:

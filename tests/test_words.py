@@ -245,12 +245,13 @@ def test_the_model_of_a_file(path: Path, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("HOME", str(tmp_path))
     other = tmp_path / "lr=1"
     other.mkdir()
-    tree = {"model": TREE["model"] | {"num_layers": 7}, "run": {"dir": "theirs"}}
+    tree = {"model": TREE["model"] | {"num_layers": 7}, "run": {"dir": "theirs"}, "train": {"steps": 77}}
     (other / "m.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
     (tmp_path / "plain").write_text(yaml.safe_dump(tree), encoding="utf-8")
     for name in ("lr=1/m.yaml", "~/lr=1/m.yaml", "plain"):
         config = read(path, "run.dir=mine", f"model={name}")
         assert config.model.num_layers == 7 and config.run.dir == "mine"
+        assert config.train == read(path).train
     found = absolute([str(path)], ["model=lr=1/m.yaml", "model=lact_tiny"], FAMILIES)
     assert found[:2] == [f"model={tmp_path}/lr=1/m.yaml", "model=lact_tiny"]
     (tmp_path / "empty.yaml").write_text("run: {dir: x}\n", encoding="utf-8")

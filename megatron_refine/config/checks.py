@@ -116,7 +116,7 @@ def _training_problems(c: Config) -> Iterator[tuple[bool, str]]:
         c.refine.enabled and length < needed,
         (
             f"data.seq_length={length}: too short for refine.num_chunks={c.refine.num_chunks} positions with "
-            f"refine.margin={c.refine.margin}; set at least {needed}"
+            f"refine.margin={c.refine.margin} and refine.rollout_len={c.refine.rollout_len}; set at least {needed}"
         ),
     )
     yield (
