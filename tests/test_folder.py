@@ -167,6 +167,16 @@ def test_a_finished_run_is_compared_with_a_baseline(tmp_path: Path) -> None:
     assert ">4.125<" in (folder.path / "report.html").read_text(encoding="utf-8")
 
 
+def test_the_time_left_is_that_of_the_steps_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the mean of the last steps: ten seconds each, though the evaluation before the first took a minute."""
+    now, shown = 1000.0, list[str]()
+    monkeypatch.setattr("megatron_refine.report.folder.time.time", lambda: now)
+    folder = RunFolder(small_config(tmp_path), 0, 8, shown.append)
+    for step, now in enumerate((1060.0, 1070.0, 1080.0), 1):  # noqa: B007
+        folder.record(ROW | {"step": step})
+    assert [line.partition("left ")[2] for line in shown] == ["", "60s", "50s"]
+
+
 def test_the_commit_is_that_of_the_projects_own_working_copy(tmp_path: Path) -> None:
     """None where there is no git, and for a package that is installed inside someone else's working copy."""
 

@@ -1,5 +1,6 @@
 """Greedy decoding from states against the slow way: a whole forward pass for every token."""
 
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from megatron_refine.config import Config
+from megatron_refine.data.tokenizer import train_tokenizer
 from tests import parity
 from tests.lanes import short
 from tests.zygote import Zygote
@@ -100,6 +102,33 @@ def drawn(config: Config, top_p: float, temperature: float) -> Any:
     with torch.no_grad():
         logits = head._gather(unwrap(model).logits(row[None]), unwrap(model).pg_collection.tp).flatten()
     return tokens, logprobs, (logits[: unwrap(model).real_vocab] / temperature).softmax(-1)
+
+
+def answers(config: Config, tokenizer: str, batch_size: int) -> list[str]:
+    """On a rank: sampled answers to five prompts, two of them equal."""
+    from megatron_refine.data.tokenizer import load_tokenizer
+    from megatron_refine.eval.answers import Answerer, Question
+    from megatron_refine.trainer.generate import Sampling
+
+    model, ranks = parity.build(config, torch.float64)
+    loaded = load_tokenizer(Path(tokenizer), 300, "")
+    answerer = Answerer(model, loaded, ranks, batch_size=batch_size, sampling=Sampling(1.0, seed=3))
+    questions = [Question(text, 6) for text in ("def main", "import sys", "def main", "return", "x = 1")]
+    found: dict[int, str] = {}
+    for some in answerer(questions, answerer.encode(questions)):
+        found |= some
+    return [found[i] for i in range(5)]
+
+
+def test_a_sampled_answer_is_the_same_in_any_batch_and_replica(ranks: Zygote, tmp_path: Path) -> None:
+    """Its draws are of the question's number; equal questions get answers of their own."""
+    tokenizer = tmp_path / "tokenizer.json"
+    train_tokenizer([Path(argparse.__file__).read_text(encoding="utf-8")], 300, tokenizer)
+    found = []
+    for world, batch_size, more in ((1, 1, []), (1, 4, []), (2, 2, ["train.micro_batch_size=1"])):
+        config = parity.small_config(tmp_path, "model.vocab_size=300", *more)
+        found += ranks(world, answers, config=config, tokenizer=str(tokenizer), batch_size=batch_size)
+    assert all(each == found[0] for each in found) and found[0][0] != found[0][2]
 
 
 @pytest.mark.parametrize("top_p", [1.0, 0.5, 0.1, 1e-9])

@@ -68,6 +68,7 @@ def test_the_best_of_the_references_counts_for_questions():
         ("", ["cat"], 0.0),
         ("the", ["the"], 0.0),
         ("dont", ["don't"], 1.0),
+        ("U.S.A.", ["USA"], 1.0),  # marks go first: its A is no article
     ],
 )
 def test_qa_f1(prediction, references, expected):

@@ -13,9 +13,10 @@ import pytest
 from megatron_refine.config import ConfigError
 from megatron_refine.data.tokenizer import load_tokenizer, train_tokenizer
 from megatron_refine.eval import tasks
-from megatron_refine.eval.ruler import MAX_NEW_TOKENS, NIAH, generate, haystack_of
+from megatron_refine.eval.ruler import MAX_NEW_TOKENS, NIAH, generate, haystack_of, niah
 from megatron_refine.eval.ruler.fit import largest_size
 from megatron_refine.eval.ruler.haystack import NOISE, read_prose
+from megatron_refine.eval.ruler.sample import Case
 from megatron_refine.eval.ruler.words import ADJECTIVES, NOUNS, VERBS
 
 GENERATED = [task for task in MAX_NEW_TOKENS if not task.startswith("qa_")]
@@ -130,6 +131,16 @@ def test_needles(task):
         text = example.prompt.rsplit("\nWhat ", 1)[0]
         depths.append(text.index(example.references[0]) / len(text))
     assert min(depths) < 0.2 and max(depths) > 0.8 and len(set(depths)) > 15
+
+
+def test_no_line_repeats_a_key_that_is_asked_for(monkeypatch):
+    """Where keys are few: 25 of them, 24 in the lines."""
+    monkeypatch.setattr(niah, "ADJECTIVES", ADJECTIVES[:5])
+    monkeypatch.setattr(niah, "NOUNS", NOUNS[:5])
+    for index in range(5):
+        sample = niah.draw(niah.Needles("needle"), None, Case("niah_multikey_2", 100, index, 1))
+        keys = re.findall(r"special magic numbers for (\S+) is", sample.prompt(24))
+        assert len(keys) == len(set(keys)) == 25
 
 
 def test_wording():

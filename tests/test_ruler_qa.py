@@ -12,7 +12,9 @@ from megatron_refine.cli.ruler_qa import main
 from megatron_refine.config import ConfigError, load
 from megatron_refine.data.tokenizer import load_tokenizer, train_tokenizer
 from megatron_refine.eval import files
+from megatron_refine.eval.ruler import qa
 from megatron_refine.eval.ruler.haystack import read_prose
+from megatron_refine.eval.ruler.qa_files import Maker
 from megatron_refine.eval.suite import Request, collect
 from megatron_refine.eval.tasks import TASKS
 from megatron_refine.models.delta_net.config import DeltaNetConfig
@@ -113,6 +115,21 @@ def test_no_question_is_trained_on_and_tested(made: Path) -> None:
     for task in ("ruler_squadqa", "ruler_hotpotqa"):
         sides = [{question(row) for n in LENGTHS for row in rows(made, task, n, side)} for side in ("train", "test")]
         assert not sides[0] & sides[1] and (len(sides[0]), len(sides[1])) == (TRAIN, TEST)
+
+
+def test_an_answer_and_its_end_are_thirty_two_tokens(model: Path) -> None:
+    tokenizer = load_tokenizer(model / "tokenizer.json", 512, "")
+
+    def answer(tokens: int) -> str:
+        text = next(text for i in range(99) if len(tokenizer.encode([text := "q~" * i])[0]) >= tokens)
+        text = text[: len(text) - (len(tokenizer.encode([text])[0]) > tokens)]
+        assert len(tokenizer.encode([text])[0]) == tokens
+        return text
+
+    documents = tuple(f"Document {i}" for i in range(10))
+    pool = qa.Pool([qa.Question(f"{n}?", (answer(n),), documents) for n in (31, 32)], list(documents))
+    chosen = Maker(pool, "ruler_squadqa", 1200, 0, tokenizer)
+    assert [chosen._sample(i).references for i in chosen._fitting(range(2), 2)] == [(answer(31),)]
 
 
 def test_the_seed_decides(made: Path, data: str, model: Path, tmp_path: Path) -> None:  # noqa: F811
