@@ -22,7 +22,7 @@ from megatron_refine.data import prepare as prepare_module
 from megatron_refine.data.corpus import find_corpus
 from megatron_refine.data.order import sample_rows
 from megatron_refine.data.packed import PackedRows
-from megatron_refine.data.packing import SIDES, RowRule, pack
+from megatron_refine.data.packing import RowRule, pack
 from megatron_refine.data.prepare import prepare
 from megatron_refine.data.split import share, threshold_of
 from megatron_refine.data.tokenizer import bos_id, decode, encode_all, load_tokenizer, train_tokenizer
@@ -133,25 +133,6 @@ def test_dropped_documents_are_counted(tmp_path, settings):
         "valid": {"documents": 3, "dropped": 1, "rows": 2, "tokens": 2 * 64},
     }
     assert contents(prepared.valid) == contents(prepared.train)[:2]
-
-
-def test_token_ids_against_the_vocabulary(tmp_path):
-    ids = np.array([5, 70000, 1 << 16])
-    pack([("train", ids), ("valid", ids)], tmp_path, dict.fromkeys(SIDES, RowRule(8, 2, False, None)), 1 << 17, "f")
-    rows = PackedRows(tmp_path / "train", 70001)
-    assert rows.row(0).dtype == np.int32 and rows.row(0).tolist() == ids.tolist()
-    with pytest.raises(ConfigError, match=r"train\.bin: holds token id 70000, but model\.vocab_size=70000 allows"):
-        PackedRows(tmp_path / "train", 70000)
-
-
-def test_sixteen_bits_hold_as_many_ids_as_they_can(tmp_path):
-    rule = dict.fromkeys(SIDES, RowRule(8, 2, False, None))
-    for size, dtype in ((1 << 16, np.uint16), ((1 << 16) + 1, np.int32)):
-        (tmp_path / str(size)).mkdir()
-        ids = np.array([0, size - 1])
-        pack([("train", ids), ("valid", ids)], tmp_path / str(size), rule, size, "f")
-        row = PackedRows(tmp_path / str(size) / "train", size).row(0)
-        assert row.dtype == dtype and row.tolist() == ids.tolist()
 
 
 def test_batch_is_padded_right(settings):
@@ -279,17 +260,6 @@ def test_damaged_cache_is_named(settings, suffix, damage):
     assert ("bytes, but its record says" in message) == (damage == "truncate" and suffix != ".json")
     shutil.rmtree(path.parent)
     assert len(prepare(settings()).train)  # the remedy helps
-
-
-def test_a_flipped_bit_in_megabytes_of_rows_is_seen(tmp_path):
-    ids = np.arange(1 << 20) % 1000
-    pack([("train", ids), ("valid", ids)], tmp_path, dict.fromkeys(SIDES, RowRule(ids.size, 2, False, None)), 1000, "f")
-    path = tmp_path / "train.bin"
-    content = bytearray(path.read_bytes())
-    content[1 << 20] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(ConfigError, match=rf"{path}: "):
-        PackedRows(tmp_path / "train", 1000)
 
 
 def test_two_processes_prepare_at_once(tmp_path, monkeypatch, settings):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import statistics
 from html.parser import HTMLParser
 from pathlib import Path
@@ -104,6 +105,7 @@ class Page(HTMLParser):
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
+        self.ids += [value for name, value in attrs if name == "id" and value]
 
     def handle_data(self, data: str) -> None:
         self.text += data
@@ -229,6 +231,8 @@ def test_report_has_every_section_and_escapes_text(tmp_path: Path) -> None:
     assert "At most 12.5% of a step's rollouts were masked" in page.text
     assert "after REFINE" in page.text and "1 restart." in page.text and "# <tiny>" in page.text
     source = (run / "report.html").read_text(encoding="utf-8")
+    named = set(re.findall(r'(?:href="#|url\(#)([^")]+)', source))  # markers of curves, and what clips them
+    assert named and named <= set(page.ids), named - set(page.ids)
     assert "#0000e" not in source and "http" not in source.replace("http://www.w3.org/", "")
     assert not list(run.glob("*.tmp"))
 

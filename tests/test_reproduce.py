@@ -10,6 +10,8 @@ import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -21,7 +23,7 @@ from megatron_refine.data.tokenizer import train_tokenizer
 from megatron_refine.eval.results import SCORES
 from megatron_refine.files import write_json
 from megatron_refine.models.family import FAMILIES
-from megatron_refine.reproduce import running
+from megatron_refine.reproduce import running, scores
 from megatron_refine.reproduce.items import ITEMS, LENGTHS, LONGBENCH, MODELS, SHORT
 from megatron_refine.reproduce.published import PUBLISHED
 from tests.lanes import short
@@ -284,3 +286,12 @@ def test_what_was_made_otherwise_is_not_taken_for_done(
     assert reproduce.main([*line, "--essays", str(tmp_path / "essays"), *same], lambda *_: 1 / 0) == 2
     said = capsys.readouterr().err.splitlines()
     assert said and all(f"was made with less, now --essays {tmp_path}/essays; name another --out" in x for x in said)
+
+
+def test_a_perplexity_of_the_harness_is_no_share(tmp_path: Path) -> None:
+    found = {"perplexity,none": 12.5, "perplexity_stderr,none": 0.5, "acc,none": 0.25, "acc_stderr,none": 0.02}
+    results = {"results": {"lambada": found}, "n-samples": {"lambada": {"effective": 8}}}
+    write_json(tmp_path / "lm_eval.json", results)
+    chain: Any = SimpleNamespace(evaluated=lambda run, name: tmp_path / name, short=list)
+    values = [scores.score(chain, "short", "start", f"lambada {metric}") for metric in ("perplexity", "acc", "none")]
+    assert values == [scores.Value(12.5, 0.5, 8), scores.Value(25.0, 2.0, 8), None]

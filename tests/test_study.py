@@ -90,6 +90,8 @@ def test_shipped_studies_can_run(name: str, tmp_path: Path, monkeypatch: pytest.
     plan = read_plan(Path(f"configs/study/{name}"))
     every = [*bases(plan), *continuations(plan)]
     assert len({run.folder for run in every}) == len(every)
+    seeds = {(run.base, run.seed, bool(run.arm)): run.config(plan).run.seed for run in every}
+    assert len(set(seeds.values())) == len({(base, seed) for base, seed, _ in seeds}), "bases share their draws"
     for run in every:
         config = run.config(plan)
         assert config.eval.selection == "uniform" and plan.documents.length == config.data.seq_length
@@ -166,6 +168,7 @@ def test_the_small_study_from_beginning_to_end(
     command = [str(path), "--jobs", "1"]
     assert study.main(command, train) == 1
     assert "ended with code 75" in capsys.readouterr().err
+    assert len(started) <= 7  # one more may have begun by then; the others are not
     assert study.main(command, train) == 0 and len(started) == 2 * 5 + 1  # the stopped one twice, the others once
     ends = finished(read_plan(path))
     assert len(ends) == 2 * 5
