@@ -286,6 +286,27 @@ def test_two_damaged_checkpoints_are_passed_over(ranks: Any, tmp_path: Path, sav
     assert "step_0000002/metadata.json: truncated: 4 bytes of" in ranks(1, nowhere_to_go_back, config=config)[0]
 
 
+def refused(config: Config) -> str:
+    """On a rank: the error where the newest checkpoint is whole, but nothing to resume from."""
+    from megatron_refine.errors import CheckpointError, DamagedError
+
+    with pytest.raises(CheckpointError) as error:
+        gone_back(config)
+    assert not isinstance(error.value, DamagedError)
+    return str(error.value)
+
+
+def test_a_checkpoint_that_is_refused_is_not_passed_over(ranks: Any, tmp_path: Path, saved: Any) -> None:
+    """With checkpoint.fallback too: damage alone is."""
+    config = config_at("tp1", tmp_path, "checkpoint.fallback=true")
+    for number in (2, 4):
+        folder = Path(config.run.dir) / f"checkpoints/step_000000{number}"
+        shutil.copytree(saved[0], folder)
+        reseal(folder, lambda manifest, step=number: manifest.update(step=step))
+    reseal(folder, lambda manifest: manifest.update(weights_only=True))
+    assert f"{folder}: holds weights only" in ranks(1, refused, config=config)[0]
+
+
 def latest_of(config: Config) -> Any:
     return start(config)[1].latest()
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -88,3 +89,15 @@ def test_sizes(text: str, size: int) -> None:
     assert size_in_bytes(text) == size
     with pytest.raises(ConfigError):
         size_in_bytes("0GB")
+
+
+def test_a_model_of_several_dtypes_declares_the_widest(tmp_path: Path) -> None:
+    """Else whoever loads it rounds what is wider."""
+    from megatron_refine.checkpoint.conversion import _write_config
+
+    for start in ({}, {"dtype": "float16"}):
+        if start:
+            (tmp_path / "config.json").write_text(json.dumps(start), encoding="utf-8")
+        _write_config(tmp_path, golden_model("delta_net"), {torch.bfloat16, torch.float32})
+        found = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+        assert [found.get(key) for key in ("dtype", "torch_dtype") if key in found] == ["float32"]

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from megatron_refine.run import interrupt
 from megatron_refine.run.session import Session
 from tests import runs
 from tests.zygote import DEADLINE
@@ -182,3 +183,24 @@ def test_a_save_is_due_before_more_than_checkpoint_minutes_could_be_lost(
         _saved=time.monotonic() - seconds,
     )  # fmt: skip
     assert Session._save_due(session) == due  # type: ignore[arg-type]
+
+
+def test_what_is_reserved_before_the_end_of_a_job() -> None:
+    """The longest step, evaluation and save so far, and the reserve."""
+    longest = {"step": 2.0, "evaluation": 30.0, "save": 7.0, "preparation": 1e3}
+    config = SimpleNamespace(run=SimpleNamespace(reserve_minutes=1.0))
+    session: Any = SimpleNamespace(watch=SimpleNamespace(longest=longest), config=config)
+    assert Session._needed(session) == 99.0
+
+
+def test_what_a_terminal_and_a_launcher_deliver_is_pressed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within 0.4 seconds of each other; a second later it is a second one, which ends the process."""
+    asked, ended, now = list[str](), list[str](), 100.0
+    monkeypatch.setattr(interrupt, "_process", os.getpid())
+    monkeypatch.setattr(interrupt, "_first", 0.0)
+    monkeypatch.setattr(interrupt, "_ask", lambda: asked.append("save"))
+    monkeypatch.setattr(interrupt, "_end", ended.append)
+    monkeypatch.setattr(interrupt.time, "monotonic", lambda: now)
+    for now, ends in ((100.0, 0), (100.4, 0), (101.4, 1)):  # noqa: B007
+        interrupt.pressed()
+        assert asked == ["save"] and len(ended) == ends

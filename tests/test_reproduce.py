@@ -20,10 +20,12 @@ from megatron_refine.cli import entropy, evaluate, lm_eval, reproduce, submit
 from megatron_refine.config import check_world_size, load
 from megatron_refine.convert.fields import fresh_config
 from megatron_refine.data.tokenizer import train_tokenizer
+from megatron_refine.estimate.flops import total_steps
 from megatron_refine.eval.results import SCORES
 from megatron_refine.files import write_json
 from megatron_refine.models.family import FAMILIES
 from megatron_refine.reproduce import running, scores
+from megatron_refine.reproduce.chain import Job
 from megatron_refine.reproduce.items import ITEMS, LENGTHS, LONGBENCH, MODELS, SHORT
 from megatron_refine.reproduce.published import PUBLISHED
 from tests.lanes import short
@@ -295,3 +297,14 @@ def test_a_perplexity_of_the_harness_is_no_share(tmp_path: Path) -> None:
     chain: Any = SimpleNamespace(evaluated=lambda run, name: tmp_path / name, short=list)
     values = [scores.score(chain, "short", "start", f"lambada {metric}") for metric in ("perplexity", "acc", "none")]
     assert values == [scores.Value(12.5, 0.5, 8), scores.Value(25.0, 2.0, 8), None]
+
+
+def test_a_training_is_done_at_its_last_step(tmp_path: Path) -> None:
+    """Of a baseline of equal compute that is not train.steps."""
+    config = load("configs/quickstart.yaml", ["refine.enabled=false", "train.match=compute"], FAMILIES)
+    job = Job("ntp", ("train",), tmp_path, config=config)
+    for step, done in ((config.train.steps, False), (total_steps(config) - 1, False), (total_steps(config), True)):
+        folder = tmp_path / f"checkpoints/step_{step:07d}"
+        folder.mkdir(parents=True)
+        (folder / "COMPLETE").touch()
+        assert job.done == done, step
