@@ -132,6 +132,7 @@ def test_tied_embeddings(ranks: Any, tmp_path: Path) -> None:
 
 def test_a_cast_and_the_size_of_shards(ranks: Any, tmp_path: Path) -> None:
     source, megatron, back = hf_folder(tmp_path / "source"), tmp_path / "megatron", tmp_path / "back"
+    shard_in_two(source)  # its index is not that of the four
     options = ["--verify", "--dtype", "bf16", "--max-shard-size", "50KB"]
     done(ranks, to_megatron(source, megatron), to_hf(megatron, back, *options))
     found, expected = tensors(back), in_bf16(tensors(source))
@@ -141,6 +142,9 @@ def test_a_cast_and_the_size_of_shards(ranks: Any, tmp_path: Path) -> None:
     assert all(p.stat().st_size < 50_000 + 4_000 for p in files)  # the tensors, and a header
     index = json.loads((back / "model.safetensors.index.json").read_text(encoding="utf-8"))
     assert index["weight_map"].keys() == expected.keys()
+    assert {*index["weight_map"].values()} == {path.name for path in files}
+    done(ranks, to_hf(megatron, tmp_path / "one", "--max-shard-size", "1GB"))
+    assert [path.name for path in (tmp_path / "one").glob("model*")] == ["model.safetensors"]
     assert index["metadata"]["total_size"] == sum(2 * t.numel() for t in expected.values())
     before, after = (json.loads((p / "config.json").read_text(encoding="utf-8")) for p in (source, back))
     assert after == before | {"torch_dtype": "bfloat16"}

@@ -17,8 +17,12 @@ import pytest
 from megatron_refine.checkpoint import ownership
 from megatron_refine.checkpoint.manifest import complete_folders
 from megatron_refine.checkpoint.ownership import Ownership, attempt_token
+from megatron_refine.config import load
 from megatron_refine.errors import FencedError
 from megatron_refine.launcher import reserve_port
+from megatron_refine.models.family import FAMILIES
+from megatron_refine.run import opening
+from megatron_refine.run.watchdog import Watchdog
 from tests import runs
 from tests.rank_report import RankError
 from tests.zygote import DEADLINE
@@ -256,6 +260,27 @@ def test_the_owner_is_written_as_json(tmp_path: Path) -> None:
     owner.claim()
     assert json.loads((tmp_path / "OWNER").read_text(encoding="utf-8")) == owner.token
     assert owner.name.startswith("12-3-") and not list(tmp_path.glob(".OWNER-*"))
+
+
+def test_the_longest_of_each_phase_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is reserved before the end of a job."""
+    watch, now = Watchdog(60.0), 0.0
+    monkeypatch.setattr("megatron_refine.run.watchdog.time.monotonic", lambda: now)
+    for phase, seconds in (("step", 5.0), ("save", 3.0), ("step", 2.0)):
+        with watch(phase):
+            now += seconds
+    assert watch.longest == {"step": 5.0, "save": 3.0}
+
+
+def test_an_attempt_that_comes_too_late_is_fenced_at_its_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And says so by its kind, which decides the exit code."""
+    job = {"SLURM_JOB_ID": "12", "SLURM_RESTART_COUNT": "0"}
+    monkeypatch.setattr(os, "environ", os.environ | job)
+    config = load(str(runs.write_config(tmp_path, tmp_path / "data")), [], FAMILIES)
+    Path(config.run.dir).mkdir()
+    attempt(Path(config.run.dir), job="12", restart=1).claim()
+    found = opening._prepare(config)
+    assert found["error"] == "FencedError" and "job 12, restart 1" in str(found["message"]), found
 
 
 @pytest.mark.slow

@@ -307,6 +307,18 @@ def change_metadata(folder: Path, change: Callable[[Metadata], object]) -> None:
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
+def test_every_piece_is_followed_by_one_rank(real: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = real["fp32"]
+    stored = pickle.loads((folder / ".metadata").read_bytes()).storage_data.values()
+    pieces = sorted(f"{folder / x.relative_path}: at {x.offset}" for x in stored)
+    for shares in (1, 3):
+        seen: list[str] = []
+        monkeypatch.setattr(pickles, "check_saved", lambda file, where, seen=seen: seen.append(where))
+        for share in range(shares):
+            check_pickles(folder, files(folder), share, shares)
+        assert sorted(where for where in seen if ": at " in where) == pieces
+
+
 def first_place(metadata: Metadata) -> Any:
     return next(iter(metadata.storage_data.values()))
 
