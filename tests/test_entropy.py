@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_refine.cli.asking import text_of
 from megatron_refine.cli.entropy import parse
 from megatron_refine.config import Refine
 from megatron_refine.step.select import position_chances, select_positions, smoothed_entropy
@@ -115,6 +116,11 @@ def test_a_short_text_and_a_cut_one(model: Path, ranks: Zygote, tmp_path: Path) 
     assert end.code == 0 and "too short for rollouts" in end.out and "the first 30 of " in end.err, end.err
     rows = [json.loads(row) for row in (tmp_path / "a.jsonl").read_text(encoding="utf-8").splitlines()]
     assert len(rows) == 30 and not any(row["probability"] for row in rows)
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "text").write_bytes(b"\xef\xbb\xbfa text")
+    assert text_of("--text", tmp_path / "text", Path.read_bytes) == "a text"
 
 
 @pytest.mark.slow

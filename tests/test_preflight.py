@@ -63,6 +63,10 @@ CASES = {
     "task": (["eval.tasks=[nope]"], "eval.tasks=nope: no such task;"),
     "task's file": (["eval.tasks=[qasper]"], "eval.data: names no folder; qasper is read from a file"),
     "no file of a task": (["eval.tasks=[qasper]", "eval.data={folder}/hf"], "eval.data: {folder}/hf: no file of "),
+    "no file of its second length": (
+        ["eval.tasks=[ruler_squadqa]", "eval.data={folder}/qa", "eval.lengths=[4096,8192]"],
+        "eval.data: {folder}/qa: no file of ruler_squadqa at length 8192",
+    ),
     "prompts": (["train.phase=posttrain", "data.tokenizer={golden}"], "task.paths: train.phase=posttrain trains on"),
     "phase's tokenizer": (["train.phase=posttrain", "task.paths=[{folder}/qa.jsonl]"], "data.tokenizer: train.phase="),
     "answers": (["train.phase=posttrain", "task.paths=[{folder}/rows.jsonl]", "data.tokenizer={golden}"], "no column "),
@@ -78,7 +82,9 @@ def test_a_problem_is_one_line_that_names_its_key(tmp_path: Path, case: str, mon
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     (tmp_path / "rows.jsonl").write_text('{"words": "a"}\n', encoding="utf-8")
     (tmp_path / "qa.jsonl").write_text('{"prompt": "a", "answer": "b"}\n', encoding="utf-8")
-    (tmp_path / "hf").mkdir()
+    for folder in ("hf", "qa"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "qa/ruler_squadqa_4096_200_test.jsonl").write_text('{"prompt": "a", "answer": "b"}\n', encoding="utf-8")
     model = configured(tmp_path).model.model_copy(update={"hidden_size": 32})
     (tmp_path / "hf/config.json").write_text(json.dumps(fresh_config(model, "float32")), encoding="utf-8")
     names = {"folder": tmp_path, "golden": ROOT / "tests/golden/mistral_v1"}
