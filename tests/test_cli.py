@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_refine import ranks as own_ranks
 from megatron_refine.cli import COMMANDS
 from tests import runs
 from tests.zygote import Zygote
@@ -58,6 +59,17 @@ def test_ranks_are_started(tmp_path: Path) -> None:
     config = runs.write_config(tmp_path, tmp_path / "cache", train={"steps": 1}, refine={"enabled": False})
     done = called("-m", "megatron_refine", "train", "--config", str(config), "--ranks", "2", *runs.TP2)
     assert done.returncode == 0 and "step 1/1 loss" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(("ends", "code"), [("kill -9 $$", 137), ("exit 3", 3)])
+def test_the_end_of_a_rank_is_that_of_the_command(
+    ends: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rank = tmp_path / "rank"
+    rank.write_text(f"#!/bin/sh\n{ends}\n", encoding="utf-8")
+    rank.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(rank))
+    assert own_ranks.start(1, ["train"]) == code
 
 
 @pytest.mark.slow

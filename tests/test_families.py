@@ -158,3 +158,19 @@ import megatron_refine.kernels.delta_rule, megatron_refine.models.family as fami
 family.every()
 sys.exit("megatron.core" in sys.modules)"""
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def epsilons(config: Config) -> dict[str, float]:
+    """On a rank: of every norm of the model, by its last name."""
+    from tests.parity import build
+
+    model, _ = build(config, torch.float32)
+    return {name.rpartition(".")[2]: each.eps for name, each in model.named_modules() if hasattr(each, "eps")}
+
+
+@pytest.mark.parametrize("model", ["delta_net", "gated_delta_net", "lact", "qwen3_5", "olmo_hybrid"])
+def test_every_norm_has_the_models_epsilon(model: str, ranks: Zygote, tmp_path: Path) -> None:
+    """But for those that the original has fixed: of LaCT's reads, and of Olmo-Hybrid's linear heads."""
+    own = {"lact": {"ttt_norm": 1e-5}, "olmo_hybrid": {"o_norm": 1e-5}}.get(model, {})
+    found = ranks(1, epsilons, config=small_config(tmp_path, "model.norm_eps=0.03", model=model))[0]
+    assert len(found) > 3 and found == dict.fromkeys(found, 0.03) | own

@@ -157,3 +157,22 @@ def test_another_tokenizer_than_the_model_came_with_goes_out(ranks: Zygote, tmp_
     out = tmp_path / "out"
     assert ranks(1, convert, arguments=to_hf(again, out))[0].code == 0
     assert (out / "tokenizer.json").read_bytes() == (again / "tokenizer.json").read_bytes()
+
+
+def weights_of(run: str, folder: str) -> Path:
+    """On a rank: the folder that a server of a run reads."""
+    from megatron_refine.cli.serve import _weights
+
+    return _weights(find(Path(run), "--model"), Path(folder))
+
+
+def test_a_run_that_is_trained_anew_is_served_anew(ranks: Zygote, tmp_path: Path) -> None:
+    """Its checkpoint has the old one's name; as long as it is the same, it is exported once."""
+    run, folder = trained(ranks, tmp_path, "delta_net"), str(tmp_path / "served")
+    first, again = (ranks(1, weights_of, run=str(run), folder=folder)[0] for _ in range(2))
+    assert first == again
+    shutil.rmtree(run)
+    trained(ranks, tmp_path, "delta_net", "run.seed=7")
+    other = ranks(1, weights_of, run=str(run), folder=folder)[0]
+    files = [path / "model.safetensors" for path in (first, other)]
+    assert other != first and files[0].read_bytes() != files[1].read_bytes()

@@ -12,7 +12,7 @@ import torch
 from megatron_refine.config import Config
 from megatron_refine.engine import guard, weight_sync
 from megatron_refine.engine.client import Client
-from megatron_refine.engine.collect import Collector
+from megatron_refine.engine.collect import Begun, Collector
 from megatron_refine.engine.errors import ServerError
 from megatron_refine.engine.server import Server
 from megatron_refine.records import RolloutRequest
@@ -337,6 +337,22 @@ def test_a_probe_that_is_off_or_not_finite_is_refused(ranks: Zygote, tmp_path: P
     assert found["nan"].startswith("v: the probe's log-probabilities (prompts) are nan nats")
     for words in ("'extra_key', 'v'", "'temperature': 0.5", "'max_new_tokens': 3", "('logprob_start_len', 0)"):
         assert words in found["asked"], words
+
+
+def test_what_was_to_be_written_with_other_weights_is_asked_for_anew(scripted: Any) -> None:
+    labels: list[str] = []
+
+    def answer(path: str, body: Any) -> Any:
+        labels.append(body["extra_key"])
+        return b"no JSON"
+
+    begun, clients = Begun(request(), 0), [Client(scripted(answer), 5.0)]
+    for label in ("old", "new", "new"):
+        begun.ask(clients, label, 8)
+        collector = begun.collector
+        with pytest.raises(ServerError):
+            begun.result()
+    assert labels == ["old", "new", "new"] and begun.collector is collector
 
 
 def test_a_collector_keeps_what_it_has(scripted: Any) -> None:

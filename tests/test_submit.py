@@ -289,6 +289,11 @@ def test_every_point_of_a_sweep_is_checked_first(tmp_path: Path) -> None:
     (tmp_path / "sweep.yaml").write_text("optimizer.lr: [1e-3, -1]\n", encoding="utf-8")
     with pytest.raises(ConfigError, match=r"optimizer\.lr=-1"):
         script(tmp_path, "--array", str(tmp_path / "sweep.yaml"))
+    (tmp_path / "text").write_text("a text", encoding="utf-8")
+    (tmp_path / "sweep.yaml").write_text(f"data.paths: [['{tmp_path}/text'], [/nowhere]]\n", encoding="utf-8")
+    job = submit.build(submit.parse([QUICKSTART, "--gpus-per-node", "2", "--array", str(tmp_path / "sweep.yaml")]))
+    with pytest.raises(ConfigError, match="/nowhere: no such file or folder"):
+        submit.check(job)
 
 
 def command(*arguments: str, path: str | None = None) -> subprocess.CompletedProcess[str]:

@@ -249,3 +249,12 @@ def test_a_disk_that_gets_full_in_the_middle_ends_the_run_in_one_line(
     assert len(end.err.splitlines()) == 1 and f"{what}: No space left on device; earlier checkpoints" in end.err, end
     steps = [row["step"] for row in read(tmp_path / "run/metrics.jsonl")]
     assert steps == ([0, 1] if what == "metrics.jsonl" else [0, 1, 2])
+
+
+def test_two_machines_write_beside_a_file_under_two_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes of the same number, as containers have."""
+    names = set()
+    for host in ("node1", "node2"):
+        monkeypatch.setattr(files.socket, "gethostname", lambda host=host: host)
+        names.add(files.temporary(tmp_path / "config.yaml"))
+    assert len(names) == 2 and all(path.parent == tmp_path and path.name.startswith(".") for path in names)
