@@ -187,3 +187,26 @@ def test_transformer_engine_is_taken_where_asked_for(tmp_path: Path, monkeypatch
         linears(config("te"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name == "transformer_engine" else None)
     assert [linears(config(backend)) for backend in ("local", "auto", "te")] == ["local", "te", "te"]
+
+
+def restarted(config: Config) -> list[bool]:
+    """On a rank: whether the weights after a step are those of the same step again from the same start; bit by bit."""
+    step = make_step(config, torch.bfloat16 if config.train.precision == "bf16" else torch.float32, optimizer=True)
+    share, start, ends = 4 // step.ranks.dp, step.updater.weights(), []
+    for _ in range(3):
+        step(batch(4).rows(slice(step.ranks.dp_rank * share, (step.ranks.dp_rank + 1) * share)), 0, refine=True)
+        ends.append(full_parameters(step.model))
+        step.updater.restart(start)
+        assert all(torch.equal(a, b) for a, b in zip(step.updater.weights(), start, strict=True))
+    return [torch.equal(other[name], value) for other in ends[1:] for name, value in ends[0].items()]
+
+
+@pytest.mark.parametrize("layout", short(("one", "dp2"), lambda layout: layout == "one"))
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_batch_that_starts_again_forgets_the_one_before(
+    ranks: Zygote, tmp_path: Path, precision: str, layout: str
+) -> None:
+    """The optimizer's own weights and moments too, as in test-time training."""
+    world, overrides = LAYOUTS[layout]
+    config = small_config(tmp_path, f"train.precision={precision}", "optimizer.schedule=constant", *overrides)
+    assert all(map(all, ranks(world, restarted, config=config)))
