@@ -189,7 +189,7 @@ def test_transformer_engine_is_taken_where_asked_for(tmp_path: Path, monkeypatch
     assert [linears(config(backend)) for backend in ("local", "auto", "te")] == ["local", "te", "te"]
 
 
-def restarted(config: Config) -> list[bool]:
+def begun_again(config: Config) -> list[bool]:
     """On a rank: whether the weights after a step are those of the same step again from the same start; bit by bit."""
     step = make_step(config, torch.bfloat16 if config.train.precision == "bf16" else torch.float32, optimizer=True)
     share, start, ends = 4 // step.ranks.dp, step.updater.weights(), []
@@ -209,4 +209,4 @@ def test_a_batch_that_starts_again_forgets_the_one_before(
     """The optimizer's own weights and moments too, as in test-time training."""
     world, overrides = LAYOUTS[layout]
     config = small_config(tmp_path, f"train.precision={precision}", "optimizer.schedule=constant", *overrides)
-    assert all(map(all, ranks(world, restarted, config=config)))
+    assert all(map(all, ranks(world, begun_again, config=config)))
