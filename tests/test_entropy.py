@@ -83,20 +83,21 @@ def test_the_numbers_are_those_of_the_logits(model: Path, ranks: Zygote, tmp_pat
 
 
 def test_chances_are_those_of_the_draws() -> None:
-    """Of two sequences, one padded: how often positions are drawn at evenly spread uniforms."""
+    """How often positions are drawn at evenly spread uniforms. One sequence is padded; one is so short that its chunks
+    lie within the margins, and share positions."""
     generator = torch.Generator().manual_seed(3)
-    entropy, lengths = torch.rand(2, 50, generator=generator) * 5, torch.tensor([50, 37])
+    entropy, lengths = torch.rand(3, 50, generator=generator) * 5, torch.tensor([50, 37, 12])
     how: dict[str, Any] = {"rollout_len": K, "margin": MARGIN, "temperature": 0.7}
     found = position_chances(entropy, lengths, C, **how)
     draws = 20_000
-    counts = torch.zeros(2, C, 50, dtype=torch.float64)
+    counts = torch.zeros(3, C, 50, dtype=torch.float64)
     for uniform in ((torch.arange(draws) + 0.5) / draws).split(1000):
         at = select_positions(
-            entropy.repeat(1000, 1), lengths.repeat(1000), uniform[:, None].expand(-1, 2).reshape(-1, 1).expand(-1, C),
+            entropy.repeat(1000, 1), lengths.repeat(1000), uniform[:, None].expand(-1, 3).reshape(-1, 1).expand(-1, C),
             selection="entropy", **how,
         )  # fmt: skip
-        for b in range(2):
-            counts[b].scatter_add_(1, at[b::2].T, torch.ones(C, 1000, dtype=torch.float64))
+        for b in range(3):
+            counts[b].scatter_add_(1, at[b::3].T, torch.ones(C, 1000, dtype=torch.float64))
     assert torch.allclose(found, 1 - (1 - counts / draws).prod(1), atol=1e-3)
     assert smoothed_entropy(entropy, lengths, K).shape == found.shape
 

@@ -3,7 +3,9 @@
 How the files were made is in tests/golden/README.md.
 """
 
+import dataclasses
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -166,3 +168,12 @@ def test_the_command_line_names_damaged_files(tmp_path: Path) -> None:
 def test_the_command_line_refuses(folder: str, arguments: list[str], code: int, says: str) -> None:
     found, out, err = run_tool(str(GOLDEN / folder), *arguments)
     assert found == code and says in err and len(err.splitlines()) == 1 and not out
+
+
+@pytest.mark.parametrize("wrong", ["logits", "gradient"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_does_not_agree(wrong: str, value: float) -> None:
+    from megatron_refine.trainer.parity import Errors
+
+    right = Errors(logits=0.5, logit_limit=1.0, loss=0.0, gradient=0.5, gradient_limit=1.0, worst="x")
+    assert right.passed and not dataclasses.replace(right, **{wrong: value}).passed

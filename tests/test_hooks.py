@@ -45,7 +45,8 @@ def whole_numbers(tokens: Tensor, truth: Tensor, h_pred: Tensor, h_true: Tensor)
 
 
 def no_number(tokens: Tensor, truth: Tensor, h_pred: Tensor, h_true: Tensor) -> Tensor:
-    return torch.full(tokens.shape[:3], torch.nan)
+    """For one rollout alone."""
+    return torch.zeros(tokens.shape[:3]).index_put_((torch.tensor(0),) * 3, torch.tensor(torch.nan))
 
 
 def of_two(tokens: Tensor, truth: Tensor) -> Tensor:

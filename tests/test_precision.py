@@ -210,3 +210,19 @@ def test_a_batch_that_starts_again_forgets_the_one_before(
     world, overrides = LAYOUTS[layout]
     config = small_config(tmp_path, f"train.precision={precision}", "optimizer.schedule=constant", *overrides)
     assert all(map(all, ranks(world, begun_again, config=config)))
+
+
+def first_metrics(config: Config) -> dict[str, float]:
+    """On a rank: of a two-pass REFINE step."""
+    step = make_step(config, torch.bfloat16, optimizer=True)
+    found: dict[str, float] = step(batch(4), 0, refine=True)
+    return {key: value for key, value in found.items() if key.startswith(("train/", "rollout/"))}
+
+
+def test_a_pipeline_hands_on_what_one_rank_computes(ranks: Zygote, tmp_path: Path) -> None:
+    """In scoring, rollouts and update: layers on two stages are the same layers, so nothing is rounded otherwise."""
+    one, two = (
+        ranks(world, first_metrics, config=bf16(tmp_path, "delta_net", "update.mode=two_pass", *overrides))[0]
+        for world, overrides in ((1, []), (2, ["parallel.pp=2"]))
+    )
+    assert len(one) > 12 and one == pytest.approx(two, rel=1e-4, abs=1e-6)
