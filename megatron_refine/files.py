@@ -71,6 +71,10 @@ class Appended:
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self.path)) from None
 
+    def sync(self) -> None:
+        """Bring it to the disk, before another file says that it is there. Raises OSError."""
+        os.fsync(self._file.fileno())
+
     def close(self) -> None:
         self._file.close()
 

@@ -98,7 +98,9 @@ def _declared(path: Path, tokenizer: Tokenizer, trained: Mapping[str, Any]) -> d
     tree: dict[str, Any] = {"tokenizer_class": _CLASSES[path.name], "clean_up_tokenization_spaces": False}
     for role in ("bos", "eos", "pad"):
         number = getattr(special, role)
-        tree[f"{role}_token"] = None if number is None else tokenizer.token(number)
+        tree[f"{role}_token"] = special.names.get(role) or (None if number is None else tokenizer.token(number))
+        if role in special.names:
+            tree.setdefault("added_tokens_decoder", {})[str(number)] = {"content": special.names[role], "special": True}
     if path.name == "tokenizer.model":
         tree |= {"add_bos_token": False, "add_eos_token": False, "legacy": False}
     return tree | {"model_max_length": data.get("seq_length", 2048)}

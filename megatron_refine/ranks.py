@@ -29,6 +29,8 @@ def start(ranks: int, arguments: Sequence[str]) -> int:
         min_nodes=1, max_nodes=1, nproc_per_node=ranks, max_restarts=0, run_id=uuid.uuid4().hex, rdzv_backend="c10d",
         rdzv_endpoint="127.0.0.1:0",
     )  # fmt: skip
+    if hasattr(here, "signals_to_handle"):
+        here.signals_to_handle += ",SIGUSR1"  # which the ranks save at, and which would end this process alone
     try:
         elastic_launch(here, sys.executable)("-m", "megatron_refine", *arguments)
     except ChildFailedError as error:

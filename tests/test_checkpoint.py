@@ -1,5 +1,6 @@
 """Checkpoints: resharding with Adam's moments, weights alone, keeping and replacing."""
 
+import contextlib
 import re
 import shutil
 from collections.abc import Callable
@@ -339,9 +340,14 @@ def kept_and_measured(config: Config, source: Path) -> Any:
 
     step, checkpoints = start(config)
     checkpoints.load_weights(find(source), step.updater)
+    moved = contextlib.ExitStack()
+    if step.ranks.is_main:  # a run whose weights these are may remove them before the first save
+        (source / ORIGIN).rename(source / "gone")
+        moved.callback((source / "gone").rename, source / ORIGIN)
     step(part(0, step), 0, refine=False)
     kept = []
     for number in range(1, 4):
+        moved.close() if number == 2 else None
         folder = checkpoints.save(Progress(number, 0, "rows"), step.updater)
         kept.append({path.name: path.read_bytes() for path in (folder / ORIGIN).iterdir()})
     real = sum((folder / name).stat().st_size for name in payload(folder) if not name.startswith(ORIGIN))

@@ -375,3 +375,12 @@ def test_a_launched_program_that_ends_is_reported_with_its_error(said: list[str]
     with pytest.raises(ServerError, match="ended while starting"):
         fleet.start(tmp_path)
     assert fleet.restarts == 1
+
+
+def test_each_run_has_its_own_folder_in_sync_dir() -> None:
+    """A user's folder `weights` stands there untouched, and so does that of another run."""
+    from megatron_refine.engine.sglang import _own_folder
+
+    first, other = (_own_folder("/data/me", Path("runs", name)) for name in ("a", "b"))
+    assert first != other and first.parent == Path("/data/me") and first.name.startswith("megatron_refine-")
+    assert first == _own_folder("/data/me", Path("runs/a").absolute())

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from megatron_refine.cli.asking import text_of
-from megatron_refine.cli.entropy import parse
-from megatron_refine.config import Refine
+from megatron_refine.cli.entropy import _check, parse
+from megatron_refine.config import ConfigError, Refine
 from megatron_refine.step.select import position_chances, select_positions, smoothed_entropy
 from tests.lanes import short
 from tests.runs import End, _captured
@@ -136,6 +136,15 @@ def test_ranks_that_do_not_meet_are_a_line_and_code_8(model: Path, tmp_path: Pat
     said = [row for row in done.stderr.splitlines() if not row.startswith("[")]  # torch's own lines of its sockets
     assert done.returncode == 8 and len(said) == 1, done.stderr
     assert said[0].startswith(f"rank 0: the 2 ranks did not meet at MASTER_ADDR=127.0.0.1, MASTER_PORT={port}: ")
+
+
+def test_the_text_is_not_overwritten(tmp_path: Path) -> None:
+    for name in ("book.jsonl", "book.svg"):
+        text = tmp_path / name
+        text.write_text("a text", encoding="utf-8")
+        options = parse(["tests/golden/delta_net", "--text", str(text), "--out", str(tmp_path / "book.svg")])
+        with pytest.raises(ConfigError, match="is the text itself; name another picture"):
+            _check(options)
 
 
 BAD: list[tuple[list[str], str]] = [

@@ -1,13 +1,14 @@
 """Greedy decoding from states against the slow way: a whole forward pass for every token."""
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from megatron_refine.config import Config
+from megatron_refine.config import Config, ConfigError
 from megatron_refine.data.tokenizer import train_tokenizer
 from tests import parity
 from tests.lanes import short
@@ -148,3 +149,15 @@ def test_the_nucleus_is_the_fewest_tokens_of_that_probability(top_p: float, rank
         assert torch.allclose(found_share, torch.full_like(found_share, expected), rtol=1e-6)
     assert set(tokens.tolist()) <= set(nucleus.tolist())
     assert found[1][0].equal(tokens)
+
+
+def test_only_line_ends_divide_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_refine.cli.generate import _check, _read, parse
+
+    (tmp_path / "prompts").write_bytes("one\u2028still one\x0cand\x85on\r\n\n two\n".encode())
+    assert _read(tmp_path / "prompts") == ["one\u2028still one\x0cand\x85on", " two"]
+    options = parse(["tests/golden/delta_net", "--file", "-"])
+    _check(options)
+    monkeypatch.setattr(os, "environ", os.environ | {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"})
+    with pytest.raises(ConfigError, match="--file -: 2 ranks cannot share standard input; name a file"):
+        _check(options)

@@ -218,7 +218,10 @@ def test_a_prompt_is_never_cut(files: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=f"row {row} of task numbers: has {longest + 1} tokens"):
         read_prompts(fits, tokenizer, bos=0)
     skips = "task.skip_too_long=true"
-    left = read_prompts(load(str(path), [f"data.seq_length={longest - 1}", skips], FAMILIES), tokenizer, None)
+    said: list[str] = []
+    short_rows = load(str(path), [f"data.seq_length={longest - 1}", skips], FAMILIES)
+    left = read_prompts(short_rows, tokenizer, None, said.append)
+    assert f"{left.skipped} of {ROWS} rows left out: longer than data.seq_length={longest - 1}" in said[-1]
     assert len(read_prompts(load(str(path), [f"data.seq_length={longest}", skips], FAMILIES), tokenizer, None)) == ROWS
     assert left.skipped == lengths.count(longest) and len(left) == ROWS - left.skipped
     assert left.fingerprint != whole.fingerprint

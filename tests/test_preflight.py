@@ -11,6 +11,7 @@ import pytest
 from megatron_refine.config import Config, ConfigError, load
 from megatron_refine.convert.fields import fresh_config
 from megatron_refine.errors import CheckpointError
+from megatron_refine.estimate.flops import total_steps
 from megatron_refine.models.family import FAMILIES
 from megatron_refine.run import opening, preflight
 from tests import runs
@@ -134,3 +135,19 @@ def test_an_interpreter_is_found_from_the_folder_that_one_is_in(
     config = configured(tmp_path, "engine.kind=sglang", "engine.python=bin/python")
     assert refusal(config).startswith("engine.python=bin/python: has no SGLang; install it there, or")
     preflight.check(config, in_image=True)  # whose interpreters are not here
+
+
+def test_a_baseline_of_equal_compute_goes_on_past_train_steps(tmp_path: Path) -> None:
+    """It has more steps than train.steps says; beyond its own last one it is refused."""
+    more = ["refine.enabled=false", "train.match=compute", "train.steps=20", "model.vocab_size=512"]
+    config = configured(tmp_path, *more)
+    last = total_steps(config)
+    assert last > 21
+    for step, refused in ((21, False), (last, False), (last + 1, True)):
+        folder = Path(config.run.dir) / f"checkpoints/step_{step:07d}"
+        folder.mkdir(parents=True)
+        (folder / "COMPLETE").touch()
+        if refused:
+            assert f"the run has {last + 1} already" in refusal(config)
+        else:
+            preflight._run(config)

@@ -176,3 +176,17 @@ def test_a_run_that_is_trained_anew_is_served_anew(ranks: Zygote, tmp_path: Path
     other = ranks(1, weights_of, run=str(run), folder=folder)[0]
     files = [path / "model.safetensors" for path in (first, other)]
     assert other != first and files[0].read_bytes() != files[1].read_bytes()
+
+
+def test_two_models_of_a_folder_are_served_each_as_itself(tmp_path: Path) -> None:
+    """Of a family that servers know by another name: a server reads its folder long after it was started."""
+    from megatron_refine.cli.serve import _known
+
+    first, second = (tmp_path / name for name in ("a", "b"))
+    for folder in (first, second):
+        shutil.copytree(ROOT / "tests/golden/qwen3_5", folder)
+    found = [_known(folder, find(folder, "--model"), tmp_path) for folder in (first, second, first)]
+    assert found[0] == found[2] != found[1] and not list(tmp_path.glob(".*"))
+    for folder, known in zip((first, second), found[:2], strict=True):
+        assert (known / "model.safetensors").resolve() == folder / "model.safetensors"
+        assert json.loads((known / "config.json").read_text(encoding="utf-8"))["model_type"].startswith("refine_")

@@ -274,6 +274,11 @@ def test_what_was_made_otherwise_is_not_taken_for_done(
 
     def finish(words: Sequence[str], ranks: int) -> int:
         """Leave what tells that a command is done."""
+        if words[0] == "train":
+            folder = Path(next(word for word in words if word.startswith("run.dir=")).partition("=")[2])
+            saved = folder / "checkpoints/step_0000003"
+            saved.mkdir(parents=True, exist_ok=True)
+            (saved / "COMPLETE").write_text(f"{len(str(folder)):064}", encoding="utf-8")
         if words[0] == "evaluate":
             options = evaluate.parse([*words[1:]])
             labels = [f"{task}@{length}" for task in options.tasks for length in options.lengths]
@@ -288,6 +293,11 @@ def test_what_was_made_otherwise_is_not_taken_for_done(
     assert reproduce.main([*line, "--essays", str(tmp_path / "essays"), *same], lambda *_: 1 / 0) == 2
     said = capsys.readouterr().err.splitlines()
     assert said and all(f"was made with less, now --essays {tmp_path}/essays; name another --out" in x for x in said)
+    for mark in (tmp_path / "reproduce").parent.rglob("COMPLETE"):
+        mark.write_text("trained anew", encoding="utf-8")
+    assert reproduce.main([*line, *same], lambda *_: 1 / 0) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert said and all(re.search(r"was made with weights=0+\d*, now weights=trained anew; name", x) for x in said)
 
 
 def test_a_perplexity_of_the_harness_is_no_share(tmp_path: Path) -> None:

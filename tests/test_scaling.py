@@ -15,8 +15,20 @@ import pytest
 import yaml
 
 from megatron_refine.config import ConfigError
+from megatron_refine.files import write_json, write_rows
+from megatron_refine.report.metrics import METRICS
 from megatron_refine.scaling.results import as_table, collect, write
-from megatron_refine.scaling.run import LOG, RECORD, failure, finished, submit_jobs
+from megatron_refine.scaling.run import (
+    LOG,
+    RECORD,
+    _begin,
+    check_same,
+    failure,
+    finished,
+    record,
+    run_here,
+    submit_jobs,
+)
 from megatron_refine.scaling.sweep import points, read_sweep
 from megatron_refine.slurm.site import Site
 from tests.runs import write_config
@@ -205,3 +217,33 @@ def test_the_command_line(tmp_path: Path) -> None:
     assert code == 0 and out.count("\n") == 4 and "| 1024 | 16384 |" in out, err
     code, out, err = scaling(str(tmp_path / "none.yaml"))
     assert code == 2 and "none.yaml: cannot be read" in err and not out
+
+
+def test_steps_of_another_configuration_are_neither_gone_on_from_nor_collected(tmp_path: Path) -> None:
+    path = written(tmp_path, grid={"ranks": [1]})
+    (point,), _ = points(read_sweep(path), path)
+    _begin(point)
+    row = {"train/loss": 1.0, "perf/tokens_per_sec": 5.0, "time/update": 1.0}
+    write_rows(point.folder / METRICS, [row | {"step": step} for step in range(1, 9)])
+    path = written(tmp_path, grid={"ranks": [1]}, overrides=[*read_sweep(path).overrides, "refine.enabled=false"])
+    sweep = read_sweep(path)
+    (changed,), _ = points(sweep, path)
+    assert changed.folder == point.folder
+    with pytest.raises(ConfigError, match=f"{point.folder}: has steps of another configuration of this point; choose"):
+        run_here(sweep, [changed], print)
+    assert collect(sweep, [changed]) == ([], [f"{point.name}: its folder has steps of another configuration"])
+    shutil.rmtree(point.folder)
+    check_same([changed])
+
+
+def test_a_job_that_was_submitted_stands_for_the_failure_before_it(tmp_path: Path) -> None:
+    overrides = [*read_sweep(written(tmp_path, grid={"ranks": [1]})).overrides, "refine.enabled=false"]
+    path = written(tmp_path, grid={"ranks": [1]}, overrides=overrides, warm_up=1)
+    sweep = read_sweep(path)
+    (point,), _ = points(sweep, path)
+    _begin(point)
+    write_json(point.folder / RECORD, record(point) | {"code": 2, "cause": "no data"})
+    assert collect(sweep, [point])[1] == [f"{point.name}: failed with code 2: no data"]
+    _begin(point)
+    write_rows(point.folder / METRICS, [{"train/loss": 1.0, "perf/tokens_per_sec": 5.0, "step": n} for n in (1, 2, 3)])
+    assert [result.steps for result in collect(sweep, [point])[0]] == [2] and not finished(point)

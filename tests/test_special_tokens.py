@@ -18,6 +18,7 @@ from megatron_refine.eval import load
 from megatron_refine.eval.answers import Answerer, Question
 from megatron_refine.eval.evaluation import identity
 from megatron_refine.models.delta_net.config import DeltaNetConfig
+from megatron_refine.publish import _declared
 from tests.test_tokenizer import config_of, trained
 
 VOCAB = 280
@@ -170,7 +171,12 @@ def test_a_sentencepiece_model_s_own_come_last(tmp_path: Path) -> None:
         load_tokenizer(begins, 400, "data.tokenizer")
     with pytest.raises(ConfigError, match=r"declares eos_token '<\|gone\|>', which tokenizer\.model does not have"):
         found(declare(model, tmp_path / "e", tokenizer_config={"eos_token": "<|gone|>"}))
+    assert load_tokenizer(folder, 1000, "").special.names == {"eos": "<|new|>"}
     keep_tokenizer(model, load_tokenizer(folder, 1000, ""), tmp_path / "run")
+    kept = load_tokenizer(tmp_path / "run/tokenizer.model", 1000, "")
+    declared = _declared(tmp_path / "run/tokenizer.model", kept, {})  # as an export does, without the first folder
+    assert (declared["eos_token"], declared["bos_token"]) == ("<|new|>", "<s>")
+    assert declared["added_tokens_decoder"] == {"400": {"content": "<|new|>", "special": True}}
     (tmp_path / "spiece.bpe").write_bytes(model.read_bytes())
     keep_tokenizer(tmp_path / "spiece.bpe", load_tokenizer(folder, 1000, ""), tmp_path / "run")
     assert found(tmp_path / "run/tokenizer.model") == (1, 400, 3, (400,))

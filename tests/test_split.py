@@ -42,3 +42,13 @@ def bad_config(settings, **data) -> str:
     with pytest.raises(ConfigError) as caught:
         settings(**data)
     return str(caught.value)
+
+
+def test_the_side_of_a_document_follows_the_rule_of_that_side(tmp_path, settings):
+    """Where what is held out must be longer than what is trained on."""
+    texts = [" ".join(["state"] * n) + f" {n}" for n in (200, 190, 30, 28, 26, 24, 22)]
+    own = {"min_length": 8, "valid_min_length": 64, "valid_fraction": 1e-9}
+    prepared = prepare(settings(paths=write(tmp_path / "a", texts), **own))
+    assert len(prepared.valid) == 1 and len(prepared.valid.row(0)) == 64 and len(prepared.train)
+    message = failure(settings(paths=write(tmp_path / "b", texts[2:]), **own))
+    assert message.startswith("data.valid_min_length=64: no document is left to train on")

@@ -15,13 +15,13 @@ import yaml
 from megatron_refine.cli import study
 from megatron_refine.config import ConfigError
 from megatron_refine.config.load import read_as
-from megatron_refine.files import read
+from megatron_refine.files import read, write_rows
 from megatron_refine.step.reward import binary
 from megatron_refine.study.documents import QUERY, STORE, Documents, Language
 from megatron_refine.study.findings import Difference, holm, no_worse, sign_flip
 from megatron_refine.study.plan import Plan, bases, continuations, read_plan
 from megatron_refine.study.rewards import shuffled
-from megatron_refine.study.run import finished
+from megatron_refine.study.run import _left, finished
 from tests import runs
 from tests.zygote import Zygote
 
@@ -185,3 +185,19 @@ def test_the_small_study_from_beginning_to_end(
     text = (tmp_path / "runs/study_small/study.md").read_text(encoding="utf-8")
     assert f"| {100 * ends[0][2]['task/valid']:.2f} % |" in text and "Gated DeltaNet: refine alone, less" in text
     assert json.loads((tmp_path / "runs/study_small/plan.json").read_text("utf-8"))["bases"] == 2
+
+
+def test_a_base_without_its_checkpoint_is_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where arms are to go on from it: its last evaluation is written before its last save."""
+    monkeypatch.chdir(tmp_path)
+    plan = read_plan(ROOT / "configs/study/small.yaml")
+    every = list(bases(plan))
+    for run in every:
+        write_rows(run.folder / "metrics.jsonl", [{"step": n, "eval/ntp_loss": 1.0} for n in (0, 40)])
+    saved = every[0].folder / "checkpoints/step_0000040"
+    saved.mkdir(parents=True)
+    (saved / "COMPLETE").touch()
+    assert _left(plan, every) == every[1:]
+    for run in continuations(plan):
+        write_rows(run.folder / "metrics.jsonl", [{"step": n, "eval/ntp_loss": 1.0} for n in (0, 20)])
+    assert _left(plan, every) == []

@@ -258,3 +258,15 @@ def test_two_machines_write_beside_a_file_under_two_names(tmp_path: Path, monkey
         monkeypatch.setattr(files.socket, "gethostname", lambda host=host: host)
         names.add(files.temporary(tmp_path / "config.yaml"))
     assert len(names) == 2 and all(path.parent == tmp_path and path.name.startswith(".") for path in names)
+
+
+def test_answers_are_on_the_disk_before_the_progress_that_counts_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+    real = os.fsync
+    monkeypatch.setattr(
+        os, "fsync", lambda handle: (synced.append(os.readlink(f"/proc/self/fd/{handle}")), real(handle))[1]
+    )
+    Predictions(tmp_path / "predictions.jsonl", 0).append(1, [{"index": 0}])
+    assert synced[-1] == str(tmp_path / "predictions.jsonl")

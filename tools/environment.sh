@@ -28,9 +28,13 @@ restore)
     [ -f "$kept/origin" ] && [ ! -e "$folder" ] || exit 1
     echo "linking the environment $folder from $cache"
     touch "$kept"
-    link "$kept" "$folder"
-    origin=$(cat "$folder/origin")
-    { grep -IlF "$origin" "$folder"/bin/* || true; } | xargs -r sed -i "s|$origin|$PWD/$folder|g" # sed writes new files
+    trap 'rm -rf "$folder.unfinished"' EXIT
+    rm -rf "$folder.unfinished"
+    link "$kept" "$folder.unfinished"
+    origin=$(cat "$kept/origin")
+    { grep -IlF "$origin" "$folder.unfinished"/bin/* || true; } |
+        xargs -r sed -i "s|$origin|$PWD/$folder|g" # sed writes new files
+    mv -T "$folder.unfinished" "$folder" # whole, or not at all
     ;;
 keep)
     mkdir -p "$cache"

@@ -31,7 +31,7 @@ from megatron_refine.checkpoint.manifest import (
     step_folder,
     unfinished_folders,
 )
-from megatron_refine.checkpoint.origin import keep
+from megatron_refine.checkpoint.origin import carry
 from megatron_refine.checkpoint.ownership import Ownership
 from megatron_refine.checkpoint.pending import ARGUMENTS, Pending
 from megatron_refine.checkpoint.pickles import check_pickles
@@ -171,9 +171,9 @@ class Checkpoints:
         self.load_model(source, unwrap(updater.model))
         updater.optimizer.reload_model_params()
         if source.is_checkpoint:
-            return self._went_on_from(source.folder)
+            self._went_on_from(source.folder)
         kept = self._kept = self.root / ".hf"  # where the model came from may be gone at the first save
-        self._together("keep", kept, lambda: self._owned(lambda: keep(HFSource(source.folder), kept)), only_main=True)
+        self._together("keep", kept, lambda: self._owned(lambda: carry(source, kept)), only_main=True)
 
     def load_model(self, source: Source, model: RefineModel) -> None:
         """Fill a model alone, of any layout and dtype. Raises CheckpointError, and of a folder in Hugging Face's format

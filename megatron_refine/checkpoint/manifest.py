@@ -36,6 +36,11 @@ def complete_folders(root: Path) -> list[Path]:
     return [path for step, path in numbered(root, STEP) if (path / COMPLETE).is_file() and not _renamed(path, step)]
 
 
+def last_step(root: Path) -> int:
+    """Return the step of a run's newest complete checkpoint; -1 without one."""
+    return max((int(path.name.removeprefix(STEP)) for path in complete_folders(root)), default=-1)
+
+
 def own_folders(root: Path) -> list[Path]:
     """Return those that a save has written: a copy `step_7` of `step_0000007` is somebody's, and never removed."""
     return [path for path in complete_folders(root) if path == step_folder(root, int(path.name.removeprefix(STEP)))]

@@ -6,6 +6,8 @@ So the way back gives the same files, bit by bit, where the weights did not chan
 import shutil
 from pathlib import Path
 
+from megatron_refine.checkpoint.manifest import ORIGIN
+from megatron_refine.checkpoint.source import Source
 from megatron_refine.convert.hf_folder import INDEX
 from megatron_refine.convert.hf_writer import Origin
 from megatron_refine.convert.source import HFSource
@@ -13,6 +15,15 @@ from megatron_refine.convert.tensorfile import TensorFileWriter
 from megatron_refine.files import write_json
 
 ORIGIN_FILE, UNUSED = "origin.json", "unused.safetensors"
+
+
+def carry(source: Source, kept: Path) -> None:
+    """`keep` what a run's first model came with; of a checkpoint what that has kept, if anything."""
+    if not source.is_checkpoint:
+        return keep(HFSource(source.folder), kept)
+    shutil.rmtree(kept, ignore_errors=True)
+    if (source.folder / ORIGIN).is_dir():
+        shutil.copytree(source.folder / ORIGIN, kept)
 
 
 def keep(source: HFSource, kept: Path) -> None:

@@ -1,10 +1,19 @@
 """The model in any folder that holds one: a run, a checkpoint, or a folder in Hugging Face's format."""
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_refine.checkpoint.manifest import COMPLETE, MANIFEST, ORIGIN, complete_folders, model_in, read_manifest
+from megatron_refine.checkpoint.manifest import (
+    COMPLETE,
+    MANIFEST,
+    ORIGIN,
+    STEP,
+    complete_folders,
+    model_in,
+    read_manifest,
+)
 from megatron_refine.config import ConfigError, ModelConfig
 from megatron_refine.convert.fields import CONFIG, model_of, read_config
 
@@ -76,5 +85,6 @@ def differences(source: Source, model: ModelConfig) -> list[str]:
 
 
 def _checkpoint(folder: Path) -> Source:
-    run = folder.parent.parent if folder.parent.name == CHECKPOINTS else None
+    own = folder.parent.name == CHECKPOINTS and re.fullmatch(f"{STEP}[0-9]+", folder.name)  # not a conversion beside it
+    run = folder.parent.parent if own else None
     return Source(folder, model_in(folder, read_manifest(folder)), is_checkpoint=True, run=run)

@@ -99,6 +99,8 @@ def _check(options: argparse.Namespace) -> None:
             raise ConfigError(f"--{name}={number}: must be {range_}")
     if options.prompt is not None and not is_utf8(options.prompt):
         raise ConfigError("--prompt: is not UTF-8 text; write it into a file and name it with --file")
+    if str(options.file) == "-" and (ranks := launcher.read().world) > 1:
+        raise ConfigError(f"--file -: {ranks} ranks cannot share standard input; name a file")
     if "" in options.stop:
         raise ConfigError("--stop: is empty; name a text, or leave it out")
 
@@ -106,7 +108,7 @@ def _check(options: argparse.Namespace) -> None:
 def _read(path: Path) -> list[str]:
     """Return the lines of a file that are not blank. Raises ConfigError."""
     text = text_of("--file", path, lambda path: sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes())
-    lines = [line for line in text.splitlines() if line.strip()]
+    lines = [line for line in text.replace("\r\n", "\n").split("\n") if line.strip()]
     if not lines:
         raise ConfigError(f"--file {path}: holds no prompt; write one on each line")
     return lines

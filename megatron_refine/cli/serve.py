@@ -9,6 +9,8 @@ text. Without --model the server begins with random weights: a job's script star
 """
 
 import argparse
+import hashlib
+import json
 import os
 import shutil
 import sys
@@ -21,7 +23,7 @@ from megatron_refine.config.paths import path_argument
 from megatron_refine.config.words import spell
 from megatron_refine.convert.fields import CONFIG
 from megatron_refine.errors import CheckpointError
-from megatron_refine.files import TornError, read, read_json, write_json
+from megatron_refine.files import TornError, read, read_json, temporary, write_json
 from megatron_refine.models import family
 from megatron_refine.models.family import FAMILIES
 from megatron_refine.run import preflight
@@ -97,13 +99,20 @@ def _known(weights: Path, source: Source, folder: Path) -> Path:
     told, tree = family.served_as(family.of(source.model.family)), read_json(weights / CONFIG)
     if told["model_type"] == tree.get("model_type"):
         return weights
-    target = folder.absolute() / "served"
-    shutil.rmtree(target, ignore_errors=True)
-    target.mkdir()
-    for path in weights.iterdir():
-        (target / path.name).symlink_to(path.absolute())
-    (target / CONFIG).unlink()
-    write_json(target / CONFIG, tree | told)
+    files = sorted(path.name for path in weights.iterdir())
+    key = hashlib.sha256(json.dumps([str(weights), tree, files]).encode()).hexdigest()[:12]
+    target = folder.absolute() / f"served-{key}"  # of this model alone: other servers read theirs
+    unfinished = temporary(target)
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir()
+    for name in files:
+        (unfinished / name).symlink_to(weights / name)
+    (unfinished / CONFIG).unlink()
+    write_json(unfinished / CONFIG, tree | told)
+    try:
+        unfinished.rename(target)
+    except OSError:  # it is there
+        shutil.rmtree(unfinished)
     return target
 
 

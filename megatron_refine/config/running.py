@@ -96,7 +96,9 @@ class Engine(Section):
         "trainer and servers can read.",
     )
     sync_dir: PathText = Field(
-        "", description="Folder of exported weights, under one path on all machines. Empty: `engine/` of `run.dir`."
+        "",
+        description="Where each run makes a folder of its own for exported weights, under one path on all machines. "
+        "Empty: `engine/` of `run.dir`.",
     )
     master_address: str = Field(
         "",

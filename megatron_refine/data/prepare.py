@@ -150,9 +150,14 @@ def _write_folder(
             # A small corpus may have all its long documents on one side, or one alone. (Its trained tokenizer has then
             # seen what changes sides.)
             documents = functools.partial(encode_all, tokenizer)
-            threshold = adjusted_threshold(documents(sources.train.documents()), rule, sources.threshold)
+            threshold = adjusted_threshold(documents(sources.train.documents()), rules, sources.threshold)
             if threshold is not None:
                 pack(sources.sided(tokenizer, threshold), unfinished, rules, vocab_size, fingerprint)
+            elif rules["valid"] != rule:
+                raise ConfigError(
+                    f"data.valid_min_length={rules['valid'].min_length}: no document is left to train on when one of "
+                    "that length is held out; lower it, or name data.valid_paths"
+                )
             else:
                 parts, note = cut_in_two(documents(sources.train.documents()), rule, fraction)
                 pack(parts, unfinished, dict.fromkeys(SIDES, rule.splitting), vocab_size, fingerprint, note)

@@ -94,6 +94,9 @@ def read_prompts(
     if not found.examples:
         length = config.data.seq_length
         raise ConfigError(f"task.paths: all {skipped} rows are longer than data.seq_length={length}; raise it")
+    if skipped:
+        length = config.data.seq_length
+        say(f"task.paths: {skipped:,} of {len(examples):,} rows left out: longer than data.seq_length={length}")
     return Prompts(found.examples, found.prompts, found.answers, skipped)
 
 

@@ -5,7 +5,7 @@ generation_config.json, then in config.json; the tokenizer itself (a sentencepie
 tokenizer.json the usual names are looked up). A name that is null forbids that last guess.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -40,6 +40,7 @@ class SpecialTokens:
     pad: int | None
     ends: tuple[int, ...]  # each of them ends an answer, eos among them
     origin: dict[str, str]  # the file that declares each, or OWN
+    names: dict[str, str] = field(default_factory=dict)  # by role, of those that the tokenizer's own file lacks
 
     def __str__(self) -> str:
         found = [f"{role.upper()} {self._one(role)}" for role in _ROLES]
@@ -72,7 +73,9 @@ def find_special_tokens(path: Path, vocabulary: Vocabulary, key: str) -> Special
         found[role], origin[role] = _find(role, files, path, vocabulary, key)
     numbers = [i for name in _NUMBERS for i in _numbers("eos", name, files[name], path, vocabulary, key)]
     eos = [] if found["eos"] is None else [found["eos"]]
-    return SpecialTokens(**found, ends=tuple(dict.fromkeys(eos + numbers)), origin=origin)
+    added = [role for role, number in found.items() if number is not None and number > vocabulary.largest_id]
+    names = {role: _name(role, files[origin[role]]) for role in added}
+    return SpecialTokens(**found, ends=tuple(dict.fromkeys(eos + numbers)), origin=origin, names=names)
 
 
 def _find(
@@ -81,15 +84,13 @@ def _find(
     """Return the id of a role, None where there is none, and the file that says so."""
     absent = ""
     for name in _NAMES:
-        field = f"{role}_token"
-        token = files[name].get(field)
-        token = token.get("content") if isinstance(token, dict) else token
+        token = _name(role, files[name])
         if token is None or token == "":
-            absent = absent or (name if field in files[name] else "")
+            absent = absent or (name if f"{role}_token" in files[name] else "")
             continue
         found = _named(token, files[name], vocabulary) if isinstance(token, str) else None
         if found is None and role != "pad":  # nothing is padded with it: a published one may lack it
-            what = f"declares {field} {shown(repr(token))}, which {shown(path.name)} does not have; correct it"
+            what = f"declares {role}_token {shown(repr(token))}, which {shown(path.name)} does not have; correct it"
             raise refusal(path.with_name(name), key, what)
         if found is not None:
             return found, name
@@ -97,6 +98,12 @@ def _find(
         if ids := _numbers(role, name, files[name], path, vocabulary, key):
             return ids[0], name
     return (None, absent) if absent else (getattr(vocabulary, f"{role}_id"), OWN)
+
+
+def _name(role: str, tree: dict[str, Any]) -> Any:
+    """Return the token that a file of names declares for a role."""
+    token = tree.get(f"{role}_token")
+    return token.get("content") if isinstance(token, dict) else token
 
 
 def _named(token: str, tree: dict[str, Any], vocabulary: Vocabulary) -> int | None:
@@ -114,13 +121,13 @@ def _numbers(
     role: str, name: str, tree: dict[str, Any], path: Path, vocabulary: Vocabulary, key: str
 ) -> list[int]:  # fmt: skip
     """Return the ids of a role in generation_config.json or config.json, which hold one, a list of them, or none."""
-    field = f"{role}_token_id"
+    key_of = f"{role}_token_id"
     inner = tree.get("text_config")  # of a model that reads more than text
-    value = tree.get(field, inner.get(field) if isinstance(inner, dict) else None)
+    value = tree.get(key_of, inner.get(key_of) if isinstance(inner, dict) else None)
     ids = value if isinstance(value, list) else [] if value is None else [value]
     for i in ids:
         if type(i) is not int or (i > vocabulary.largest_id and role != "pad"):
-            what = f"declares {field} {shown(repr(i))}, but {shown(path.name)} has ids up to {vocabulary.largest_id}"
+            what = f"declares {key_of} {shown(repr(i))}, but {shown(path.name)} has ids up to {vocabulary.largest_id}"
             raise refusal(path.with_name(name), key, f"{what}; correct it, or move the tokenizer away from it")
     return [i for i in ids if 0 <= i <= vocabulary.largest_id]  # -1: some say none so
 

@@ -1,7 +1,7 @@
 """Held-out documents: their text alone decides, so that equal documents never stand on both sides."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
@@ -21,13 +21,19 @@ def threshold_of(fraction: float) -> int:
     return int(fraction * _WHOLE)
 
 
-def adjusted_threshold(documents: Iterable[tuple[str, np.ndarray]], rule: RowRule, threshold: int) -> int | None:
-    """Return the threshold nearest to `threshold` that leaves a document that gives rows on each side.
+def adjusted_threshold(
+    documents: Iterable[tuple[str, np.ndarray]], rules: Mapping[str, RowRule], threshold: int
+) -> int | None:
+    """Return the threshold nearest to `threshold` that leaves a document that gives rows on each side, by its rule.
 
-    documents: texts with their token ids [length]. Returns None where only one (or copies of it) gives rows.
+    documents: texts with their token ids [length]. Returns None where none does: one document alone may give rows.
     """
-    usable = sorted({share(text) for text, ids in documents if rule.rows(ids)})
-    return min(max(threshold, usable[0] + 1), usable[-1]) if len(usable) > 1 else None
+    highest, lowest = -1, _WHOLE  # shares of what gives rows for training, and of what does when held out
+    for text, ids in documents:
+        place = share(text)
+        highest = max(highest, place) if rules["train"].rows(ids) else highest
+        lowest = min(lowest, place) if rules["valid"].rows(ids) else lowest
+    return min(max(threshold, lowest + 1), highest) if lowest < highest else None
 
 
 def cut_in_two(

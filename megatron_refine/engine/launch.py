@@ -116,7 +116,7 @@ def command(
     arguments += [] if text else ["--skip-tokenizer-init"]
     arguments += GPU_ARGUMENTS if hardware.has_gpu() else CPU_ARGUMENTS
     if engine.api_key_env:
-        secret = folder / "server.yaml"
+        secret = folder / f"server-{port}.yaml"
         secret.touch(0o600)
         secret.write_text(yaml.safe_dump({"api-key": os.environ[engine.api_key_env]}), encoding="utf-8")
         arguments += ["--config", str(secret)]

@@ -5,7 +5,9 @@ stage sends them its weights. Every rank makes the same calls: what fails on one
 A recovery loads the weights from disk into every server that answers and starts the others anew.
 """
 
+import hashlib
 import secrets
+import shutil
 import socket
 import time
 from collections.abc import Callable
@@ -51,7 +53,7 @@ class SGLangEngine:
         """say: shows a line to the user, on the main rank."""
         self.config, self.model, self.ranks, self.say = config, model, ranks, say
         engine, run = config.engine, Path(config.run.dir)
-        self.folder = (Path(engine.sync_dir) if engine.sync_dir else run / "engine").absolute()
+        self.folder = (_own_folder(engine.sync_dir, run) if engine.sync_dir else run / "engine").absolute()
         longest = 2 * config.refine.num_chunks * engine.request_timeout  # requests of a sequence, one after the other
         self.control = Control(engine.start_timeout + 2 * engine.sync_timeout + longest)
         self.converter = Converter(config.model)
@@ -152,9 +154,11 @@ class SGLangEngine:
         return found
 
     def close(self) -> None:
-        """End the servers that were launched."""
+        """End the servers that were launched, and leave nothing in engine.sync_dir."""
         if self.fleet:
             self.fleet.stop()
+            if self.config.engine.sync_dir:
+                shutil.rmtree(self.folder, ignore_errors=True)
 
     def _start(self, version: int) -> None:
         engine = self.config.engine
@@ -285,6 +289,11 @@ class SGLangEngine:
 
     def _clients(self) -> list[Client]:
         return [server.client for server in self.servers]
+
+
+def _own_folder(sync_dir: str, run: Path) -> Path:
+    """Return the run's folder in engine.sync_dir: other runs, and the user, have theirs beside it."""
+    return Path(sync_dir) / f"megatron_refine-{hashlib.sha256(str(run.absolute()).encode()).hexdigest()[:12]}"
 
 
 def _address(urls: list[str]) -> str:

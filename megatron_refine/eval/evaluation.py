@@ -30,11 +30,16 @@ class Documents:
     ids: list[list[int]]
 
 
+def weights_of(source: Source) -> list[str]:
+    """Return a digest of the manifest of a checkpoint, or of each file of weights in Hugging Face's format."""
+    files = [source.folder / MANIFEST] if source.is_checkpoint else sorted(source.folder.glob("*.safetensors"))
+    return [digest(path)[:16] for path in files]
+
+
 def identity(source: Source, text: Text, precision: str) -> dict[str, Any]:
     """What answers depend on beside their questions."""
-    files = [source.folder / MANIFEST] if source.is_checkpoint else sorted(source.folder.glob("*.safetensors"))
     return {
-        "weights": [digest(path)[:16] for path in files],
+        "weights": weights_of(source),
         "model": hashlib.sha256(source.model.model_dump_json().encode()).hexdigest()[:16],
         "tokenizer": digest(text.path)[:16],
         "precision": precision,

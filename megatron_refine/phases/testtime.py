@@ -60,10 +60,11 @@ class TestTime:
         return metrics | ({"train/optimizer_steps": steps} if metrics else {})
 
     def _passes(self, step: int) -> int:
-        if self.config.refine.enabled or self.config.train.match != "compute":
+        done = step - self.config.refine.start_step  # before it all runs are alike
+        if self.config.refine.enabled or self.config.train.match != "compute" or done < 0:
             return 1
         ratio = matched_ratio(self.config)  # no whole number: over the batches, it comes out
-        return math.floor((step + 1) * ratio) - math.floor(step * ratio)
+        return math.floor((done + 1) * ratio) - math.floor(done * ratio)
 
     def _answer(self, rows: range) -> dict[str, Any]:
         examples = [self.prompts.examples[row] for row in rows]

@@ -101,6 +101,7 @@ class Predictions:
     def append(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
         file = Appended(self.path)
         file.write("".join(_line({"step": step} | dict(row)) for row in rows))
+        file.sync()  # what comes next says that they were answered
         file.close()
 
     def read(self) -> list[dict[str, Any]]:

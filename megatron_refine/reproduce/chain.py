@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from megatron_refine.checkpoint.manifest import STEP, complete_folders
+from megatron_refine.checkpoint.manifest import COMPLETE, complete_folders, last_step
 from megatron_refine.checkpoint.source import CHECKPOINTS
 from megatron_refine.config import Config, load
 from megatron_refine.config.words import spell
 from megatron_refine.estimate.flops import total_steps
 from megatron_refine.eval.results import SCORES
-from megatron_refine.files import TornError, read_json
+from megatron_refine.files import TornError, read, read_json
 from megatron_refine.models.family import FAMILIES
 from megatron_refine.reproduce.items import ITEMS, LONGBENCH, MAIN, RUNS, SFT, START, Run
 from megatron_refine.reproduce.setting import Setting
@@ -32,6 +32,13 @@ class Job:
     ranks: int = 1
     config: Config | None = None  # of a training
     labels: tuple[str, ...] = ()  # of an evaluation
+    reads: str = ""  # weights that an evaluation asks, or that a training starts from
+
+    @property
+    def source(self) -> str:
+        """What `reads` holds now: the digest of a run's newest checkpoint, "" where there is none."""
+        found = complete_folders(Path(self.reads) / CHECKPOINTS) if self.reads else []
+        return read(found[-1] / COMPLETE)[:12] if found else ""
 
     @property
     def done(self) -> bool:
@@ -43,8 +50,7 @@ class Job:
             return self.result.exists() and set(self.labels) <= scores_in(self.result).keys()
         if self.config.train.phase == "testtime":
             return answered(self.result)
-        found = complete_folders(self.result / CHECKPOINTS)
-        return bool(found) and int(found[-1].name.removeprefix(STEP)) >= total_steps(self.config)
+        return last_step(self.result / CHECKPOINTS) >= total_steps(self.config)
 
 
 def answered(folder: Path) -> bool:
@@ -121,7 +127,7 @@ class Chain:
         words = ["train", *(["--ranks", str(ranks)] if ranks > 1 else [])]
         words += [*_configured(files), *overrides]
         place = self.place(run, part)
-        yield Job(self._relative(place), tuple(words), place, ranks, config)
+        yield Job(self._relative(place), tuple(words), place, ranks, config, reads=config.checkpoint.load)
 
     def _data(self, run: str, spec: Run, part: str) -> list[str]:
         setting = self.setting
@@ -180,7 +186,8 @@ class Chain:
         weights = self.weights(run, part if _phase(run) == "posttrain" else "")
         words = ["evaluate", weights, "--tasks", ",".join(tasks), *more, *self._model_options(run)]
         words += ["--examples", str(setting.examples)] if setting.examples else []
-        return Job(self._relative(out), (*words, "--out", str(out)), out / SCORES, setting.ranks, labels=labels)
+        words += ["--out", str(out)]
+        return Job(self._relative(out), tuple(words), out / SCORES, setting.ranks, labels=labels, reads=weights)
 
     def _model_options(self, run: str) -> list[str]:
         given = dict(word.split("=", 1) for word in self.setting.overrides)
@@ -192,12 +199,12 @@ class Chain:
         setting, out = self.setting, self.evaluated(run, "lm_eval.json" if kind == "short" else "entropy.svg")
         if kind == "entropy":
             words = ["entropy", self.weights(run), "--text", setting.text, *self._model_options(run)]
-            return Job(self._relative(out), (*words, "--out", str(out)), out)
+            return Job(self._relative(out), (*words, "--out", str(out)), out, reads=self.weights(run))
         labels = {label.split()[0] for column in ITEMS["tabe1"].columns for label in self.short(column.labels)}
         words = ["lm-eval", self.weights(run), "--tasks", ",".join(sorted(labels)), *self._model_options(run)]
         words += ["--include-path", setting.tasks] if setting.tasks else []
         words += ["--limit", str(setting.examples)] if setting.examples else []
-        return Job(self._relative(out), (*words, "--out", str(out)), out, setting.ranks)
+        return Job(self._relative(out), (*words, "--out", str(out)), out, setting.ranks, reads=self.weights(run))
 
     def short(self, labels: tuple[str, ...]) -> list[str]:
         """Return the tasks and metrics of lm-evaluation-harness in the place of the paper's."""

@@ -15,6 +15,7 @@ from megatron_refine.reproduce.setting import Setting
 Call = Callable[[Sequence[str], int], int]  # words of a command, its ranks -> exit code
 WIDTH = 110
 MADE = "commands.json"  # beside the pages: by name of a job, the words that it was started with
+_WEIGHTS = "weights="  # of a run, by the digest of its checkpoint
 _ANY = ("--ranks", "--tp", "parallel.")  # of what changes no result
 
 
@@ -71,13 +72,16 @@ def printed(setting: Setting, jobs: Sequence[Job]) -> str:
 
 
 def check_made(out: Path, jobs: Iterable[Job]) -> None:
-    """Raise ConfigError, a line a job, where what is done was made by another command than today's.
+    """Raise ConfigError, a line a job, where what is done was made by another command than today's, or of weights that
+    were replaced since.
 
     Packed rows know what they are of; what was started by hand is taken for right.
     """
     made, problems = _made(out), []
     for job in jobs:
-        before, now = _said(made.get(job.name, job.words)), _said(job.words)
+        before, now = (_said(words) for words in (made.get(job.name, _noted(job)), _noted(job)))
+        if not any(word.startswith(_WEIGHTS) for word in before):  # not known
+            now = _said(job.words)
         if before != now and job.words[0] != "prepare" and job.done:
             pairs = ((before, now), (now, before))
             old, new = (" ".join(word for word in one if word not in other) or "less" for one, other in pairs)
@@ -93,7 +97,11 @@ def _made(out: Path) -> dict[str, list[str]]:
 
 def _note(out: Path, job: Job) -> None:
     """Write down what a job is started with."""
-    write_json(out / MADE, _made(out) | {job.name: [*job.words]})
+    write_json(out / MADE, _made(out) | {job.name: _noted(job)})
+
+
+def _noted(job: Job) -> list[str]:
+    return [*job.words, *([_WEIGHTS + job.source] if job.source else [])]
 
 
 def _said(words: Sequence[str]) -> list[str]:

@@ -2,12 +2,15 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryFile
+from typing import TypeVar, cast
 
 from megatron_refine.checkpoint.ownership import Ownership, attempt_token
 from megatron_refine.config import Config, ConfigError
 from megatron_refine.errors import FULL, CheckpointError, FencedError, disk_failed
+from megatron_refine.exchange import everyone
 from megatron_refine.phases.sources import Sources
 from megatron_refine.platform import rendezvous
 from megatron_refine.run import preflight
@@ -16,6 +19,7 @@ from megatron_refine.trainer.parallel import join
 _KINDS: dict[str, type[Exception]] = {
     "ConfigError": ConfigError, "FencedError": FencedError, "CheckpointError": CheckpointError,
 }  # fmt: skip
+T = TypeVar("T")
 BLOCK = 1 << 16  # bytes: a run that cannot write as much is not begun
 
 
@@ -32,6 +36,20 @@ def claim(config: Config, checked: bool = False) -> Ownership:
     if "error" in found:
         raise _KINDS[found["error"]](found["message"])
     return Ownership(Path(config.run.dir), found["token"])
+
+
+def everywhere(action: Callable[[], T]) -> T:
+    """Run a local `action` on every rank, which may find other files than the first one. Its result, or one ConfigError
+    on every rank."""
+    result, message = None, None
+    try:
+        result = action()
+    except ConfigError as error:
+        message = str(error)
+    for rank, found in enumerate(everyone(message)):
+        if found is not None:
+            raise ConfigError(f"{found} (rank {rank})" if rank else found)
+    return cast(T, result)
 
 
 def _prepare(config: Config, checked: bool = False) -> dict[str, object]:

@@ -21,6 +21,7 @@ from megatron_refine.data.examples import Columns, read_examples
 from megatron_refine.data.readers import read_documents
 from megatron_refine.data.tokenizer import bos_id, check_vocabulary, find_tokenizer, load_tokenizer
 from megatron_refine.errors import CheckpointError
+from megatron_refine.estimate.flops import total_steps
 from megatron_refine.eval import files as task_files
 from megatron_refine.eval import tasks
 from megatron_refine.files import TornError
@@ -87,7 +88,7 @@ def _run(config: Config) -> None:
     if past := past_of(config):
         refuse(past, config)
     steps = 0 if config.train.phase == "testtime" else _done(config)
-    if steps > config.train.steps:
+    if steps > total_steps(config):
         raise ConfigError(f"train.steps={config.train.steps}: the run has {steps} already; set {steps} or more")
 
 

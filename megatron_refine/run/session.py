@@ -18,15 +18,17 @@ from megatron_refine.data.tokenizer import keep_tokenizer
 from megatron_refine.engine.native import NativeEngine
 from megatron_refine.estimate.flops import batch_flops
 from megatron_refine.eval.answers import Answerer
+from megatron_refine.eval.evaluation import weights_of
 from megatron_refine.eval.heldout import HeldOut
 from megatron_refine.eval.suite import TaskEvaluation, score_table
+from megatron_refine.exchange import everyone
 from megatron_refine.models import cost
 from megatron_refine.phases.sources import Sources
 from megatron_refine.phases.testtime import TestTime
 from megatron_refine.platform import hardware
 from megatron_refine.records import Batch, RolloutEngine
 from megatron_refine.report.folder import RunFolder, read_progress
-from megatron_refine.run.opening import claim
+from megatron_refine.run.opening import claim, everywhere
 from megatron_refine.run.signals import StopRequest
 from megatron_refine.run.used import used
 from megatron_refine.run.watchdog import Watchdog
@@ -83,7 +85,7 @@ class Session:
     def _build(self) -> None:
         config = self.config
         self.ranks = init_parallel(config)
-        self.sources, device = Sources.of(config), hardware.device()
+        self.sources, device = everywhere(lambda: Sources.of(config)), hardware.device()
         parameters = cost.parameters(config.model)
         self._tell(f"building {config.model.family}, {parameters:,} parameters, on {usage.ranks(self.ranks.world)}")
         model = build_model(config, self.ranks)
@@ -95,11 +97,20 @@ class Session:
             batch_size=config.eval.batch_size or config.train.micro_batch_size,
         )  # fmt: skip
         self.phase = self.sources.phase(self.step, self.answerer, device)
+        everywhere(self._check_rows)
         valid = self.sources.documents and self.sources.documents.valid
         self.heldout = HeldOut(self.step, valid, device) if valid and config.eval.sequences else None
         self.tasks = TaskEvaluation(config, self.answerer, self.sources.count_tokens, self._tell)
         self.checkpoints = Checkpoints(Path(config.run.dir) / CHECKPOINTS, config, self.ranks, self.owner)
         self.watch.detail = lambda: self.step.clock.stage
+
+    def _check_rows(self) -> None:
+        """Raise ConfigError where this rank has read other rows than the first one."""
+        first = everyone(self.phase.fingerprint)[0]
+        if self.phase.fingerprint != first:
+            raise ConfigError(
+                "data: other rows than those of rank 0; put the files and data.cache_dir on a disk that all share"
+            )
 
     def __enter__(self) -> "Session":
         return self
@@ -127,16 +138,33 @@ class Session:
         return self.phase.total_steps
 
     def _resume(self) -> Progress:
-        fresh = Progress(data=self.phase.fingerprint)
+        fresh = Progress(data=self.phase.fingerprint + self._start())
         progress = None if self.config.resets else self.checkpoints.load_latest(self.updater, self._tell)
         if progress is None:
             if self.config.checkpoint.load:
                 self.checkpoints.load_weights(find(Path(self.config.checkpoint.load), "checkpoint.load"), self.updater)
             kept = read_progress(Path(self.config.run.dir)) if self.config.resets else None
             progress = Progress(**kept) if kept else fresh
-        if progress.data != fresh.data:
+            self._check_start(progress.data, fresh.data)
+        if progress.data.partition("+")[0] != fresh.data.partition("+")[0]:
             raise resumption.other_data(self._past(), self.config)
         return progress
+
+    def _start(self) -> str:
+        """Where each batch starts from the same weights, what tells those from others; "" elsewhere."""
+        if not self.config.resets or not self.config.checkpoint.load:
+            return ""
+        source = find(Path(self.config.checkpoint.load), "checkpoint.load")
+        return "+" + "-".join(everyone(weights_of(source) if self.ranks.is_main else [])[0])
+
+    def _check_start(self, was: str, now: str) -> None:
+        """Raise ConfigError where batches before this attempt started from other weights. (Earlier versions did not
+        say from which.)"""
+        if was.partition("+")[0] == now.partition("+")[0] and "+" in was and was != now:
+            raise ConfigError(
+                f"checkpoint.load={self.config.checkpoint.load}: is not what the batches so far have started from; "
+                "name that again, or choose a new run.dir"
+            )
 
     def _past(self) -> resumption.Past:
         """Read the configuration of what the attempt goes on from."""

@@ -16,7 +16,7 @@ from megatron_refine.files import write as write_file
 from megatron_refine.report import metrics
 from megatron_refine.report.summary import is_refine
 from megatron_refine.report.svg import GRAY, PALETTE, draw, standalone
-from megatron_refine.scaling.run import record
+from megatron_refine.scaling.run import is_other, record
 from megatron_refine.scaling.sweep import Point, Sweep
 
 STAGES = ("score", "select", "rollout", "rescore", "reward", "update", "sync")
@@ -60,7 +60,9 @@ def collect(sweep: Sweep, points: Sequence[Point]) -> tuple[list[Result], list[s
         if point.config.refine.enabled:
             rows = [row for row in rows if is_refine(row)]
         last = record(point)
-        if last.get("code"):
+        if is_other(point):
+            missing.append(f"{point.name}: its folder has steps of another configuration")
+        elif last.get("code"):
             missing.append(f"{point.name}: failed with code {last['code']}: {last['cause']}")
         elif not rows:
             missing.append(f"{point.name}: no steps after the warm-up yet{_last_error(point.folder)}")

@@ -16,6 +16,7 @@ from typing import Any
 from megatron_refine.config import ConfigError, absolute, absolute_file, load
 from megatron_refine.files import write_json
 from megatron_refine.models.family import FAMILIES
+from megatron_refine.report.metrics import METRICS
 from megatron_refine.scaling.sweep import Point, Sweep
 from megatron_refine.slurm.job import Job
 from megatron_refine.slurm.site import Site
@@ -45,8 +46,34 @@ def _identity(point: Point) -> str:
     return hashlib.sha256(point.config.to_yaml().encode()).hexdigest()[:16]
 
 
+def check_same(points: Sequence[Point]) -> None:
+    """Raise ConfigError, a line a point, where a folder has steps of another configuration: a run would go on from
+    them, and they would be taken for the point's."""
+    remedy = "choose a new out, or remove that folder"
+    lines = [f"{point.folder}: has steps of another configuration of this point; {remedy}"
+             for point in points if is_other(point)]  # fmt: skip
+    if lines:
+        raise ConfigError("\n".join(lines))
+
+
+def is_other(point: Point) -> bool:
+    """Whether the folder has steps of another configuration."""
+    return record(point).get("config") not in (None, _identity(point)) and (point.folder / METRICS).exists()
+
+
+def _begin(point: Point) -> None:
+    """Write down what the folder's steps will be of."""
+    point.folder.mkdir(parents=True, exist_ok=True)
+    write_json(point.folder / RECORD, _entry(point))
+
+
+def _entry(point: Point) -> dict[str, Any]:
+    return {"overrides": point.overrides, "config": _identity(point)}
+
+
 def record(point: Point) -> dict[str, Any]:
-    """What is known of its last run here: code, seconds, cause, overrides. {} without one."""
+    """What is known of its last run: overrides, and a hash of its configuration; code, seconds and cause of one that
+    has ended here. {} without one."""
     try:
         found: dict[str, Any] = json.loads((point.folder / RECORD).read_text(encoding="utf-8"))
         return found
@@ -56,24 +83,23 @@ def record(point: Point) -> dict[str, Any]:
 
 def run_here(sweep: Sweep, points: Sequence[Point], say: Callable[[str], None]) -> None:
     """Every point that has not finished; one that fails does not stop the others. A signal ends the run that is under
-    way, which saves, and this."""
+    way, which saves, and this. Raises ConfigError as `check_same`."""
+    check_same(points)
     for number, point in enumerate(points, 1):
         where = f"[{number}/{len(points)}] {point.name}"
         if finished(point):
             say(f"{where}: finished before")
             continue
         say(f"{where}: {point.ranks} rank{'s' * (point.ranks > 1)}, {point.folder / LOG}")
+        _begin(point)
         start = time.monotonic()
         code, cause = _run(sweep, point)
         seconds = round(time.monotonic() - start, 1)
-        entry = {"code": code, "seconds": seconds, "cause": cause, "overrides": point.overrides,
-                 "config": _identity(point)}  # fmt: skip
-        write_json(point.folder / RECORD, entry)
+        write_json(point.folder / RECORD, _entry(point) | {"code": code, "seconds": seconds, "cause": cause})
         say(f"{where}: " + (f"{seconds:.0f} s" if code == 0 else f"FAILED with code {code}: {cause}"))
 
 
 def _run(sweep: Sweep, point: Point) -> tuple[int, str]:
-    point.folder.mkdir(parents=True, exist_ok=True)
     log = point.folder / LOG
     environment = {"OMP_NUM_THREADS": "1"} | os.environ
     with log.open("w", encoding="utf-8") as file:
@@ -112,6 +138,7 @@ def failure(text: str) -> tuple[int, str]:
 
 def submit_jobs(sweep: Sweep, points: Sequence[Point], site: Site, dry_run: bool) -> list[str]:
     """An array for each number of nodes. Returns the jobs' ids, or with dry_run their scripts. Raises ConfigError."""
+    check_same(points)
     jobs = defaultdict[int, list[Point]](list)
     for point in points:
         if point.ranks % site.ranks_per_node:
@@ -127,4 +154,6 @@ def submit_jobs(sweep: Sweep, points: Sequence[Point], site: Site, dry_run: bool
         job = Job(name, config, files, nodes, site, points=overrides)
         job.check()
         ids += [job.script()] if dry_run else submit(job)
+        for point in () if dry_run else some:
+            _begin(point)
     return ids

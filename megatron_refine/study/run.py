@@ -6,6 +6,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from megatron_refine.checkpoint.manifest import last_step
+from megatron_refine.checkpoint.source import CHECKPOINTS
+from megatron_refine.estimate.flops import total_steps
 from megatron_refine.report import metrics
 from megatron_refine.report.metrics import Row
 from megatron_refine.report.summary import is_evaluation
@@ -33,20 +36,20 @@ def run_all(plan: Plan, jobs: int, say: Callable[[str], None], train: Train = tr
         _run_stage(plan, stage, jobs, say, train)
 
 
-def evaluations(run: Run) -> tuple[Row, Row] | None:
+def evaluations(plan: Plan, run: Run) -> tuple[Row, Row] | None:
     """Return the first and the last evaluation of a finished run; None of one that has not finished."""
     rows = [row for row in metrics.read(run.folder / metrics.METRICS) if is_evaluation(row)]
-    return (rows[0], rows[-1]) if rows and rows[-1]["step"] >= run.keys["train.steps"] else None
+    return (rows[0], rows[-1]) if rows and rows[-1]["step"] >= total_steps(run.config(plan)) else None
 
 
 def finished(plan: Plan) -> list[tuple[Run, Row, Row]]:
     """Return the runs that have finished, with their first and last evaluations."""
-    found = [(run, evaluations(run)) for run in (*bases(plan), *continuations(plan))]
+    found = [(run, evaluations(plan, run)) for run in (*bases(plan), *continuations(plan))]
     return [(run, *both) for run, both in found if both]
 
 
 def _run_stage(plan: Plan, runs: Sequence[Run], jobs: int, say: Callable[[str], None], train: Train) -> None:
-    left = [run for run in runs if not evaluations(run)]
+    left = _left(plan, runs)
     done = len(runs) - len(left)
     kind = "arms" if runs[0].arm else "bases"
     if done:
@@ -57,9 +60,19 @@ def _run_stage(plan: Plan, runs: Sequence[Run], jobs: int, say: Callable[[str], 
         for run, code in zip(left, pool.map(lambda run: _one(plan, run, train), left), strict=True):
             done += 1
             say(f"{kind} {done}/{len(runs)}: {run.folder}")
-            if code or not evaluations(run):
+            if code or not evaluations(plan, run):
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise StudyError(f"{run.folder}: ended with code {code}; see {_log(run)}, then start again: it goes on")
+
+
+def _left(plan: Plan, runs: Sequence[Run]) -> list[Run]:
+    """Return those that are still to be run: a base also where arms are to go on from a checkpoint that it lacks."""
+    waiting = {run.home for run in continuations(plan) if not evaluations(plan, run)}
+
+    def lacks(run: Run) -> bool:
+        return last_step(run.folder / CHECKPOINTS) < total_steps(run.config(plan))
+
+    return [run for run in runs if not evaluations(plan, run) or (not run.arm and run.home in waiting and lacks(run))]
 
 
 def _one(plan: Plan, run: Run, train: Train) -> int:
