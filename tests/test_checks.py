@@ -1,5 +1,6 @@
 """The checks of a commit and of a hosted runner: they name what exists, and all files pass them."""
 
+import os
 import re
 import shlex
 import shutil
@@ -149,3 +150,27 @@ def test_each_version_of_python_is_one_that_setup_py_allows() -> None:
     assert versions[0] == lowest == mypy
     classified = re.findall(r"\bPython :: .*in \((.+)\)\]", read("setup.py"))[0]
     assert re.findall(r"3\.\d+", classified) == versions
+
+
+def test_an_environment_is_linked_whole_or_not_at_all(tmp_path: Path) -> None:
+    """A copy that fails half way leaves nothing that the next `make` would take for an environment."""
+    (tmp_path / "key").write_text("made from", encoding="utf-8")
+    own, cp = tmp_path / ".venv", tmp_path / "path/cp"
+    (own / "bin").mkdir(parents=True)
+    (own / "bin/tool").write_text(f"#!{own}/bin/python", encoding="utf-8")
+    cp.parent.mkdir()
+    cp.write_text('#!/bin/sh\nmkdir -p "$3/bin"\nexit 1\n', encoding="utf-8")
+    cp.chmod(0o755)
+
+    def call(action: str, folder: Path, path: str = "") -> int:
+        folder.mkdir(exist_ok=True)
+        line = [str(ROOT / "tools/environment.sh"), action, ".venv", str(tmp_path / "cache"), sys.executable]
+        environment = os.environ | {"PATH": path + os.environ["PATH"]}
+        return subprocess.run([*line, str(tmp_path / "key")], cwd=folder, env=environment).returncode
+
+    clone = tmp_path / "clone"
+    assert call("keep", tmp_path) == 0
+    assert call("restore", clone, f"{cp.parent}:") != 0 and not list(clone.iterdir())
+    assert call("restore", clone) == 0 and [path.name for path in clone.iterdir()] == [".venv"]
+    assert (clone / ".venv/bin/tool").read_text(encoding="utf-8") == f"#!{clone}/.venv/bin/python"
+    assert (own / "bin/tool").read_text(encoding="utf-8") == f"#!{own}/bin/python"

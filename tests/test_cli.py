@@ -1,6 +1,7 @@
 """The command line: one command with all others in it, their help, their older names; ranks on this machine."""
 
 import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +10,9 @@ import pytest
 
 from megatron_refine import ranks as own_ranks
 from megatron_refine.cli import COMMANDS
+from megatron_refine.engine.launch import wait_until
 from tests import runs
-from tests.zygote import Zygote
+from tests.zygote import DEADLINE, Zygote
 
 ROOT = Path(__file__).parents[1]
 SHIMS = [*sorted((ROOT / "tools").glob("*.py")), ROOT / "launch/submit.py"]
@@ -98,3 +100,21 @@ def test_a_file_that_cannot_be_is_one_line(tmp_path: Path, key: str) -> None:
         done = called(*start, "--config", str(config), f"{key}={'x' * 300}")
         assert done.returncode == 4 and done.stderr.count("\n") == 1, done.stderr
         assert ": File name too long; name another file or folder, or mend this one" in done.stderr
+
+
+def test_a_signal_of_slurms_reaches_the_ranks(tmp_path: Path) -> None:
+    """And does not end what has started them, which would leave them alone."""
+    rank, ready, saved = (tmp_path / name for name in ("rank", "ready", "saved"))
+    rank.write_text(
+        f"#!/bin/sh\ntrap 'touch {saved}; exit 75' USR1\ntouch {ready}\nwhile :; do sleep 0.1; done\n", encoding="utf-8"
+    )
+    rank.chmod(0o755)
+    code = f"import sys; from megatron_refine.ranks import start\nsys.executable = {str(rank)!r}\nstart(1, ['train'])"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+    try:
+        assert wait_until(lambda: ready.exists() or process.poll() is not None, DEADLINE) and ready.exists()
+        process.send_signal(signal.SIGUSR1)
+        assert wait_until(saved.exists, DEADLINE)
+        process.wait(DEADLINE)
+    finally:
+        process.kill()

@@ -17,7 +17,7 @@ import pytest
 from megatron_refine.checkpoint import ownership
 from megatron_refine.checkpoint.manifest import complete_folders
 from megatron_refine.checkpoint.ownership import Ownership, attempt_token
-from megatron_refine.config import load
+from megatron_refine.config import ConfigError, load
 from megatron_refine.errors import FencedError
 from megatron_refine.launcher import reserve_port
 from megatron_refine.models.family import FAMILIES
@@ -296,3 +296,21 @@ def test_a_lost_rank_ends_the_others_with_their_own_code(tmp_path: Path, cache: 
     assert codes == [8, -9], texts
     last = texts[0].strip().splitlines()[-1]
     assert last.startswith("rank 0 on ") and "phase step (" in last and "lost another rank" in last
+
+
+def of_the_second_rank() -> list[str]:
+    """On a rank: what each is told of a file that one of them lacks; then what all of them have."""
+
+    def action() -> str:
+        if rank == 1:
+            raise ConfigError("data.paths: no such file")
+        return "rows"
+
+    rank = int(os.environ["RANK"])
+    with pytest.raises(ConfigError) as told:
+        opening.everywhere(action)
+    return [str(told.value), opening.everywhere(lambda: "rows")]
+
+
+def test_what_one_rank_lacks_all_are_told(ranks: Any) -> None:
+    assert ranks(2, of_the_second_rank, 60) == [["data.paths: no such file (rank 1)", "rows"]] * 2

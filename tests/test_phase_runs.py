@@ -297,3 +297,25 @@ def test_tasks_that_a_run_cannot_evaluate(evaluation: Any, words: str, ranks: Zy
     config = runs.write_config(tmp_path, tmp_path / "cache", eval=evaluation)
     end = ranks(1, runs.command, arguments=["--config", str(config)])[0]
     assert end.code == 2 and end.err.startswith(words) and end.err.count("\n") == 1, end.err
+
+
+@pytest.mark.slow
+def test_batches_that_start_from_the_same_weights_start_from_no_others(
+    ranks: Zygote, files: Path, tmp_path: Path
+) -> None:
+    """Neither in a run that goes on, nor in a finished one that is started again."""
+    for seed in (1, 2):
+        (tmp_path / str(seed)).mkdir()
+        more: Any = {"run": {"dir": str(tmp_path / f"{seed}/run"), "seed": seed}, "train": {"steps": 1}}
+        config = runs.write_config(tmp_path / str(seed), tmp_path / "cache", refine={"enabled": False}, **more)
+        assert ranks(1, runs.command, arguments=["--config", str(config)])[0].code == 0
+    config = runs.write_config(tmp_path, tmp_path / "cache", **sections(files, "testtime"))
+    job = functools.partial(ranks, 1, runs.command)
+    line = ["--config", str(config), "ttt.reset=per_batch"]
+    first, other = (f"checkpoint.load={tmp_path / str(seed) / 'run'}" for seed in (1, 2))
+    assert job(arguments=[*line, first])[0].code == 0
+    answers = predictions(tmp_path)
+    assert job(arguments=[*line, first])[0].code == 0
+    end = job(arguments=[*line, other])[0]
+    assert end.code == 2 and f"{other}: is not what the batches so far have started from" in end.err, end.err
+    assert predictions(tmp_path) == answers

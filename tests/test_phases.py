@@ -1,13 +1,16 @@
 """Post-training and test-time training: the answers' step against a slow reference, restarts bit by bit, baselines."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from megatron_refine.config import Config
+from megatron_refine.config import Config, load
 from megatron_refine.data.examples import Example
+from megatron_refine.estimate.flops import matched_ratio
+from megatron_refine.models.family import FAMILIES
 from tests import parity
 from tests.test_step import make_step
 from tests.zygote import Zygote
@@ -145,3 +148,14 @@ def test_a_matched_baseline_makes_as_many_optimizer_steps(
 ) -> None:
     settings = ["refine.enabled=false", f"train.match={match}", "update.mini_batch_size=2"]
     assert ranks(1, optimizer_steps, config=parity.small_config(tmp_path, *settings)) == [expected]
+
+
+def test_a_baseline_of_equal_compute_is_alike_before_refine_begins() -> None:
+    from megatron_refine.phases.testtime import TestTime
+
+    words = ["train.phase=testtime", "refine.enabled=false", "train.match=compute", "refine.start_step=30"]
+    words += ["task.paths=[a]", "data.tokenizer=t", "optimizer.schedule=constant", "optimizer.warmup_steps=0"]
+    config = load("configs/quickstart.yaml", words, FAMILIES)
+    passes = [TestTime._passes(SimpleNamespace(config=config), step) for step in range(50)]  # type: ignore[arg-type]
+    ratio = matched_ratio(config)
+    assert 30 * ratio > 31 and passes[:30] == [1] * 30 and sum(passes[30:]) == int(20 * ratio) > 20

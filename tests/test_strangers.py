@@ -296,3 +296,12 @@ def test_a_model_that_is_not_known_is_refused_by_name(tmp_path: Path) -> None:
     for section, words in (({"family": "gpt"}, "model.family is 'gpt'; known are delta_net"), (whole, "hidden_size")):
         with pytest.raises(CheckpointError, match=words):
             manifest.model_in(tmp_path, {"model": section})
+
+
+def test_a_conversion_beside_checkpoints_is_no_runs(tmp_path: Path) -> None:
+    """`checkpoints/delta_net` in a folder with a tokenizer of its own: that one is not the model's."""
+    folder = written(tmp_path / "checkpoints", 3)
+    resealed(folder, json.dumps(read_manifest(folder) | {"model": small_config(tmp_path).model.model_dump()}))
+    assert find(folder, "--model").run == tmp_path
+    other = folder.rename(tmp_path / "checkpoints/delta_net")
+    assert find(other, "--model").run is None
