@@ -41,10 +41,11 @@ class Launch:
 def read() -> Launch:
     """This process's place; alone where no launcher says otherwise. Raises LaunchError."""
     names = _variables()
-    if names is None:
+    world = 1 if names is None else _needed(names[1], 1)
+    if world == 1:
         _no_mpi()
+    if names is None:
         return Launch(0, 1, 0, 1, **_surroundings())
-    world = _needed(names[1], 1)
     rank, local = _needed(names[0]), _number(names[2], 0)
     here = most = _number("LOCAL_WORLD_SIZE", world, 1, world) if names == TORCHRUN else world
     _below(names[0], rank, names[1], world)

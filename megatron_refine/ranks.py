@@ -7,9 +7,15 @@ code was.
 import logging
 import os
 import sys
+import tempfile
 import uuid
 from collections.abc import Sequence
+from pathlib import Path
 
+from megatron_refine import launcher
+from megatron_refine.files import read, write
+
+END = "MEGATRON_REFINE_END"  # names the file for the first rank's code
 SAVES = "600"  # seconds that the ranks get to save in, after Ctrl-C
 
 
@@ -31,11 +37,22 @@ def start(ranks: int, arguments: Sequence[str]) -> int:
     )  # fmt: skip
     if hasattr(here, "signals_to_handle"):
         here.signals_to_handle += ",SIGUSR1"  # which the ranks save at, and which would end this process alone
+    folder = tempfile.TemporaryDirectory()
+    os.environ[END] = left = os.path.join(folder.name, "code")
     try:
         elastic_launch(here, sys.executable)("-m", "megatron_refine", *arguments)
     except ChildFailedError as error:
         code = error.get_first_failure()[1].exitcode
         return code if code > 0 else 128 - code
-    except SignalException as error:
-        return 128 + int(error.sigval)
+    except SignalException as error:  # the launcher ends the ranks, whatever their codes are
+        return int(read(Path(left))) if os.path.exists(left) else 128 + int(error.sigval)
+    finally:
+        folder.cleanup()
     return 0
+
+
+def leave(code: int) -> int:
+    """Return the code of a rank; the first one's is left where `start` finds it after a signal."""
+    if os.environ.get(END) and launcher.read().rank == 0:
+        write(Path(os.environ[END]), str(code))
+    return code

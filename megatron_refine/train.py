@@ -15,7 +15,7 @@ import gc
 import sys
 from typing import TYPE_CHECKING, Any
 
-from megatron_refine import launcher, usage
+from megatron_refine import launcher, ranks, usage
 from megatron_refine.files import speak_utf8, start_in_utf8
 from megatron_refine.run import interrupt
 
@@ -108,11 +108,9 @@ def main(arguments: list[str] | None = None) -> int:
         if checked:  # ranks of SLURM have it when they have met: the first of them tells the others
             preflight.check(config)
         if options.ranks:
-            from megatron_refine.ranks import start
-
             files = [word for file in options.config for word in ("--config", file)]
-            return start(options.ranks, ["train", *files, *options.overrides])
-        return _run(config, checked)
+            return ranks.start(options.ranks, ["train", *files, *options.overrides])
+        return ranks.leave(_run(config, checked))
     except (configuration.ConfigError, launcher.LaunchError) as error:
         if launcher.speaks() or isinstance(error, launcher.LaunchError):
             print(error, file=sys.stderr)

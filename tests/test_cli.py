@@ -102,19 +102,27 @@ def test_a_file_that_cannot_be_is_one_line(tmp_path: Path, key: str) -> None:
         assert ": File name too long; name another file or folder, or mend this one" in done.stderr
 
 
-def test_a_signal_of_slurms_reaches_the_ranks(tmp_path: Path) -> None:
-    """And does not end what has started them, which would leave them alone."""
-    rank, ready, saved = (tmp_path / name for name in ("rank", "ready", "saved"))
-    rank.write_text(
-        f"#!/bin/sh\ntrap 'touch {saved}; exit 75' USR1\ntouch {ready}\nwhile :; do sleep 0.1; done\n", encoding="utf-8"
-    )
+RANK = """#!{python}
+import pathlib, signal, sys, time
+sys.path.insert(0, {root!r})
+from megatron_refine.ranks import leave
+signal.signal(signal.SIGUSR1, lambda *_: sys.exit(leave(75)))
+pathlib.Path({ready!r}).touch()
+time.sleep(600)
+"""
+
+
+def test_a_signal_reaches_the_ranks_and_their_code_is_the_commands(tmp_path: Path) -> None:
+    """It does not end what has started them, which would leave them alone."""
+    rank, ready = tmp_path / "rank", tmp_path / "ready"
+    rank.write_text(RANK.format(python=sys.executable, root=str(ROOT), ready=str(ready)), encoding="utf-8")
     rank.chmod(0o755)
-    code = f"import sys; from megatron_refine.ranks import start\nsys.executable = {str(rank)!r}\nstart(1, ['train'])"
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+    code = "import sys; from megatron_refine.ranks import start\n"
+    code += "sys.executable = sys.argv[1]\nsys.exit(start(1, ['a']))"
+    process = subprocess.Popen([sys.executable, "-c", code, str(rank)], cwd=ROOT)
     try:
         assert wait_until(lambda: ready.exists() or process.poll() is not None, DEADLINE) and ready.exists()
         process.send_signal(signal.SIGUSR1)
-        assert wait_until(saved.exists, DEADLINE)
-        process.wait(DEADLINE)
+        assert process.wait(DEADLINE) == 75
     finally:
         process.kill()

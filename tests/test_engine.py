@@ -381,6 +381,7 @@ def test_each_run_has_its_own_folder_in_sync_dir() -> None:
     """A user's folder `weights` stands there untouched, and so does that of another run."""
     from megatron_refine.engine.sglang import _own_folder
 
-    first, other = (_own_folder("/data/me", Path("runs", name)) for name in ("a", "b"))
+    first, other = (_own_folder("/data/me", Path("runs", name), "ab12") for name in ("a", "b"))
     assert first != other and first.parent == Path("/data/me") and first.name.startswith("megatron_refine-")
-    assert first == _own_folder("/data/me", Path("runs/a").absolute())
+    assert first == _own_folder("/data/me", Path("runs/a").absolute(), "ab12")
+    assert first != _own_folder("/data/me", Path("runs/a"), "cd34")  # of another attempt

@@ -125,7 +125,7 @@ STAY = {
     "a.tex": "{\\bf x}\n", "a.log": '{"a": 1} and more\n{"b": 2}\n', "list.txt": "[1, 2]\n[3]\n", "empty.txt": "",
     "notebook.ipynb": '{\n "cells": [],\n "nbformat": 4\n}\n', "parts.txt": "PAR1 is a word\n",
     "BZh.txt": "BZh9 too\n",
-    "twice.txt": "\ufeff\ufeffa", "names.csv": "name,age\nx,1\n", "one.json5": "{'text': 'a'}\n",
+    "twice.txt": "\ufeff\ufeffa", "prose.csv": "No table, but a line.\nAnd one more.\n", "one.json5": "{'text': 'a'}\n",
     "objects.txt": "[{}, 1]", "blank.txt": " \n\t\n",
 }  # fmt: skip
 
@@ -146,6 +146,7 @@ REFUSED = {  # name -> content, words of the line
     "long.txt": ("\n".join(map(json.dumps, LONG)).encode(), "looks like JSON lines"),
     "array.txt": (ARRAY, "looks like a JSON array of objects, not like one document; name it .json"),
     "lines.txt.gz": (gzip.compress(LINES), "looks like JSON lines"),
+    "names.csv": (b"name,age\nx,1\n", "looks like a table"),
     "table.csv": (b'id,"text"\r\n1,a\r\n', "looks like a table, not like one document; convert it to .jsonl"),
     "table.TSV": (b"text\tid\na\t1\n", "looks like a table"),
     "a.jsonl": (PARQUET, "is a parquet file, no jsonl file; name it .parquet"),

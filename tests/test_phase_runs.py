@@ -1,6 +1,7 @@
 """Whole runs of post-training and test-time training, from their presets too; kills; what cannot be."""
 
 import argparse
+import ast
 import functools
 import json
 import random
@@ -319,3 +320,22 @@ def test_batches_that_start_from_the_same_weights_start_from_no_others(
     end = job(arguments=[*line, other])[0]
     assert end.code == 2 and f"{other}: is not what the batches so far have started from" in end.err, end.err
     assert predictions(tmp_path) == answers
+
+
+@pytest.mark.slow
+def test_a_model_goes_on_with_its_tokenizer(ranks: Zygote, tmp_path: Path) -> None:
+    """Of a run that names none: on other text another would be trained, and the weights would read other ids."""
+    start, on = (tmp_path / name for name in ("start", "on"))
+    lines = []
+    for folder, text in ((start, argparse), (on, random)):
+        folder.mkdir()
+        data = {"paths": [text.__file__], "valid_paths": [ast.__file__]}
+        config = runs.write_config(folder, tmp_path / "cache", refine={"enabled": False}, train={"steps": 1}, data=data)
+        lines.append(["--config", str(config)])
+    assert ranks(1, runs.command, arguments=lines[0])[0].code == 0
+    line = [*lines[1], f"checkpoint.load={start / 'run'}"]
+    assert ranks(1, runs.command, arguments=line)[0].code == 0
+    tokenizers = [(folder / "run/tokenizer.json").read_bytes() for folder in (start, on)]
+    assert tokenizers[0] == tokenizers[1]
+    (start / "run").rename(tmp_path / "gone")
+    assert ranks(1, runs.command, arguments=[*line, "train.steps=2"])[0].code == 0

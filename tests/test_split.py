@@ -52,3 +52,5 @@ def test_the_side_of_a_document_follows_the_rule_of_that_side(tmp_path, settings
     assert len(prepared.valid) == 1 and len(prepared.valid.row(0)) == 64 and len(prepared.train)
     message = failure(settings(paths=write(tmp_path / "b", texts[2:]), **own))
     assert message.startswith("data.valid_min_length=64: no document is left to train on")
+    alone = prepare(settings(paths=write(tmp_path / "c", texts[:1]), min_length=32, valid_min_length=8))
+    assert len(alone.train) and len(alone.valid) and "cut into rows" in alone.valid.record.note

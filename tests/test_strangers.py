@@ -303,5 +303,7 @@ def test_a_conversion_beside_checkpoints_is_no_runs(tmp_path: Path) -> None:
     folder = written(tmp_path / "checkpoints", 3)
     resealed(folder, json.dumps(read_manifest(folder) | {"model": small_config(tmp_path).model.model_dump()}))
     assert find(folder, "--model").run == tmp_path
-    other = folder.rename(tmp_path / "checkpoints/delta_net")
+    other = folder.rename(tmp_path / "checkpoints/best")  # a copy of the run's under another name is still the run's
+    assert find(other, "--model").run == tmp_path
+    resealed(other, json.dumps(read_manifest(other) | {"weights_only": True}))
     assert find(other, "--model").run is None

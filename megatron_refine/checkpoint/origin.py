@@ -24,6 +24,8 @@ def carry(source: Source, kept: Path) -> None:
     shutil.rmtree(kept, ignore_errors=True)
     if (source.folder / ORIGIN).is_dir():
         shutil.copytree(source.folder / ORIGIN, kept)
+        for path in (kept, *kept.rglob("*")):  # a source may be closed to writing
+            path.chmod(0o755 if path.is_dir() else 0o644)
 
 
 def keep(source: HFSource, kept: Path) -> None:

@@ -25,14 +25,15 @@ FIXED = ("run.seed", "train.phase", "train.precision", "ttt.reset", "optimizer.k
 ROWS = ("data.seq_length", "data.min_length", "data.split_documents", "data.add_bos", "data.text_column")
 # what else may decide the rows: told where the fingerprint differs
 SOURCES = (
-    "data.paths", "data.valid_paths", "data.valid_fraction", "data.tokenizer", "model.vocab_size", "task.paths",
+    "data.paths", "data.valid_paths", "data.valid_fraction", "data.valid_min_length", "data.tokenizer",
+    "model.vocab_size", "task.paths",
     "task.prompt_column", "task.answer_column", "task.max_new_tokens", "task.add_eos", "task.skip_too_long",
 )  # fmt: skip
 # what changes the training of a run, or what its evaluations measure; the other keys change how it is watched, saved
 # or computed
-TOLD = ("parallel.", "optimizer.", "train.", "refine.", "update.", "task.inner_step", "engine.kind",
-        "engine.importance_cap", "engine.mask_gap", "eval.sequences", "eval.selection", "eval.tasks", "eval.lengths",
-        "eval.examples")  # fmt: skip
+TOLD = ("parallel.", "optimizer.", "train.", "refine.", "update.", "task.inner_step", "task.answer_mean",
+        "task.valid_paths", "engine.kind", "engine.lag", "engine.importance_cap", "engine.mask_gap", "eval.sequences",
+        "eval.selection", "eval.tasks", "eval.lengths", "eval.examples", "eval.data", "eval.essays")  # fmt: skip
 UNTOLD = ("train.recompute", "train.recompute_modules", "train.backend", "train.max_skipped_steps")
 
 
@@ -43,6 +44,10 @@ class Past:
     source: Path  # a checkpoint, or the run's folder
     values: dict[str, Any]  # "section.key" -> value; without those that the version that wrote it did not have
     ranks: int | None  # None: not known
+
+    def differs(self, key: str, value: Any) -> bool:
+        """Whether a key is known to have had another value."""
+        return key in self.values and self.values[key] != value
 
 
 @dataclass(frozen=True)

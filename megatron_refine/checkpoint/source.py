@@ -10,6 +10,7 @@ from megatron_refine.checkpoint.manifest import (
     MANIFEST,
     ORIGIN,
     STEP,
+    WEIGHTS_ONLY,
     complete_folders,
     model_in,
     read_manifest,
@@ -85,6 +86,7 @@ def differences(source: Source, model: ModelConfig) -> list[str]:
 
 
 def _checkpoint(folder: Path) -> Source:
-    own = folder.parent.name == CHECKPOINTS and re.fullmatch(f"{STEP}[0-9]+", folder.name)  # not a conversion beside it
-    run = folder.parent.parent if own else None
-    return Source(folder, model_in(folder, read_manifest(folder)), is_checkpoint=True, run=run)
+    manifest = read_manifest(folder)
+    converted = manifest.get(WEIGHTS_ONLY) and not re.fullmatch(f"{STEP}[0-9]+", folder.name)  # beside a run's own
+    run = folder.parent.parent if folder.parent.name == CHECKPOINTS and not converted else None
+    return Source(folder, model_in(folder, manifest), is_checkpoint=True, run=run)

@@ -81,10 +81,10 @@ def _check(options: argparse.Namespace) -> None:
             raise ConfigError(f"--{name.replace('_', '-')}={getattr(options, name)}: must be {number} or more")
     if not COLDEST <= options.temperature < float("inf"):
         raise ConfigError(f"--temperature={options.temperature}: must be 1e-6 or more")
-    if options.text.resolve() in (options.out.resolve(), options.out.with_suffix(".jsonl").resolve()):
-        raise ConfigError(f"--out {options.out}: it, or the .jsonl beside it, is the text itself; name another picture")
     if options.out.suffix != ".svg":
         raise ConfigError(f"--out {options.out}: is no .svg; name one")
+    if options.text.resolve() in (options.out.resolve(), options.out.with_suffix(".jsonl").resolve()):
+        raise ConfigError(f"--out {options.out}: it, or the .jsonl beside it, is the text itself; name another picture")
     if not options.out.parent.is_dir():
         raise ConfigError(f"--out {options.out}: {options.out.parent} is not a folder; create it")
 

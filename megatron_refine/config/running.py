@@ -106,7 +106,9 @@ class Engine(Section):
         "local, else the machine's name.",
     )
     bucket_mb: int = Field(0, ge=0, description="MiB of weights in a broadcast. 0: 512 with NCCL, 256 with gloo.")
-    max_requests: int = Field(64, ge=1, description="Most requests in flight, per rank.")
+    max_requests: int = Field(
+        64, ge=1, description="Most sequences whose rollouts are in flight, per rank; each has c*n requests."
+    )
     lag: int = Field(
         0,
         ge=0,

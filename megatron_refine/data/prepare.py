@@ -28,6 +28,7 @@ from megatron_refine.errors import FULL
 from megatron_refine.files import digest, temporary
 from megatron_refine.progress import counted
 
+_SIDES = 2  # as _FORMAT, of documents that are held out by a rule of their own
 _FORMAT = 1  # raise it when the same configuration gives other tokens or files
 
 
@@ -84,7 +85,8 @@ def prepare(config: Config, say: Callable[[str], None] = lambda _: None) -> Prep
         say(stated(path, tokenizer))
         rule = RowRule.of(data, bos_id(tokenizer, path) if data.add_bos else None)
         rules = {"train": rule, "valid": rule.held_out(data)}
-        own = [vars(rules["valid"])] if rules["valid"] != rule else []
+        own: list[object] = [vars(rules["valid"])] if rules["valid"] != rule else []
+        own += [_SIDES] if own and not sources.valid else []
         fingerprint = _hash([_FORMAT, identity, digest(path), vars(rule), data.text_column, *own])
         folder = cache_dir / f"rows-{fingerprint[:16]}"
         if not folder.exists():
@@ -153,7 +155,7 @@ def _write_folder(
             threshold = adjusted_threshold(documents(sources.train.documents()), rules, sources.threshold)
             if threshold is not None:
                 pack(sources.sided(tokenizer, threshold), unfinished, rules, vocab_size, fingerprint)
-            elif rules["valid"] != rule:
+            elif rules["valid"].min_length > rule.min_length:
                 raise ConfigError(
                     f"data.valid_min_length={rules['valid'].min_length}: no document is left to train on when one of "
                     "that length is held out; lower it, or name data.valid_paths"

@@ -64,8 +64,9 @@ def _rows_in(text: str, column: str, suffix: str) -> str:
     """
     if suffix in (".csv", ".tsv", ".tab", ".psv"):
         head = _EXCEL.sub("", text[:_LOOK].lstrip())
-        names = re.split("[,;|\t]", head.splitlines()[0]) if head else []
-        return "a table" if column in [name.strip(' "') for name in names] else ""
+        cells = [re.split("[,;|\t]", line) for line in head.splitlines() if line.strip()][:2]
+        named = column in [name.strip(' "') for name in cells[0]] if cells else False
+        return "a table" if named or (len(cells) > 1 and min(map(len, cells)) > 1) else ""
     first = text[_BLANKS.match(text).end() :][:1] if text[:1] in "{[ \t\r\n" else ""  # type: ignore[union-attr]
     if first == "[":
         value = _loads(text)
@@ -106,8 +107,11 @@ def _loads(text: str) -> Any:
         return None
 
 
-def read_rows(path: Path, key: str, form: Form | None = None) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a table in file order: column -> value, whatever its type.
+def read_rows(
+    path: Path, key: str, form: Form | None = None, column: str | None = None
+) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """Yield the rows of a table in file order: column -> value, whatever its type. With `column` those of parquet have
+    that one alone, where there is one.
 
     Values come as they stand in the file, odd characters too. Raises ConfigError naming the file and, in JSON, the
     line, for a file that is not a table, that is broken or that cannot be read.
@@ -116,7 +120,7 @@ def read_rows(path: Path, key: str, form: Form | None = None) -> Iterator[dict[s
     if not form.is_table:
         raise refusal(path, key, "is not a table (known by their names: .jsonl and .parquet); convert or rename it")
     if form.kind == "parquet":
-        yield from _parquet_rows(path, key)
+        yield from _parquet_rows(path, key, column)
         return
     with opened(path, form, key) as file:
         yield from (_jsonl_rows if form.kind == "jsonl" else _json_rows)(file, path, key)
@@ -137,7 +141,7 @@ def flaw(value: object) -> str:
 
 def _read_table(path: Path, column: str, key: str, form: Form) -> Iterator[str]:
     where = f"data.text_column={column}: {shown(path)} ({key})"
-    for number, row in enumerate(read_rows(path, key, form), 1):
+    for number, row in enumerate(read_rows(path, key, form, column), 1):
         if column not in row:
             names = ", ".join(map(str, row)) or "none"
             raise ConfigError(f"{where}: row {number} has no such column; it has {names}: name one of these")
@@ -257,7 +261,7 @@ class _Values:
         return bool(more)
 
 
-def _parquet_rows(path: Path, key: str) -> Iterator[dict[str, Any]]:
+def _parquet_rows(path: Path, key: str, column: str | None) -> Iterator[dict[str, Any]]:
     import pyarrow  # late: takes a moment
     from pyarrow import parquet
 
@@ -267,9 +271,11 @@ def _parquet_rows(path: Path, key: str) -> Iterator[dict[str, Any]]:
             names = table.schema_arrow.names
             if twice := {name for name in names if names.count(name) > 1}:
                 raise refusal(path, key, f"has two columns {', '.join(sorted(twice))}; rename one")
-            for batch in table.iter_batches(_PARQUET_ROWS):
+            if column and column not in names and table.metadata.num_rows:
+                yield dict.fromkeys(names)  # it says what there is
+            for batch in table.iter_batches(_PARQUET_ROWS, columns=[column] if column in names else None):
                 yield from batch.to_pylist()
-        except (ValueError, OSError, pyarrow.ArrowException) as error:
+        except (ValueError, OverflowError, OSError, pyarrow.ArrowException) as error:
             if isinstance(error, ConfigError) or getattr(error, "errno", None):
                 raise
             raise _broken(path, key, "parquet", " ".join(str(error).split())) from None

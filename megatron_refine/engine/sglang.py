@@ -53,12 +53,13 @@ class SGLangEngine:
         """say: shows a line to the user, on the main rank."""
         self.config, self.model, self.ranks, self.say = config, model, ranks, say
         engine, run = config.engine, Path(config.run.dir)
-        self.folder = (_own_folder(engine.sync_dir, run) if engine.sync_dir else run / "engine").absolute()
         longest = 2 * config.refine.num_chunks * engine.request_timeout  # requests of a sequence, one after the other
         self.control = Control(engine.start_timeout + 2 * engine.sync_timeout + longest)
         self.converter = Converter(config.model)
         self.fleet = Fleet(config, (run / "logs" / "engine").absolute()) if ranks.is_main else None
         self.token = self.control.gather(secrets.token_hex(4))[0]  # no other run's weights have such a label
+        own = _own_folder(engine.sync_dir, run, self.token) if engine.sync_dir else run / "engine"
+        self.folder = own.absolute()
         self.version: int | None = None  # None: the weights of the servers are in doubt
         self.begun: Begun | None = None  # rollouts that are still to be finished
         self.servers: list[Server] = []  # as the ranks see them that talk to them
@@ -162,6 +163,8 @@ class SGLangEngine:
 
     def _start(self, version: int) -> None:
         engine = self.config.engine
+        if engine.sync_dir:  # of attempts that were killed
+            self._on_main(lambda fleet: _clear_others(self.folder))
         self.say("sglang: " + (f"looking for {', '.join(engine.urls)}" if engine.urls else "starting the servers"))
         folder, start = self._export(version), time.perf_counter()
         self._on_main(lambda fleet: fleet.start(folder))
@@ -291,9 +294,15 @@ class SGLangEngine:
         return [server.client for server in self.servers]
 
 
-def _own_folder(sync_dir: str, run: Path) -> Path:
-    """Return the run's folder in engine.sync_dir: other runs, and the user, have theirs beside it."""
-    return Path(sync_dir) / f"megatron_refine-{hashlib.sha256(str(run.absolute()).encode()).hexdigest()[:12]}"
+def _own_folder(sync_dir: str, run: Path, token: str) -> Path:
+    """Return this attempt's folder in engine.sync_dir: other runs, and the user, have theirs beside it."""
+    return Path(sync_dir) / f"megatron_refine-{hashlib.sha256(str(run.absolute()).encode()).hexdigest()[:12]}-{token}"
+
+
+def _clear_others(folder: Path) -> None:
+    """Remove what earlier attempts at the run have left beside `folder`."""
+    for path in folder.parent.glob(f"{folder.name.rpartition('-')[0]}-*"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _address(urls: list[str]) -> str:

@@ -123,9 +123,10 @@ def read_progress(run_dir: Path) -> dict[str, Any] | None:
 def _new_attempt(logs: Path) -> tuple[int, Path]:
     """Make the next attempt's folder, after the others and where nothing is in the way. Return number and folder."""
     number = max((number for number, _ in numbered(logs, "attempt_")), default=0) + 1
+    logs.mkdir(parents=True, exist_ok=True)
     while True:
         with contextlib.suppress(FileExistsError):
-            (logs / f"attempt_{number}").mkdir(parents=True)
+            (logs / f"attempt_{number}").mkdir()
             return number, logs / f"attempt_{number}"
         number += 1
 

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from megatron_refine.checkpoint.manifest import last_step
+from megatron_refine.checkpoint.source import CHECKPOINTS
 from megatron_refine.config import ConfigError
 from megatron_refine.files import read_json, write_json
 from megatron_refine.reproduce.chain import Chain, Job
@@ -82,7 +84,10 @@ def check_made(out: Path, jobs: Iterable[Job]) -> None:
         before, now = (_said(words) for words in (made.get(job.name, _noted(job)), _noted(job)))
         if not any(word.startswith(_WEIGHTS) for word in before):  # not known
             now = _said(job.words)
-        if before != now and job.words[0] != "prepare" and job.done:
+        if not job.done:  # of a training that has begun the weights count: the rest may change, and is told
+            before, now = ([word for word in words if word.startswith(_WEIGHTS)] for words in (before, now))
+        begun = job.done or (job.config is not None and last_step(job.result / CHECKPOINTS) >= 0)
+        if before != now and job.words[0] != "prepare" and begun:
             pairs = ((before, now), (now, before))
             old, new = (" ".join(word for word in one if word not in other) or "less" for one, other in pairs)
             problems.append(f"{job.name}: was made with {old}, now {new}; name another --out, or remove {job.result}")

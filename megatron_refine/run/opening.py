@@ -40,15 +40,16 @@ def claim(config: Config, checked: bool = False) -> Ownership:
 
 def everywhere(action: Callable[[], T]) -> T:
     """Run a local `action` on every rank, which may find other files than the first one. Its result, or one ConfigError
-    on every rank."""
-    result, message = None, None
+    or CheckpointError on every rank."""
+    result, failure = None, None
     try:
         result = action()
-    except ConfigError as error:
-        message = str(error)
-    for rank, found in enumerate(everyone(message)):
+    except (ConfigError, CheckpointError) as error:
+        failure = "ConfigError" if isinstance(error, ConfigError) else "CheckpointError", str(error)
+    for rank, found in enumerate(everyone(failure)):
         if found is not None:
-            raise ConfigError(f"{found} (rank {rank})" if rank else found)
+            kind, message = found
+            raise _KINDS[kind](f"{message} (rank {rank})" if rank else message)
     return cast(T, result)
 
 

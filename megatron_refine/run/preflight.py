@@ -24,6 +24,7 @@ from megatron_refine.errors import CheckpointError
 from megatron_refine.estimate.flops import total_steps
 from megatron_refine.eval import files as task_files
 from megatron_refine.eval import tasks
+from megatron_refine.eval.ruler import qa
 from megatron_refine.files import TornError
 from megatron_refine.models import cost, family
 from megatron_refine.report import metrics, tracking
@@ -76,7 +77,7 @@ def past_of(config: Config) -> Past | None:
     try:
         progress = read_progress(run)
     except TornError as error:
-        raise ConfigError(str(error)) from None
+        raise CheckpointError(str(error)) from None
     return past_of_run(run) if progress and progress["step"] else None
 
 
@@ -84,6 +85,10 @@ def _run(config: Config) -> None:
     """Whether the folders can be written, and the run goes on as what it was."""
     _baseline(config.run.baseline)
     _existing("run.dir", config.run.dir)
+    for name in (CHECKPOINTS, "logs"):
+        path = Path(config.run.dir, name)
+        if os.path.lexists(path) and not path.is_dir():
+            raise ConfigError(f"{path}: is no folder, or a link to one that is not there; mount it, or remove the link")
     _existing("data.cache_dir", config.data.cache_dir)
     if past := past_of(config):
         refuse(past, config)
@@ -188,7 +193,14 @@ def _hooks(config: Config) -> None:
 def _tasks(config: Config) -> None:
     """Whether the tasks of evaluations exist and have their files."""
     e = config.eval
-    for task in tasks.expand(e.tasks, "eval.tasks"):
+    wanted = tasks.expand(e.tasks, "eval.tasks")
+    if not e.lengths and any(task.sized for task in wanted):
+        raise ConfigError("eval.lengths: names no length; name one in tokens, 4096")
+    if e.essays:
+        find_corpus([e.essays], "text", "eval.essays")
+    for task in wanted:
+        if task.name in qa.FILES:
+            qa.read_pool(task.name, e.data)
         if task.source == "files":
             if not e.data:
                 raise ConfigError(f"eval.data: names no folder; {task.name} is read from a file, name its folder")

@@ -12,7 +12,7 @@ from torch import nn
 from megatron_refine import usage
 from megatron_refine.checkpoint import resumption
 from megatron_refine.checkpoint.checkpoints import Checkpoints, Progress
-from megatron_refine.checkpoint.source import CHECKPOINTS, find
+from megatron_refine.checkpoint.source import CHECKPOINTS, Source, find
 from megatron_refine.config import Config, ConfigError
 from megatron_refine.data.tokenizer import keep_tokenizer
 from megatron_refine.engine.native import NativeEngine
@@ -100,7 +100,9 @@ class Session:
         everywhere(self._check_rows)
         valid = self.sources.documents and self.sources.documents.valid
         self.heldout = HeldOut(self.step, valid, device) if valid and config.eval.sequences else None
-        self.tasks = TaskEvaluation(config, self.answerer, self.sources.count_tokens, self._tell)
+        self.tasks = everywhere(
+            lambda: TaskEvaluation(config, self.answerer, self.sources.count_tokens, self._tell)
+        )  # fmt: skip
         self.checkpoints = Checkpoints(Path(config.run.dir) / CHECKPOINTS, config, self.ranks, self.owner)
         self.watch.detail = lambda: self.step.clock.stage
 
@@ -142,25 +144,33 @@ class Session:
         progress = None if self.config.resets else self.checkpoints.load_latest(self.updater, self._tell)
         if progress is None:
             if self.config.checkpoint.load:
-                self.checkpoints.load_weights(find(Path(self.config.checkpoint.load), "checkpoint.load"), self.updater)
+                self.checkpoints.load_weights(self._source(), self.updater)
             kept = read_progress(Path(self.config.run.dir)) if self.config.resets else None
             progress = Progress(**kept) if kept else fresh
-            self._check_start(progress.data, fresh.data)
+            if kept and progress.step:
+                self._check_start(progress.data, fresh.data)
         if progress.data.partition("+")[0] != fresh.data.partition("+")[0]:
             raise resumption.other_data(self._past(), self.config)
         return progress
 
     def _start(self) -> str:
         """Where each batch starts from the same weights, what tells those from others; "" elsewhere."""
-        if not self.config.resets or not self.config.checkpoint.load:
+        if not self.config.resets:
             return ""
-        source = find(Path(self.config.checkpoint.load), "checkpoint.load")
+        if not self.config.checkpoint.load:
+            return "+random"
+        source = self._source()
         return "+" + "-".join(everyone(weights_of(source) if self.ranks.is_main else [])[0])
 
+    def _source(self) -> Source:
+        """Return the model that checkpoint.load names, which each rank has to see. Raises ConfigError."""
+        return everywhere(lambda: find(Path(self.config.checkpoint.load), "checkpoint.load"))
+
     def _check_start(self, was: str, now: str) -> None:
-        """Raise ConfigError where batches before this attempt started from other weights. (Earlier versions did not
-        say from which.)"""
-        if was.partition("+")[0] == now.partition("+")[0] and "+" in was and was != now:
+        """Raise ConfigError where batches before this attempt started from other weights. Earlier versions noted the
+        name of those alone."""
+        same = was == now if "+" in was else not self._past().differs("checkpoint.load", self.config.checkpoint.load)
+        if was.partition("+")[0] == now.partition("+")[0] and not same:
             raise ConfigError(
                 f"checkpoint.load={self.config.checkpoint.load}: is not what the batches so far have started from; "
                 "name that again, or choose a new run.dir"

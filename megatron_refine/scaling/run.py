@@ -9,14 +9,16 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_refine.checkpoint.manifest import last_step
+from megatron_refine.checkpoint.source import CHECKPOINTS
 from megatron_refine.config import ConfigError, absolute, absolute_file, load
 from megatron_refine.files import write_json
 from megatron_refine.models.family import FAMILIES
-from megatron_refine.report.metrics import METRICS
+from megatron_refine.report import metrics
 from megatron_refine.scaling.sweep import Point, Sweep
 from megatron_refine.slurm.job import Job
 from megatron_refine.slurm.site import Site
@@ -37,13 +39,19 @@ def command(sweep: Sweep, point: Point) -> list[str]:
 def finished(point: Point) -> bool:
     """Whether its last run, of this very configuration, came to its end."""
     last = record(point)
-    same = last.get("config") in (None, _identity(point))  # earlier versions did not write it
-    return last.get("code") == 0 and last.get("overrides") == point.overrides and same
+    return last.get("code") == 0 and last.get("overrides") == point.overrides and _known(last, point)
 
 
 def _identity(point: Point) -> str:
-    """Hash all that a point is, whichever file says it."""
-    return hashlib.sha256(point.config.to_yaml().encode()).hexdigest()[:16]
+    """Hash all that a point is, whichever file says it; but where its files stand."""
+    tree = point.config.model_dump(serialize_as_any=True, exclude={"run"})
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _known(last: Mapping[str, Any], point: Point) -> bool:
+    """Whether a record is of this configuration. Earlier versions wrote none, or a hash of the whole file."""
+    whole = hashlib.sha256(point.config.to_yaml().encode()).hexdigest()[:16]
+    return last.get("config") in (None, _identity(point), whole)
 
 
 def check_same(points: Sequence[Point]) -> None:
@@ -58,7 +66,8 @@ def check_same(points: Sequence[Point]) -> None:
 
 def is_other(point: Point) -> bool:
     """Whether the folder has steps of another configuration."""
-    return record(point).get("config") not in (None, _identity(point)) and (point.folder / METRICS).exists()
+    begun = any("train/loss" in row for row in metrics.read(point.folder / metrics.METRICS))
+    return not _known(record(point), point) and (begun or last_step(point.folder / CHECKPOINTS) >= 0)
 
 
 def _begin(point: Point) -> None:
