@@ -92,6 +92,7 @@ def test_the_place_of_a_process(found: Any, variables: dict[str, str], expected:
         ({"WORLD_SIZE": "2"}, "RANK is not set"),
         ({"LOCAL_RANK": "1"}, "WORLD_SIZE is not set"),
         ({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "1"}, "OMPI_COMM_WORLD_SIZE=4: ranks that mpirun"),
+        (SHELL | {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "1"}, "OMPI_COMM_WORLD_SIZE=4: ranks that"),
         (TORCHRUN | {"WORLD_SIZE": "two"}, "WORLD_SIZE=two: must be a whole number from 1 on"),
         (TORCHRUN | {"WORLD_SIZE": "0"}, "WORLD_SIZE=0: must be a whole number from 1 on"),
         (TORCHRUN | {"RANK": "-1"}, "RANK=-1: must be a whole number from 0 on"),

@@ -7,8 +7,12 @@ import lzma
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
+from megatron_refine.config import ConfigError
+from megatron_refine.data.readers import read_documents, read_rows
 from tests.test_input import LINES, ROWS, TEXTS, failure, put, read
 
 PRETTY = b"".join(json.dumps(row, indent=2).encode() for row in ROWS)
@@ -53,3 +57,15 @@ def test_long_streams_are_read_in_pieces(tmp_path: Path, packer: Any) -> None:
     suffix = "bz2" if packer is bz2 else "xz"
     packed = packer.compress(text[:90_000].encode()) + packer.compress(text[90_000:].encode())
     assert read(put(tmp_path, (f"a.txt.{suffix}", packed)) / f"a.txt.{suffix}") == [text]
+
+
+def test_a_column_that_nobody_asked_for_breaks_nothing(tmp_path: Path) -> None:
+    """Times that Python cannot hold, beside a text."""
+    path = tmp_path / "times.parquet"
+    times = pyarrow.array([2**62, -(2**62)], pyarrow.timestamp("us"))
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a", "b"], "when": times}), path)
+    assert list(read_documents(path, "text", "data.paths")) == ["a", "b"]
+    with pytest.raises(ConfigError, match="no such column; it has text, when: name one of these"):
+        list(read_documents(path, "body", "data.paths"))
+    with pytest.raises(ConfigError, match=r"times\.parquet"):
+        list(read_rows(path, "task.paths"))

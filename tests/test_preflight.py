@@ -151,3 +151,15 @@ def test_a_baseline_of_equal_compute_goes_on_past_train_steps(tmp_path: Path) ->
             assert f"the run has {last + 1} already" in refusal(config)
         else:
             preflight._run(config)
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "logs"])
+def test_a_folder_of_the_run_that_is_elsewhere_and_not_there(tmp_path: Path, name: str) -> None:
+    """A disk that is not mounted: the run would begin anew, beside its checkpoints."""
+    config = configured(tmp_path, "model.vocab_size=512")
+    (tmp_path / "run").mkdir(exist_ok=True)
+    link = Path(config.run.dir) / name
+    link.symlink_to(tmp_path / "not mounted")
+    assert refusal(config).startswith(f"{link}: is no folder, or a link to one that is not there")
+    (tmp_path / "not mounted").mkdir()
+    preflight._run(config)

@@ -178,6 +178,8 @@ def test_what_makes_another_run_is_refused_by_name(tmp_path: Path, before: Any, 
         (["task.inner_step=false", "refine.enabled=false"], "task.inner_step false, was true; refine.enabled false, "
          "was true"),
         (["eval.sequences=3", "eval.selection=uniform"], "eval.sequences 3, was 0; eval.selection uniform, was "),
+        (["eval.data=d", "eval.essays=e", "task.valid_paths=[v]"], "task.valid_paths ['v'], was []; eval.data d, was ; "
+         "eval.essays e, was "),
         (["eval.every=3", "checkpoint.keep=5", "run.timeout_minutes=3.0", "train.recompute=full",
           "engine.max_requests=2", "data.paths=[elsewhere]", "data.min_length=192"], ""),
     ],
