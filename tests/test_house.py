@@ -17,8 +17,8 @@ PACKAGE = ("megatron_refine", "models", "kernels")
 FOLDERS = (*PACKAGE, "tools", "launch", "tests")
 # Imports go from a line to the lines above it, never sideways.
 ORDER = (
-    {"errors", "files", "launcher", "markdown", "progress", "ranks", "usage"},
-    {"records", "config", "platform"},
+    {"errors", "files", "launcher", "markdown", "progress", "usage"},
+    {"ranks", "records", "config", "platform"},
     {"exchange", "extras"},
     {"kernels"},
     {"models"},
