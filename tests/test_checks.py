@@ -158,6 +158,7 @@ def test_an_environment_is_linked_whole_or_not_at_all(tmp_path: Path) -> None:
     own, cp = tmp_path / ".venv", tmp_path / "path/cp"
     (own / "bin").mkdir(parents=True)
     (own / "bin/tool").write_text(f"#!{own}/bin/python", encoding="utf-8")
+    (own / "sglang_cpu_stubs.py").write_text("stubs", encoding="utf-8")
     cp.parent.mkdir()
     cp.write_text('#!/bin/sh\nmkdir -p "$3/bin"\nexit 1\n', encoding="utf-8")
     cp.chmod(0o755)
@@ -174,3 +175,5 @@ def test_an_environment_is_linked_whole_or_not_at_all(tmp_path: Path) -> None:
     assert call("restore", clone) == 0 and [path.name for path in clone.iterdir()] == [".venv"]
     assert (clone / ".venv/bin/tool").read_text(encoding="utf-8") == f"#!{clone}/.venv/bin/python"
     assert (own / "bin/tool").read_text(encoding="utf-8") == f"#!{own}/bin/python"
+    (clone / ".venv/sglang_cpu_stubs.py").write_text("newer ones", encoding="utf-8")  # as make writes them
+    assert next((tmp_path / "cache").glob("*/sglang_cpu_stubs.py")).read_text(encoding="utf-8") == "stubs"

@@ -20,7 +20,11 @@ hash=$({
 } | sha256sum | cut -c1-40)
 kept=$cache/${folder#.}-$hash
 
-link() { cp -al "$1" "$2" 2>/dev/null || { rm -rf "$2" && cp -a "$1" "$2"; }; }
+# What make itself writes into an environment is copied: through a link it would be written into the kept one.
+link() {
+    cp -al "$1" "$2" 2>/dev/null || { rm -rf "$2" && cp -a "$1" "$2"; }
+    find "$2" -name 'sglang_cpu_stubs.*' -exec sh -c 'cp -p "$0" "$0.own" && mv "$0.own" "$0"' {} \;
+}
 
 case $action in
 name) basename -- "$kept" ;;

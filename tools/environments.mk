@@ -75,7 +75,7 @@ $(if $(TORCH_INDEX),$(LANE) --index-url "$(TORCH_INDEX)" "torch==$(TORCH)",\
 	{ $(LANE) "torch==$(TORCH)+cpu" 2>/dev/null || $(LANE) "torch==$(TORCH)"; }) && \
 $(LANE) --requirement tests/sglang_cpu/requirements.txt && \
 packages="$$(.venv-sglang/bin/python -c 'import site; print(site.getsitepackages()[0])')" && \
-rm -f "$$packages"/sglang_cpu_stubs.* && cp tests/sglang_cpu/sglang_cpu_stubs.py "$$packages" && \
+cp tests/sglang_cpu/sglang_cpu_stubs.py "$$packages" && \
 echo "import sglang_cpu_stubs" > "$$packages/sglang_cpu_stubs.pth" && \
 { test -z "$$fresh" || tools/environment.sh keep .venv-sglang "$(CACHE)" $(PYTHON) $(LANE_FROM); }
 endef
