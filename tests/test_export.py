@@ -9,7 +9,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_refine.config import Config
-from tests.lanes import short
 from tests.parity import build, small_config
 from tests.zygote import Zygote
 
@@ -40,7 +39,8 @@ def written(config: Config, folder: str) -> dict[str, Tensor] | None:
     return {name: source[name] for name in source.specs}
 
 
-@pytest.mark.parametrize("model", short(("delta_net", "lact"), lambda model: model == "delta_net"))
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["delta_net", "lact"])
 def test_each_layout_writes_the_same_tensors(model: str, ranks: Zygote, tmp_path: Path) -> None:
     """With a tied head, of which the last stage has a copy."""
     found = {}

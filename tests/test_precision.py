@@ -202,7 +202,7 @@ def begun_again(config: Config) -> list[bool]:
 
 
 @pytest.mark.parametrize("layout", short(("one", "dp2"), lambda layout: layout == "one"))
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", short(("fp32", "bf16"), lambda precision: precision == "bf16"))
 def test_a_batch_that_starts_again_forgets_the_one_before(
     ranks: Zygote, tmp_path: Path, precision: str, layout: str
 ) -> None:
@@ -219,6 +219,7 @@ def first_metrics(config: Config) -> dict[str, float]:
     return {key: value for key, value in found.items() if key.startswith(("train/", "rollout/"))}
 
 
+@pytest.mark.slow
 def test_a_pipeline_hands_on_what_one_rank_computes(ranks: Zygote, tmp_path: Path) -> None:
     """In scoring, rollouts and update: layers on two stages are the same layers, so nothing is rounded otherwise."""
     one, two = (
