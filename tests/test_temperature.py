@@ -120,7 +120,7 @@ def scored(config: Config) -> list[Any]:
         return [score_pass(model, tokens, temperatures).logprobs, torch.stack(alone), plain]
 
 
-@pytest.mark.parametrize("overrides", short([[], ["parallel.tp=2", "parallel.sp=true"]], lambda overrides: not overrides))
+@pytest.mark.parametrize("overrides", short([[], ["parallel.tp=2", "parallel.sp=true"]], lambda words: not words))
 def test_each_token_is_scored_at_its_own_temperature(overrides: list[str], ranks: Zygote, tmp_path: Path) -> None:
     for together, alone, plain in ranks(1 + bool(overrides), scored, config=small_config(tmp_path, *overrides)):
         assert torch.allclose(together, alone, rtol=0, atol=1e-10)
