@@ -333,9 +333,13 @@ def test_a_model_goes_on_with_its_tokenizer(ranks: Zygote, tmp_path: Path) -> No
         config = runs.write_config(folder, tmp_path / "cache", refine={"enabled": False}, train={"steps": 1}, data=data)
         lines.append(["--config", str(config)])
     assert ranks(1, runs.command, arguments=lines[0])[0].code == 0
+    assert ranks(1, runs.command, arguments=lines[1], saves=False)[0].code == 0  # leaves a tokenizer, no checkpoint
     line = [*lines[1], f"checkpoint.load={start / 'run'}"]
     assert ranks(1, runs.command, arguments=line)[0].code == 0
     tokenizers = [(folder / "run/tokenizer.json").read_bytes() for folder in (start, on)]
     assert tokenizers[0] == tokenizers[1]
     (start / "run").rename(tmp_path / "gone")
-    assert ranks(1, runs.command, arguments=[*line, "train.steps=2"])[0].code == 0
+    for steps in (2, 3):  # also where checkpoint.load is left out, which then says nothing more
+        words = [*(line if steps == 2 else lines[1]), f"train.steps={steps}"]
+        end = ranks(1, runs.command, arguments=words)[0]
+        assert end.code == 0 and f"step {steps}/{steps}" in end.out, end.err

@@ -7,10 +7,12 @@ import sys
 
 from megatron_refine import usage
 from megatron_refine.config import ConfigError, load
+from megatron_refine.errors import CheckpointError
 
 
 def main(arguments: list[str]) -> int:
-    """Prepare and print the counts. Returns the exit code: 0, or 2 where the configuration or the data are wrong."""
+    """Prepare and print the counts. Returns the exit code: 0, 2 where the configuration or the data are wrong, 4 for a
+    damaged checkpoint in checkpoint.load."""
     parser = usage.parser("prepare", __doc__)
     usage.add_config(parser)
     options = parser.parse_intermixed_args(arguments)
@@ -20,11 +22,12 @@ def main(arguments: list[str]) -> int:
     try:
         config = load(options.config, options.overrides, FAMILIES)
         from megatron_refine.data.prepare import prepare  # late: a wrong configuration is told at once
+        from megatron_refine.phases.tokenizer import with_tokenizer
 
-        prepared = prepare(config, say=print)
-    except ConfigError as error:
+        prepared = prepare(with_tokenizer(config), say=print)
+    except (ConfigError, CheckpointError) as error:
         print(error, file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, ConfigError) else 4
     print(f"tokenizer  {prepared.tokenizer}")
     for side, counts in prepared.counts.items():
         rows = getattr(prepared, side)

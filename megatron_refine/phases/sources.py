@@ -8,15 +8,15 @@ from typing import Protocol
 import torch
 
 from megatron_refine.checkpoint.checkpoints import Progress
-from megatron_refine.checkpoint.source import find
 from megatron_refine.config import Config
 from megatron_refine.data.prepare import Prepared, prepare
 from megatron_refine.data.prompts import Prompts, read_prompts
-from megatron_refine.data.tokenizer import FILES, Tokenizer, bos_id, find_tokenizer, load_tokenizer, stated
+from megatron_refine.data.tokenizer import Tokenizer, bos_id, find_tokenizer, load_tokenizer, stated
 from megatron_refine.eval.answers import Answerer
 from megatron_refine.phases.midtrain import MidTraining
 from megatron_refine.phases.posttrain import PostTraining
 from megatron_refine.phases.testtime import TestTime
+from megatron_refine.phases.tokenizer import with_tokenizer
 from megatron_refine.step.refine import RefineStep
 
 
@@ -30,19 +30,6 @@ class Phase(Protocol):
     def __call__(self, done: Progress, refine: bool) -> dict[str, float]:
         """One batch on this rank; its metrics, the same on all ranks."""
         ...
-
-
-def _with_the_model(config: Config) -> Path | None:
-    """Return the tokenizer of the model that the run starts from: what weights have read they go on to read.
-
-    The run's own folder has it from the first attempt on, whatever has become of the model's. Raises ConfigError.
-    """
-    if not config.checkpoint.load:
-        return None
-    own = [Path(config.run.dir)]
-    if not any((own[0] / name).exists() for name in FILES):
-        own = find(Path(config.checkpoint.load), "checkpoint.load").beside
-    return next((path for place in own for name in FILES if (path := place / name).exists()), None)
 
 
 @dataclass(frozen=True)
@@ -61,8 +48,7 @@ class Sources:
         Raises ConfigError for any input that cannot be used.
         """
         midtrain = config.train.phase == "midtrain"
-        if midtrain and not config.data.tokenizer and (came := _with_the_model(config)):
-            config = config.model_copy(update={"data": config.data.model_copy(update={"tokenizer": str(came)})})
+        config = with_tokenizer(config)
         documents = prepare(config, say) if midtrain or config.data.paths else None
         path = documents.tokenizer if documents else find_tokenizer(Path(config.data.tokenizer), "data.tokenizer")
         tokenizer = load_tokenizer(path, config.model.vocab_size, "data.tokenizer")

@@ -24,9 +24,10 @@ from megatron_refine.errors import CheckpointError
 from megatron_refine.estimate.flops import total_steps
 from megatron_refine.eval import files as task_files
 from megatron_refine.eval import tasks
-from megatron_refine.eval.ruler import qa
+from megatron_refine.eval.ruler import NIAH, qa
 from megatron_refine.files import TornError
 from megatron_refine.models import cost, family
+from megatron_refine.phases.tokenizer import with_tokenizer
 from megatron_refine.report import metrics, tracking
 from megatron_refine.report.folder import read_progress
 from megatron_refine.report.summary import is_evaluation
@@ -157,7 +158,7 @@ def _tables(paths: list[str], column: str, key: str) -> Iterator[Iterator[str]]:
 
 def _tokenizer(config: Config) -> None:
     """Whether it is there, fits the vocabulary, and has the tokens that the configuration asks for."""
-    data, phase = config.data, config.train.phase
+    data, phase = with_tokenizer(config).data, config.train.phase
     if not data.tokenizer:
         if phase != "midtrain":
             raise ConfigError(f"data.tokenizer: train.phase={phase} needs that of its model; name a run or a file")
@@ -196,7 +197,7 @@ def _tasks(config: Config) -> None:
     wanted = tasks.expand(e.tasks, "eval.tasks")
     if not e.lengths and any(task.sized for task in wanted):
         raise ConfigError("eval.lengths: names no length; name one in tokens, 4096")
-    if e.essays:
+    if e.essays and any(task.name in NIAH and NIAH[task.name].haystack == "essay" for task in wanted):
         find_corpus([e.essays], "text", "eval.essays")
     for task in wanted:
         if task.name in qa.FILES:

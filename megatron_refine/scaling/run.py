@@ -16,7 +16,7 @@ from typing import Any
 from megatron_refine.checkpoint.manifest import last_step
 from megatron_refine.checkpoint.source import CHECKPOINTS
 from megatron_refine.config import ConfigError, absolute, absolute_file, load
-from megatron_refine.files import write_json
+from megatron_refine.files import TornError, write_json
 from megatron_refine.models.family import FAMILIES
 from megatron_refine.report import metrics
 from megatron_refine.scaling.sweep import Point, Sweep
@@ -44,7 +44,7 @@ def finished(point: Point) -> bool:
 
 def _identity(point: Point) -> str:
     """Hash all that a point is, whichever file says it; but where its files stand."""
-    tree = point.config.model_dump(serialize_as_any=True, exclude={"run"})
+    tree = point.config.model_dump(serialize_as_any=True, exclude={"run"}) | {"seed": point.config.run.seed}
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -66,8 +66,13 @@ def check_same(points: Sequence[Point]) -> None:
 
 def is_other(point: Point) -> bool:
     """Whether the folder has steps of another configuration."""
-    begun = any("train/loss" in row for row in metrics.read(point.folder / metrics.METRICS))
-    return not _known(record(point), point) and (begun or last_step(point.folder / CHECKPOINTS) >= 0)
+    if _known(record(point), point):
+        return False
+    try:
+        begun = any("train/loss" in row for row in metrics.read(point.folder / metrics.METRICS))
+    except TornError as error:
+        raise ConfigError(str(error)) from None
+    return begun or last_step(point.folder / CHECKPOINTS) >= 0
 
 
 def _begin(point: Point) -> None:
