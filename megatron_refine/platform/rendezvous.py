@@ -40,7 +40,7 @@ def init_process_group(timeout_minutes: float) -> None:
         torch.set_num_threads(place.threads)
     own_device = device() if device() != CPU else None
     try:
-        store = _meet(place, timeout)
+        store = _meet(place, timeout) if place.world > 1 else None  # one alone waits for nobody
         dist.init_process_group(
             backend(), store=store, rank=place.rank, world_size=place.world, timeout=timeout, device_id=own_device
         )
