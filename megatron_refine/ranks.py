@@ -37,17 +37,16 @@ def start(ranks: int, arguments: Sequence[str]) -> int:
     )  # fmt: skip
     if hasattr(here, "signals_to_handle"):
         here.signals_to_handle += ",SIGUSR1"  # which the ranks save at, and which would end this process alone
-    folder = tempfile.TemporaryDirectory()
-    os.environ[END] = left = os.path.join(folder.name, "code")
-    try:
-        elastic_launch(here, sys.executable)("-m", "megatron_refine", *arguments)
-    except ChildFailedError as error:
-        code = error.get_first_failure()[1].exitcode
-        return code if code > 0 else 128 - code
-    except SignalException as error:  # the launcher ends the ranks, whatever their codes are
-        return int(read(Path(left))) if os.path.exists(left) else 128 + int(error.sigval)
-    finally:
-        folder.cleanup()
+    with tempfile.TemporaryDirectory() as folder:
+        left = Path(folder, "code")
+        os.environ[END] = str(left)
+        try:
+            elastic_launch(here, sys.executable)("-m", "megatron_refine", *arguments)
+        except ChildFailedError as error:
+            code = error.get_first_failure()[1].exitcode
+            return code if code > 0 else 128 - code
+        except SignalException as error:  # the launcher ends the ranks, whatever their codes are
+            return int(read(left)) if left.exists() else 128 + int(error.sigval)
     return 0
 
 

@@ -324,7 +324,7 @@ def test_batches_that_start_from_the_same_weights_start_from_no_others(
 
 @pytest.mark.slow
 def test_a_model_goes_on_with_its_tokenizer(ranks: Zygote, tmp_path: Path) -> None:
-    """Of a run that names none: on other text another would be trained, and the weights would read other ids."""
+    """Take that of checkpoint.load where none is named: one of other text gives the weights other ids."""
     start, on = (tmp_path / name for name in ("start", "on"))
     lines = []
     for folder, text in ((start, argparse), (on, random)):

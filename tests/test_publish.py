@@ -179,7 +179,7 @@ def test_a_run_that_is_trained_anew_is_served_anew(ranks: Zygote, tmp_path: Path
 
 
 def test_two_models_of_a_folder_are_served_each_as_itself(tmp_path: Path) -> None:
-    """Of a family that servers know by another name: a server reads its folder long after it was started."""
+    """Serve a family that servers know by another name; a server reads its folder long after its start."""
     from megatron_refine.cli.serve import _known
 
     first, second = (tmp_path / name for name in ("a", "b"))

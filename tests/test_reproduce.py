@@ -310,7 +310,7 @@ def test_a_perplexity_of_the_harness_is_no_share(tmp_path: Path) -> None:
 
 
 def test_a_training_is_done_at_its_last_step(tmp_path: Path) -> None:
-    """Of a baseline of equal compute that is not train.steps."""
+    """Ask for more than train.steps of a baseline of equal compute."""
     config = load("configs/quickstart.yaml", ["refine.enabled=false", "train.match=compute"], FAMILIES)
     job = Job("ntp", ("train",), tmp_path, config=config)
     for step, done in ((config.train.steps, False), (total_steps(config) - 1, False), (total_steps(config), True)):

@@ -28,8 +28,8 @@ from megatron_refine.errors import FULL
 from megatron_refine.files import digest, temporary
 from megatron_refine.progress import counted
 
-_SIDES = 2  # as _FORMAT, of documents that are held out by a rule of their own
 _FORMAT = 1  # raise it when the same configuration gives other tokens or files
+_HELD_OUT_FORMAT = 2  # the same, of documents that are held out by a rule of their own
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def prepare(config: Config, say: Callable[[str], None] = lambda _: None) -> Prep
         rule = RowRule.of(data, bos_id(tokenizer, path) if data.add_bos else None)
         rules = {"train": rule, "valid": rule.held_out(data)}
         own: list[object] = [vars(rules["valid"])] if rules["valid"] != rule else []
-        own += [_SIDES] if own and not sources.valid else []
+        own += [_HELD_OUT_FORMAT] if own and not sources.valid else []
         fingerprint = _hash([_FORMAT, identity, digest(path), vars(rule), data.text_column, *own])
         folder = cache_dir / f"rows-{fingerprint[:16]}"
         if not folder.exists():

@@ -91,11 +91,10 @@ def read_prompts(
         found.examples.append(example)
         found.prompts.append(np.array(head + prompt, np.int32))
         found.answers.append(np.array(answer + tail, np.int32))
+    length = config.data.seq_length
     if not found.examples:
-        length = config.data.seq_length
         raise ConfigError(f"task.paths: all {skipped} rows are longer than data.seq_length={length}; raise it")
     if skipped:
-        length = config.data.seq_length
         say(f"task.paths: {skipped:,} of {len(examples):,} rows left out: longer than data.seq_length={length}")
     return Prompts(found.examples, found.prompts, found.answers, skipped)
 

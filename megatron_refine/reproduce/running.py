@@ -81,7 +81,8 @@ def check_made(out: Path, jobs: Iterable[Job]) -> None:
     """
     made, problems = _made(out), []
     for job in jobs:
-        before, now = (_said(words) for words in (made.get(job.name, _noted(job)), _noted(job)))
+        noted = _noted(job)
+        before, now = _said(made.get(job.name, noted)), _said(noted)
         if not any(word.startswith(_WEIGHTS) for word in before):  # not known
             now = _said(job.words)
         if not job.done:  # of a training that has begun the weights count: the rest may change, and is told

@@ -45,12 +45,16 @@ def everywhere(action: Callable[[], T]) -> T:
     try:
         result = action()
     except (ConfigError, CheckpointError) as error:
-        failure = "ConfigError" if isinstance(error, ConfigError) else "CheckpointError", str(error)
+        failure = _kind(error), str(error)
     for rank, found in enumerate(everyone(failure)):
         if found is not None:
             kind, message = found
             raise _KINDS[kind](f"{message} (rank {rank})" if rank else message)
     return cast(T, result)
+
+
+def _kind(error: Exception) -> str:
+    return next(name for name, kind in _KINDS.items() if isinstance(error, kind))
 
 
 def _prepare(config: Config, checked: bool = False) -> dict[str, object]:
@@ -65,8 +69,7 @@ def _prepare(config: Config, checked: bool = False) -> dict[str, object]:
     except OSError as error:
         return {"error": "CheckpointError", "message": str(disk_failed(error))}
     except tuple(_KINDS.values()) as error:
-        kind = next(name for name, kind in _KINDS.items() if isinstance(error, kind))
-        return {"error": kind, "message": str(error)}
+        return {"error": _kind(error), "message": str(error)}
     return {"token": token}
 
 

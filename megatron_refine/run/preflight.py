@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_refine import extras
-from megatron_refine.checkpoint.manifest import STEP, complete_folders
+from megatron_refine.checkpoint.manifest import complete_folders, last_step
 from megatron_refine.checkpoint.resumption import Past, past_of_checkpoint, past_of_run, refuse
 from megatron_refine.checkpoint.source import CHECKPOINTS, differences, find
 from megatron_refine.config import Config, ConfigError
@@ -122,8 +122,7 @@ def _baseline(run: str) -> None:
 
 def _done(config: Config) -> int:
     """Steps that the newest checkpoint of the run holds; 0 without one."""
-    found = complete_folders(Path(config.run.dir) / CHECKPOINTS)
-    return int(found[-1].name.removeprefix(STEP)) if found else 0
+    return max(0, last_step(Path(config.run.dir) / CHECKPOINTS))
 
 
 def _existing(key: str, folder: str) -> Path:

@@ -140,40 +140,35 @@ class Session:
         return self.phase.total_steps
 
     def _resume(self) -> Progress:
-        fresh = Progress(data=self.phase.fingerprint + self._start())
-        progress = None if self.config.resets else self.checkpoints.load_latest(self.updater, self._tell)
+        config, rows, start = self.config, self.phase.fingerprint, ""
+        progress = None if config.resets else self.checkpoints.load_latest(self.updater, self._tell)
         if progress is None:
-            if self.config.checkpoint.load:
-                self.checkpoints.load_weights(self._source(), self.updater)
-            kept = read_progress(Path(self.config.run.dir)) if self.config.resets else None
-            progress = Progress(**kept) if kept else fresh
-            if kept and progress.step:
-                self._check_start(progress.data, fresh.data)
-        if progress.data.partition("+")[0] != fresh.data.partition("+")[0]:
-            raise resumption.other_data(self._past(), self.config)
+            source = None
+            if config.checkpoint.load:
+                source = everywhere(lambda: find(Path(config.checkpoint.load), "checkpoint.load"))
+                self.checkpoints.load_weights(source, self.updater)
+            start = self._start(source) if config.resets else ""
+            kept = read_progress(Path(config.run.dir)) if config.resets else None
+            progress = Progress(**kept) if kept else Progress(data=f"{rows}+{start}" if start else rows)
+        found, _, started = progress.data.partition("+")
+        if found != rows:
+            raise resumption.other_data(self._past(), config)
+        if start and progress.step:
+            self._check_start(started, start)
         return progress
 
-    def _start(self) -> str:
-        """Where each batch starts from the same weights, what tells those from others; "" elsewhere."""
-        if not self.config.resets:
-            return ""
-        if not self.config.checkpoint.load:
-            return "+random"
-        source = self._source()
-        return "+" + "-".join(everyone(weights_of(source) if self.ranks.is_main else [])[0])
-
-    def _source(self) -> Source:
-        """Return the model that checkpoint.load names, which each rank has to see. Raises ConfigError."""
-        return everywhere(lambda: find(Path(self.config.checkpoint.load), "checkpoint.load"))
+    def _start(self, source: Source | None) -> str:
+        """Return what tells the weights that each batch starts from from others. Collective."""
+        return "-".join(everyone(weights_of(source) if self.ranks.is_main else [])[0]) if source else "random"
 
     def _check_start(self, was: str, now: str) -> None:
         """Raise ConfigError where batches before this attempt started from other weights. Earlier versions noted the
-        name of those alone."""
-        same = was == now if "+" in was else not self._past().differs("checkpoint.load", self.config.checkpoint.load)
-        if was.partition("+")[0] == now.partition("+")[0] and not same:
+        name of those alone: `was` is empty."""
+        load = self.config.checkpoint.load
+        if was != now if was else self._past().differs("checkpoint.load", load):
             raise ConfigError(
-                f"checkpoint.load={self.config.checkpoint.load}: is not what the batches so far have started from; "
-                "name that again, or choose a new run.dir"
+                f"checkpoint.load={load}: is not what the batches so far have started from; name that again, or choose "
+                "a new run.dir"
             )
 
     def _past(self) -> resumption.Past:

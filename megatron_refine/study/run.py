@@ -67,12 +67,12 @@ def _run_stage(plan: Plan, runs: Sequence[Run], jobs: int, say: Callable[[str], 
 
 def _left(plan: Plan, runs: Sequence[Run]) -> list[Run]:
     """Return those that are still to be run: a base also where arms are to go on from a checkpoint that it lacks."""
+    left = [run for run in runs if not evaluations(plan, run)]
+    if runs[0].arm:
+        return left
     waiting = {run.home for run in continuations(plan) if not evaluations(plan, run)}
-
-    def lacks(run: Run) -> bool:
-        return last_step(run.folder / CHECKPOINTS) < total_steps(run.config(plan))
-
-    return [run for run in runs if not evaluations(plan, run) or (not run.arm and run.home in waiting and lacks(run))]
+    lacking = [run for run in runs if last_step(run.folder / CHECKPOINTS) < total_steps(run.config(plan))]
+    return [run for run in runs if run in left or (run in lacking and run.home in waiting)]
 
 
 def _one(plan: Plan, run: Run, train: Train) -> int:
