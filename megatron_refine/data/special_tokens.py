@@ -121,13 +121,13 @@ def _numbers(
     role: str, name: str, tree: dict[str, Any], path: Path, vocabulary: Vocabulary, key: str
 ) -> list[int]:  # fmt: skip
     """Return the ids of a role in generation_config.json or config.json, which hold one, a list of them, or none."""
-    entry_name = f"{role}_token_id"
+    entry = f"{role}_token_id"
     inner = tree.get("text_config")  # of a model that reads more than text
-    value = tree.get(entry_name, inner.get(entry_name) if isinstance(inner, dict) else None)
+    value = tree.get(entry, inner.get(entry) if isinstance(inner, dict) else None)
     ids = value if isinstance(value, list) else [] if value is None else [value]
     for i in ids:
         if type(i) is not int or (i > vocabulary.largest_id and role != "pad"):
-            what = f"declares {entry_name} {shown(repr(i))}, but {shown(path.name)} has ids up to {vocabulary.largest_id}"
+            what = f"declares {entry} {shown(repr(i))}, but {shown(path.name)} has ids up to {vocabulary.largest_id}"
             raise refusal(path.with_name(name), key, f"{what}; correct it, or move the tokenizer away from it")
     return [i for i in ids if 0 <= i <= vocabulary.largest_id]  # -1: some say none so
 
